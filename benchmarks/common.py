@@ -1,0 +1,59 @@
+"""What the benchmarks share: the machine's description, timing in turn, and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OUT = Path("out")
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on."""
+    abilities = torch.cpu.get_capabilities()
+    return {
+        "cpu": abilities.get("cpu_name", platform.processor()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bfloat16_products": any(v is True for k, v in abilities.items() if "bf16" in k),
+        "torch": torch.__version__,
+    }
+
+
+def timed_in_turn(
+    calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each call, A B A B …, so that a drift of the machine meets all of them."""
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """Ratios pair by pair: minimum, median and maximum."""
+    pairs = sorted(s / f for s, f in zip(slow, fast, strict=True))
+    return {"min": pairs[0], "median": statistics.median(pairs), "max": pairs[-1]}
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Print a result and keep it in out/NAME.json."""
+    OUT.mkdir(exist_ok=True)
+    path = OUT / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    print(f"written to {path}")

@@ -1,0 +1,129 @@
+"""Checkpoints: building a model from the names of published ones (SPEC §8)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cometlm.model import CometForCausalLM, attach
+
+# Published field -> the name used in the golden files' metadata.
+_FIELDS = {
+    "temp_beacon_stride": "compression_stride",
+    "temp_mem_budget": "temporary_capacity",
+    "global_beacon_ids": "readout_token_ids",
+    "temp_beacon_id": "compression_token_id",
+    "placeholder_id": "placeholder_token_id",
+}
+# What these configs carry beside the backbone's own fields.
+_OURS = {"chunk_size", "family", "num_global_tokens", "generate_max_new_tokens", *_FIELDS.values()}
+_MEMORY = (
+    (r"global_memory_net\.norm\.weight", "global_memory.norm.weight"),
+    (r"global_memory_net\.g_proj\.weight", "global_memory.gate.weight"),
+    (r"global_memory_net\.o_proj\.(down|up)_proj\.weight", r"global_memory.adapter.\1_proj.weight"),
+    (r"temp_memory_net\.0\.weight", "temporary_memory.norm.weight"),
+    (r"temp_memory_net\.1\.(down|up)_proj\.weight", r"temporary_memory.adapter.\1_proj.weight"),
+)
+
+
+def from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> CometForCausalLM:
+    """Build a model from a published checkpoint's weights and config.
+
+    Args:
+        state_dict: weights under the names of SPEC §8.
+        config: the backbone's fields and CoMeT's, under §8's names or the golden files'.
+
+    Returns:
+        A model in the weights' dtype. R and C are rows of the published embedding; they stay in
+        the vocabulary (the softmax runs over them) but are never generated.
+
+    Raises:
+        ValueError: a field is missing, or weights are missing, left over or of another shape.
+    """
+    fields = {_FIELDS.get(name, name): value for name, value in config.items()}
+    embedding = _required(state_dict, "model.embed_tokens.weight")
+    backbone = _backbone(state_dict, fields, embedding)
+    readout = list(_required(fields, "readout_token_ids"))
+    stride = int(_required(fields, "compression_stride"))
+    sizes: dict[str, Any] = {"chunk_size": int(_required(fields, "chunk_size"))}
+    if readout:
+        sizes["readout_tokens"] = len(readout)
+    sizes["global_memory"] = bool(readout)
+    sizes["temporary_memory"] = stride > 0
+    if stride > 0:
+        sizes["stride"] = stride
+        sizes["capacity"] = int(_required(fields, "temporary_capacity"))
+    ranks = {
+        w.shape[0]
+        for name, w in state_dict.items()
+        if name.endswith("down_proj.weight") and "_memory_net." in name
+    }
+    if ranks:
+        sizes["rank"] = int(ranks.pop())
+    model = attach(backbone, **sizes)
+    comet = model.model.comet
+    compression = fields.get("compression_token_id")
+    weights = _memory_weights(state_dict)
+    if readout:
+        weights["readout"] = embedding[readout]
+    if stride > 0:
+        weights["compression"] = embedding[[_required(fields, "compression_token_id")]]
+    _load(comet, weights, "memory")
+    reserved = {*readout, compression, fields.get("placeholder_token_id")} - {None}
+    model.config.suppressed_tokens = sorted(reserved)
+    return model
+
+
+def _backbone(
+    state_dict: Mapping[str, Tensor], fields: Mapping[str, Any], embedding: Tensor
+) -> PreTrainedModel:
+    family = fields.get("family") or fields.get("model_type") or "qwen3"
+    own = {k: v for k, v in fields.items() if k not in _OURS and k not in ("model_type",)}
+    own["vocab_size"] = embedding.shape[0]
+    text_config = AutoConfig.for_model(family, **own)
+    backbone = AutoModelForCausalLM.from_config(text_config, dtype=embedding.dtype)
+    weights = {
+        name.replace(".inner_layer.", "."): value
+        for name, value in state_dict.items()
+        if "_memory_net." not in name
+    }
+    if text_config.tie_word_embeddings:
+        weights["lm_head.weight"] = embedding
+    _load(backbone, weights, "backbone")
+    result: PreTrainedModel = backbone.eval()
+    return result
+
+
+def _memory_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    weights = {}
+    for name, value in state_dict.items():
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(\w+_memory_net\..+)", name)
+        if not found:
+            continue
+        layer, part = found.groups()
+        for pattern, ours in _MEMORY:
+            if re.fullmatch(pattern, part):
+                weights[f"layers.{layer}.{re.sub(pattern, ours, part)}"] = value
+                break
+        else:
+            raise ValueError(f"unknown memory weight {name!r} in the published state dict")
+    return weights
+
+
+def _load(module: Any, weights: dict[str, Tensor], what: str) -> None:
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the published {what} weights do not fit the config: {error}") from error
+
+
+def _required(values: Mapping[str, Any], name: str) -> Any:
+    if name not in values:
+        theirs = next((k for k, v in _FIELDS.items() if v == name), None)
+        also = f" (or {theirs!r})" if theirs else ""
+        raise ValueError(f"the published checkpoint has no {name!r}{also}")
+    return values[name]

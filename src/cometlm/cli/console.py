@@ -1,0 +1,120 @@
+"""What the verbs share: consoles, options, and the progress bar of reading."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers.utils import logging as hf_logging
+
+from cometlm.device import readable_bytes
+from cometlm.loading import load
+from cometlm.model import CometForCausalLM
+from cometlm.session import SessionStats
+
+out = Console()
+err = Console(stderr=True)
+
+UNTRAINED = (
+    "The memory is untrained: it has been attached, not fine-tuned. The model reads everything, "
+    "but what it writes next shows no recall beyond the open chunk."
+)
+
+
+def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any) -> Any:
+    """`load` with a word on what happens and without the libraries' own chatter."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    chosen = {key: value for key, value in sizes.items() if value is not None}
+    err.print(f"loading {name} …", highlight=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, tokenizer = load(name, device=device, dtype=as_dtype(dtype), **chosen)
+    return model, tokenizer
+
+
+def as_dtype(name: str | None) -> torch.dtype | None:
+    """A dtype by its torch name.
+
+    Raises:
+        ValueError: a name that is not a floating-point dtype.
+    """
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point dtype like bfloat16, got {name!r}")
+    return dtype
+
+
+def describe(model: CometForCausalLM) -> str:
+    """One line: what was loaded, where, and its sizes."""
+    sizes = model.config.comet_config
+    return (
+        f"{model.config.backbone or 'model'} · {model.dtype} on {model.device} · chunk "
+        f"{sizes.chunk_size}, {sizes.global_slots} global + {sizes.temporary_slots} temporary slots"
+    )
+
+
+class ReadingProgress:
+    """A bar with tokens, tokens/s, chunks and bytes of memory held."""
+
+    def __init__(self, total_bytes: int | None) -> None:
+        self._total = total_bytes
+        self._bar = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+        )
+        self._task = self._bar.add_task("reading", total=total_bytes)
+        self._start = time.perf_counter()
+        self._seen = 0
+
+    def __enter__(self) -> ReadingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def counting(self, texts: Iterable[str]) -> Iterator[str]:
+        """Pass text on, counting how much of the input is used."""
+        for text in texts:
+            yield text
+            if self._total is not None:
+                self._seen += len(text.encode())
+                self._bar.update(self._task, completed=self._seen)
+
+    def show(self, stats: SessionStats) -> None:
+        """Show the state after a chunk."""
+        rate = stats.tokens / self.seconds if self.seconds else 0.0
+        self._bar.update(
+            self._task,
+            description=(
+                f"{stats.tokens:,} tokens · {rate:,.0f}/s · {stats.chunks:,} chunks · "
+                f"{readable_bytes(stats.memory_bytes)} held"
+            ),
+        )
+
+    def summary(self, stats: SessionStats) -> str:
+        """The last state as a line."""
+        rate = stats.tokens / self.seconds if self.seconds else 0.0
+        return (
+            f"{stats.tokens:,} tokens in {self.seconds:,.1f} s ({rate:,.0f}/s), {stats.chunks:,} "
+            f"chunks folded, {readable_bytes(stats.memory_bytes)} of memory held"
+        )

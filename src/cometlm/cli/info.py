@@ -1,0 +1,48 @@
+"""`cometlm info MODEL`: what attaching a memory costs."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from cometlm.cli import options
+from cometlm.cli.console import describe, load_quietly, out
+from cometlm.counting import chunk_cost
+from cometlm.device import readable_bytes
+
+
+def info(
+    model: options.Model,
+    chunk_size: options.ChunkSize = None,
+    readout_tokens: options.ReadoutTokens = None,
+    stride: options.Stride = None,
+    capacity: options.Capacity = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Say what attaching a memory to a model costs: parameters, memory, rows and the gain."""
+    loaded, _ = load_quietly(
+        model,
+        device,
+        dtype,
+        chunk_size=chunk_size,
+        readout_tokens=readout_tokens,
+        stride=stride,
+        capacity=capacity,
+    )
+    sizes = loaded.config.comet_config
+    added = sum(p.numel() for p in loaded.model.comet.parameters())
+    total = sum(p.numel() for p in loaded.parameters()) - added
+    per_row = sum(cell.row_bytes(loaded.dtype) for cell in loaded.model.cells)
+    state = loaded.config.hidden_size * loaded.dtype.itemsize * len(loaded.model.cells)
+    held = sizes.global_slots * state + sizes.temporary_slots * per_row
+    cost = chunk_cost(loaded.config.text_config, sizes)
+    table = Table(show_header=False, title=describe(loaded), title_justify="left")
+    table.add_row("backbone parameters", f"{total:,}")
+    table.add_row("new parameters", f"{added:,} ({added / total:.3%})")
+    table.add_row("memory held, whatever was read", readable_bytes(held))
+    table.add_row(
+        "rows per chunk, memory full",
+        f"{sizes.memory_rows:,} memory + {sizes.chunk_items:,} computed = {sizes.row_length:,}",
+    )
+    table.add_row("gain over memory as full rows, counted", f"{cost.gain:.2f} ×")
+    out.print(table)

@@ -1,0 +1,36 @@
+"""The `cometlm` command: collects the verbs, and turns errors into one line each."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from cometlm.cli import demo, info, read
+from cometlm.cli.console import err
+
+app = typer.Typer(
+    name="cometlm",
+    help="Endless context in constant memory for Hugging Face language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("read")(read.read)
+app.command("info")(info.info)
+app.command("demo")(demo.demo)
+
+
+def run() -> None:
+    """Entry point: one clear line instead of a traceback; set COMETLM_DEBUG=1 to see it all."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        err.print("\ninterrupted")
+        sys.exit(130)
+    except (ValueError, OSError, ArithmeticError) as error:
+        if os.environ.get("COMETLM_DEBUG"):
+            raise
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)

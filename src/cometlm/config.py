@@ -1,0 +1,131 @@
+"""The sizes and switches of CoMeT, validated once and then frozen.
+
+Legend used in this package: B batch, N text tokens, I items (text, compression and readout tokens
+of one chunk), M readout tokens, K capacity, D width of the backbone, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_POSITIVE = ("chunk_size", "readout_tokens", "stride", "capacity", "rank")
+_SWITCHES = ("global_memory", "temporary_memory", "gate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CometConfig:
+    """Sizes of a CoMeT (SPEC §2, §5). The defaults are the paper's.
+
+    Args:
+        chunk_size: text tokens per chunk.
+        readout_tokens: readout tokens per chunk, which is also the number of global memory slots.
+        stride: one compression token follows every `stride` text tokens.
+        capacity: temporary memory slots; the oldest entries leave first.
+        rank: inner width of the low-rank adapters of the memory.
+        global_memory: keep a global memory. Without it there are no readout tokens.
+        temporary_memory: keep a temporary memory. Without it there are no compression tokens.
+        gate: mix the old global state with the new; without it the new replaces the old
+            (the paper's ablation).
+
+    Raises:
+        ValueError: a size below 1 or not an integer, or a switch that is not a bool.
+    """
+
+    chunk_size: int = 2048
+    readout_tokens: int = 512
+    stride: int = 8
+    capacity: int = 2048
+    rank: int = 8
+    global_memory: bool = True
+    temporary_memory: bool = True
+    gate: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}{_switch_hint(name)}")
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
+
+    @property
+    def global_slots(self) -> int:
+        """Rows of global memory that a chunk can see: M, or 0 without global memory."""
+        return self.readout_tokens if self.global_memory else 0
+
+    @property
+    def temporary_slots(self) -> int:
+        """Rows of temporary memory that a chunk can see at most: K, or 0 without one."""
+        return self.capacity if self.temporary_memory else 0
+
+    @property
+    def memory_rows(self) -> int:
+        """Rows of memory in front of a chunk once the memory is full."""
+        return self.global_slots + self.temporary_slots
+
+    @property
+    def chunk_items(self) -> int:
+        """Items of a whole chunk: its text, its compression tokens and its readout tokens."""
+        return self.chunk_size + self.compression_tokens(self.chunk_size) + self.global_slots
+
+    @property
+    def row_length(self) -> int:
+        """The longest row that ever enters a layer; no position reaches it (SPEC §2)."""
+        return self.memory_rows + self.chunk_items
+
+    def compression_tokens(self, text_tokens: int) -> int:
+        """Compression tokens of a closed chunk with `text_tokens` text tokens (SPEC §2)."""
+        return math.ceil(text_tokens / self.stride) if self.temporary_memory else 0
+
+    def check_positions(self, limit: int | None) -> None:
+        """Refuse sizes whose longest row does not fit the backbone's positions.
+
+        Raises:
+            ValueError: `row_length` exceeds `limit`; the message shows the sum.
+        """
+        if limit is not None and self.row_length > limit:
+            raise ValueError(
+                f"chunk_size={self.chunk_size} is too large for this backbone: global memory "
+                f"{self.global_slots} + temporary memory {self.temporary_slots} + chunk "
+                f"{self.chunk_size} + compression tokens {self.compression_tokens(self.chunk_size)}"
+                f" + readout {self.global_slots} = {self.row_length} positions, but the backbone "
+                f"has max_position_embeddings={limit}"
+            )
+
+    def replace(self, **changes: Any) -> CometConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CometConfig:
+        """Build from `to_dict`'s output.
+
+        Raises:
+            ValueError: a name that is not a field, or an impossible value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown CometConfig field {name!r}; it has {', '.join(known)}")
+        return cls(**values)
+
+
+def _switch_hint(name: str) -> str:
+    switch = {
+        "readout_tokens": "global_memory",
+        "stride": "temporary_memory",
+        "capacity": "temporary_memory",
+    }.get(name)
+    return f" (to do without, set {switch}=False)" if switch else ""

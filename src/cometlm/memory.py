@@ -1,0 +1,197 @@
+"""Memory of one layer: the value that is carried, and the small modules that update it.
+
+`LayerMemory` is a value: updates return a new one and nothing is changed in place, so memories can
+be kept, forked, saved and sent. The modules hold weights only (SPEC §3). Rows of a batch may hold
+different amounts of memory; how much is counted once for all layers in `layout.RowCounts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cometlm.config import CometConfig
+
+# RMSNorm_g keeps torch.nn.RMSNorm's default for float32 whatever the dtype (SPEC §3).
+GLOBAL_EPS = float(torch.finfo(torch.float32).eps)
+TEMPORARY_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What one layer remembers between chunks.
+
+    Attributes:
+        state: gated global state [B, M, D], un-adapted; None before the first fold.
+        entries: temporary memory, oldest first: blocks [B, e, E] whose lengths add up to at most
+            the capacity. E is D for hidden rows, or the width of a key and a value where that is
+            smaller. In a ragged batch there is one block, and row b holds its first
+            `RowCounts.entries` rows.
+    """
+
+    state: Tensor | None = None
+    entries: tuple[Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        state = 0 if self.state is None else self.state.nbytes
+        return state + sum(block.nbytes for block in self.entries)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 for the half types."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm of x [..., D], in the weight's dtype."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight.to(normed.dtype)).to(self.weight.dtype)
+
+
+class LowRankAdapter(nn.Module):
+    """x + Up(Down(x)), without bias: RLA of SPEC §3. Starts as the identity."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down_proj = nn.Linear(width, rank, bias=False)
+        self.up_proj = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.up_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [..., D] with its low-rank update."""
+        out: Tensor = x + self.up_proj(self.down_proj(x))
+        return out
+
+
+class GlobalMemory(nn.Module):
+    """The gated update of the global state, and the slots that the next chunk sees (SPEC §3)."""
+
+    def __init__(self, width: int, rank: int, gate: bool) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, GLOBAL_EPS)
+        self.gate = nn.Linear(2 * width, 1, bias=False) if gate else None
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)  # an even mix until trained
+        self.adapter = LowRankAdapter(width, rank)
+
+    def update(self, state: Tensor | None, readout: Tensor) -> Tensor:
+        """New state [B, M, D] from the old one and the layer's readout outputs [B, M, D]."""
+        candidate: Tensor = self.norm(readout)
+        if state is None or self.gate is None:
+            return candidate
+        keep = torch.sigmoid(self.gate(torch.cat([candidate, state], dim=-1)))
+        return keep * state + (1 - keep) * candidate
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Slots G [B, M, D] that the next chunk sees."""
+        slots: Tensor = self.adapter(state)
+        return slots
+
+
+class TemporaryMemory(nn.Module):
+    """Turns the layer's compression outputs into entries (SPEC §3)."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width, TEMPORARY_EPS)
+        self.adapter = LowRankAdapter(width, rank)
+
+    def forward(self, compression: Tensor) -> Tensor:
+        """Entries [B, e, D] from outputs [B, e, D]."""
+        entries: Tensor = self.adapter(self.norm(compression))
+        return entries
+
+
+class LayerMemoryWeights(nn.Module):
+    """All memory weights of one layer; a part is None where its memory is switched off."""
+
+    def __init__(self, width: int, config: CometConfig) -> None:
+        super().__init__()
+        self.global_memory = (
+            GlobalMemory(width, config.rank, config.gate) if config.global_memory else None
+        )
+        self.temporary_memory = (
+            TemporaryMemory(width, config.rank) if config.temporary_memory else None
+        )
+
+
+class Comet(nn.Module):
+    """Every weight that CoMeT adds to a backbone: this module is what a checkpoint holds.
+
+    Attributes:
+        readout: R [M, D], or None.
+        compression: C [1, D], or None.
+        layers: one `LayerMemoryWeights` per layer of the backbone.
+    """
+
+    def __init__(self, width: int, layers: int, config: CometConfig) -> None:
+        super().__init__()
+        self.readout = (
+            nn.Parameter(torch.randn(config.readout_tokens, width) * 0.02)
+            if config.global_memory
+            else None
+        )
+        self.compression = (
+            nn.Parameter(torch.randn(1, width) * 0.02) if config.temporary_memory else None
+        )
+        self.layers = nn.ModuleList([LayerMemoryWeights(width, config) for _ in range(layers)])
+
+    def imitate(self, embeddings: Tensor) -> None:
+        """Draw R and C like embeddings [V, D] that the backbone knows: same mean and spread."""
+        mean, spread = embeddings.mean(0), embeddings.std(0)
+        with torch.no_grad():
+            for parameter in (self.readout, self.compression):
+                if parameter is not None:
+                    parameter.copy_(torch.randn_like(parameter) * spread + mean)
+
+
+def push(blocks: Sequence[Tensor], new: Tensor, capacity: int) -> tuple[Tensor, ...]:
+    """Append a block [B, e, E] to the FIFO and drop what exceeds `capacity` from its old end."""
+    kept = [*blocks, new]
+    excess = sum(block.shape[1] for block in kept) - capacity
+    while excess > 0:
+        oldest = kept[0].shape[1]
+        if oldest <= excess:
+            kept.pop(0)
+        else:
+            kept[0] = kept[0][:, excess:]
+        excess -= min(oldest, excess)
+    return tuple(kept)
+
+
+def join_ragged(
+    old: Tensor,
+    old_lengths: Sequence[int],
+    new: Tensor,
+    new_lengths: Sequence[int],
+    limit: int | None = None,
+) -> Tensor:
+    """Per row: the first `old_lengths[b]` of old, then the first `new_lengths[b]` of new.
+
+    Args:
+        old: [B, …, S, W]; new: [B, …, T, W]. Rows are counted along the last axis but one.
+        limit: keep only the last `limit` of the joined rows.
+
+    Returns:
+        [B, …, longest, W]. What follows a shorter row's own length is filling, to be masked.
+    """
+    ends = [o + n for o, n in zip(old_lengths, new_lengths, strict=True)]
+    drops = [max(0, end - limit) if limit is not None else 0 for end in ends]
+    longest = max(end - drop for end, drop in zip(ends, drops, strict=True))
+    slot = torch.arange(longest)[None, :] + torch.tensor(drops)[:, None]
+    first = torch.tensor(list(old_lengths))[:, None]
+    source = torch.where(slot < first, slot, old.shape[-2] + slot - first)
+    both = torch.cat([old, new], dim=-2)
+    index = source.clamp(max=both.shape[-2] - 1).to(both.device)
+    for _ in range(both.dim() - 3):
+        index = index[:, None]
+    return both.gather(-2, index[..., None].expand(*both.shape[:-2], longest, both.shape[-1]))

@@ -1,0 +1,98 @@
+"""The two parts against plain attention in float64: outputs and gradients."""
+
+import pytest
+import torch
+from cometlm.attention import KeyValue, attend_one_part, attend_two_part
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tiny import error
+
+
+def plain(query, memory, chunk, visible, scale):
+    """Softmax attention written out; `visible` [I, S] covers the chunk."""
+    groups = query.shape[1] // chunk.key.shape[1]
+    key = torch.cat([memory.key, chunk.key], 2).repeat_interleave(groups, 1)
+    value = torch.cat([memory.value, chunk.value], 2).repeat_interleave(groups, 1)
+    seen = torch.ones(query.shape[2], memory.key.shape[2], dtype=torch.bool)
+    scores = (query @ key.transpose(-1, -2)) * scale
+    scores = scores.masked_fill(~torch.cat([seen, visible], 1), -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+@st.composite
+def cases(draw):
+    new = draw(st.integers(1, 9))
+    before = draw(st.integers(0, 6))
+    window = draw(st.sampled_from([None, 1, 3]))
+    return {
+        "batch": draw(st.integers(1, 2)),
+        "heads": draw(st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 1)])),
+        "width": draw(st.sampled_from([4, 8])),
+        "slots": draw(st.integers(1, 7)),
+        "new": new,
+        "before": before,
+        "window": window,
+        "spread": draw(st.sampled_from([0.1, 1.0, 20.0])),
+        "seed": draw(st.integers(0, 999)),
+    }
+
+
+@given(cases())
+@pytest.mark.parametrize("attend", [attend_two_part, attend_one_part])
+def test_equals_plain_attention(attend, case):
+    torch.manual_seed(case["seed"])
+    heads, key_heads = case["heads"]
+    new, before = case["new"], case["before"]
+
+    def random(count, length):
+        shape = (case["batch"], count, length, case["width"])
+        return (torch.randn(shape, dtype=torch.float64) * case["spread"]).requires_grad_()
+
+    query = random(heads, new)
+    memory = KeyValue(random(key_heads, case["slots"]), random(key_heads, case["slots"]))
+    chunk = KeyValue(random(key_heads, before + new), random(key_heads, before + new))
+    leaves = [query, *memory, *chunk]
+    distance = torch.arange(before, before + new)[:, None] - torch.arange(before + new)
+    visible = distance >= 0
+    if case["window"] is not None:
+        visible &= distance < case["window"]
+    causal = before == 0 and case["window"] is None
+    mask = None if causal else visible
+    if mask is not None and attend is attend_one_part:
+        mask = torch.cat([torch.ones(new, case["slots"], dtype=torch.bool), mask], 1)
+
+    weights = torch.randn(case["batch"], heads, new, case["width"], dtype=torch.float64)
+    ours = attend(query, memory, chunk, mask, causal, 0.3)
+    theirs = plain(query, memory, chunk, visible, 0.3)
+    assert error(ours, theirs) < 1e-12
+    got = torch.autograd.grad((ours * weights).sum(), leaves)
+    want = torch.autograd.grad((theirs * weights).sum(), leaves)
+    scale = max(float(w.abs().max()) for w in want)  # saturated softmax: some are all rounding
+    for ours, theirs in zip(got, want, strict=True):
+        assert float((ours - theirs).abs().max()) < 1e-11 * scale
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    make = lambda n: torch.randn(1, 2, n, 4, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    query, mk, mv, k, v = make(5), make(3), make(3), make(5), make(5)
+
+    def call(query, mk, mv, k, v):
+        return attend_two_part(query, KeyValue(mk, mv), KeyValue(k, v), None, True, None)
+
+    assert torch.autograd.gradcheck(call, (query, mk, mv, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_and_single(dtype):
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    memory = KeyValue(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
+    chunk = KeyValue(key, torch.randn(1, 2, 6, 8))
+    visible = torch.ones(6, 6, dtype=torch.bool).tril()
+    want = plain(query, memory, chunk, visible, 0.3)
+    low = lambda pair: KeyValue(*(x.to(dtype) for x in pair))  # noqa: E731
+    got = attend_two_part(query.to(dtype), low(memory), low(chunk), None, True, 0.3)
+    assert got.dtype == dtype
+    assert error(got.float(), want) < 4 * torch.finfo(dtype).eps
