@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cometlm.attention import KeyValue, attend_one_part, attend_two_part
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cometlm.attention import KeyValue, attend_one_part, attend_two_part
 from tests.tiny import error
 
 

@@ -1,14 +1,14 @@
 """One text, many ways to feed it: pieces = one call = batch = layer by layer = reference."""
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cometlm.cache import CometCache
 from cometlm.grid import walk_by_layer
 from cometlm.layout import ChunkLayout, plan, take
 from cometlm.model import _Text
 from cometlm.reference import reference_logits
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.tiny import FAMILIES, error, random_ids, tiny_comet
 
 # transformers' norms and rotary angles are float32 even in float64 models.
@@ -124,7 +124,7 @@ def test_layer_by_layer_equals_chunk_by_chunk(model, length, batch):
     for ours, theirs in zip(got, want, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs.abs().max() > 0:
-            assert error(ours, theirs) < 1e-8
+            assert error(ours, theirs) < 1e-6  # float32 norms sum in another order
 
 
 @settings(max_examples=40)
@@ -146,7 +146,7 @@ def test_gradients_of_a_ragged_batch_equal_rows_alone(model, lengths):
     mask = torch.zeros_like(ids)
     for b, row in enumerate(rows):
         ids[b, width - len(row) :], mask[b, width - len(row) :] = row, 1
-    parameters = list(model.model.comet.parameters())
+    parameters = [*model.model.comet.parameters(), model.model.norm.weight]
 
     def gradients(total):
         return torch.autograd.grad(total, parameters, allow_unused=True)

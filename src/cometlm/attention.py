@@ -196,14 +196,14 @@ class _TwoPart(torch.autograd.Function):
         far, far_lse = _flash(query, memory_key, memory_value, 0.0, False, scale=scale)
         near, near_lse = _flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         lse = torch.logaddexp(far_lse, near_lse)
-        out = far * (far_lse - lse).exp().unsqueeze(-1).to(far.dtype)
+        out: Tensor = far * (far_lse - lse).exp().unsqueeze(-1).to(far.dtype)
         out.addcmul_(near, (near_lse - lse).exp().unsqueeze(-1).to(near.dtype))
         ctx.save_for_backward(query, memory_key, memory_value, key, value, bias, out, lse)
         ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, memory_key, memory_value, key, value, bias, out, lse = ctx.saved_tensors
         merged = (out, lse, 0.0)
