@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cometlm.batch import TextBatch
 from cometlm.cache import CometCache
 from cometlm.grid import walk_by_layer
 from cometlm.layout import ChunkLayout, plan, take
-from cometlm.model import _Text
 from cometlm.reference import reference_logits
 from tests.tiny import FAMILIES, error, random_ids, tiny_comet
 
@@ -108,7 +108,7 @@ def test_layer_by_layer_equals_chunk_by_chunk(model, length, batch):
     sizes = inner.config.comet_config
     cache = CometCache.empty(len(inner.cells), batch, sizes)
     rows, chunks = cache.rows, []
-    text = _Text.of(ids, None, 96)
+    text = TextBatch.of(ids, None, 96)
     for step in plan(rows, text.lengths, sizes.chunk_size):
         layout = ChunkLayout(sizes, rows, step, cache.reach, ids.device)
         rows = layout.counts_after()

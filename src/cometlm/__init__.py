@@ -1,13 +1,15 @@
 """Endless context in constant memory for any pretrained Hugging Face language model."""
 
-from cometlm.cache import CometCache
-from cometlm.config import CometConfig
-from cometlm.loading import load
-from cometlm.model import CometForCausalLM, CometModel, attach, detach
-from cometlm.model_config import CometModelConfig
-from cometlm.session import Session
+__version__ = "0.1.0"  # before the imports: what a session file says of its writer
 
-__version__ = "0.1.0"
+from cometlm.attachment import attach, detach
+from cometlm.cache import CometCache
+from cometlm.causal_lm import CometForCausalLM
+from cometlm.config import CometConfig
+from cometlm.model import CometModel
+from cometlm.model_config import CometModelConfig
+from cometlm.pretrained import load
+from cometlm.session import Session
 
 __all__ = [
     "CometCache",

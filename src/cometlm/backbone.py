@@ -152,6 +152,9 @@ def layer_type(config: Any, layer: int) -> str:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module runs: its weights' device, or its hook's if they are kept elsewhere."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None and parameter.device.type != "meta":
+        return parameter.device
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         hooks = [hook, *getattr(hook, "hooks", ())]
@@ -159,7 +162,6 @@ def device_of(module: nn.Module) -> torch.device:
             device = getattr(one, "execution_device", None)
             if device is not None:
                 return torch.empty(0, device=device).device
-    parameter = next(module.parameters(), None)
     return parameter.device if parameter is not None else torch.device("cpu")
 
 

@@ -6,7 +6,9 @@ keeping an old cache is a fork, and an error halfway loses nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from cometlm.config import CometConfig
 from cometlm.grid import LayerState
@@ -22,12 +24,17 @@ class CometCache:
         rows: one count per row of the batch.
         config: sizes of the last call, with its stride and capacity.
         reach: rows that the rotary tables hold.
+        columns: columns of `input_ids` read since `generate()` began; what transformers calls
+            the cache's length. The session may have read far more: `tokens_read`.
     """
+
+    is_compileable: ClassVar[bool] = False  # asked by transformers' generate()
 
     layers: tuple[LayerState, ...]
     rows: tuple[RowCounts, ...]
     config: CometConfig
     reach: int
+    columns: int = 0
 
     @classmethod
     def empty(cls, layers: int, batch: int, config: CometConfig) -> CometCache:
@@ -35,12 +42,43 @@ class CometCache:
         return cls((LayerState(),) * layers, (RowCounts(),) * batch, config, config.row_length)
 
     def reach_under(self, config: CometConfig) -> int:
-        """Rows that the rotary tables of a call with `config` must hold.
+        """The longest row that can come up in a call with `config`, on top of what is held.
 
-        What an open chunk and a memory hold already stays, so a row can be as long as the larger
-        of the two budgets makes it, and one rest longer where the stride changes inside a chunk.
+        It is `config.row_length` while the budget stays as it is. After a change of budget the
+        open chunk keeps the memory and the compression tokens that it has.
         """
-        return self.reach if config == self.config else max(self.reach, config.row_length) + 1
+        longest = config.row_length
+        rest = 1 if config.chunk_size % config.stride else 0
+        for row in self.rows:
+            memory = (config.global_slots if row.folds else 0) + row.entries
+            added = config.chunk_size - row.text
+            if config.temporary_memory:
+                added += config.chunk_size // config.stride - row.text // config.stride + rest
+            longest = max(longest, memory + row.items + added + config.global_slots)
+        return longest
+
+    def select(self, rows: Sequence[int]) -> CometCache:
+        """The cache of a batch made of these rows of this one; a row may come up repeatedly.
+
+        Raises:
+            ValueError: a row that the cache does not have.
+        """
+        if list(rows) == list(range(len(self.rows))):
+            return self
+        for row in rows:
+            if not 0 <= row < len(self.rows):
+                raise ValueError(f"row must lie in 0 … {len(self.rows) - 1}, got {row}")
+        counts = tuple(self.rows[row] for row in rows)
+        layers = tuple(layer.select(rows, counts, self.config) for layer in self.layers)
+        return replace(self, layers=layers, rows=counts)
+
+    def restarted(self) -> CometCache:
+        """The same memory, with `get_seq_length` counting from here."""
+        return self if self.columns == 0 else replace(self, columns=0)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of `input_ids` read since `generate()` began (transformers' name)."""
+        return self.columns
 
     @property
     def nbytes(self) -> int:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from cometlm.model import CometForCausalLM, attach
+from cometlm.attachment import attach
+from cometlm.backbone import FAMILIES
+from cometlm.causal_lm import CometForCausalLM
+from cometlm.pretrained import save_model
 
 # Published field -> the name used in the golden files' metadata.
 _FIELDS = {
@@ -21,6 +27,7 @@ _FIELDS = {
 }
 # What these configs carry beside the backbone's own fields.
 _OURS = {"chunk_size", "family", "num_global_tokens", "generate_max_new_tokens", *_FIELDS.values()}
+_THEIRS = {"architectures", "auto_map", "model_type", "transformers_version"}
 _MEMORY = (
     (r"global_memory_net\.norm\.weight", "global_memory.norm.weight"),
     (r"global_memory_net\.g_proj\.weight", "global_memory.gate.weight"),
@@ -78,11 +85,46 @@ def from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     return model
 
 
+def convert_published(directory: str | Path, out: str | Path) -> CometForCausalLM:
+    """Turn a published folder (one safetensors file, or shards with an index) into a checkpoint.
+
+    The backbone was trained too, so it is saved beside the memory.
+
+    Raises:
+        ValueError: a file is missing or is not what it should be.
+        OSError: something cannot be read or written.
+    """
+    folder = Path(directory)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        weights.update(load_file(file))
+    model = from_published(weights, config)
+    save_model(model, out, backbone=True)
+    if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
+        AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ValueError(f"{folder} holds neither {single.name} nor {index.name}")
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file() or Path(name).name != name]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+    return [folder / name for name in names]
+
+
 def _backbone(
     state_dict: Mapping[str, Tensor], fields: Mapping[str, Any], embedding: Tensor
 ) -> PreTrainedModel:
-    family = fields.get("family") or fields.get("model_type") or "qwen3"
-    own = {k: v for k, v in fields.items() if k not in _OURS and k not in ("model_type",)}
+    family = fields.get("family") or fields.get("model_type")
+    family = family if family in FAMILIES else "qwen3"  # published ones have a type of their own
+    own = {k: v for k, v in fields.items() if k not in _OURS and k not in _THEIRS}
     own["vocab_size"] = embedding.shape[0]
     text_config = AutoConfig.for_model(family, **own)
     backbone = AutoModelForCausalLM.from_config(text_config, dtype=embedding.dtype)

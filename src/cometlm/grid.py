@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from cometlm.attention import CellCall, KeyValue
 from cometlm.backbone import Family, RotaryTable, rotate_keys
-from cometlm.layout import ChunkLayout, take
+from cometlm.config import CometConfig
+from cometlm.layout import ChunkLayout, RowCounts, take
 from cometlm.memory import LayerMemory, LayerMemoryWeights, join_ragged, push
 
 
@@ -57,6 +58,33 @@ class LayerState:
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
         return self.memory.nbytes + (0 if self.open is None else self.open.nbytes)
+
+    def select(
+        self, rows: Sequence[int], counts: Sequence[RowCounts], config: CometConfig
+    ) -> LayerState:
+        """The state of a batch made of these rows, as wide as the longest of them needs.
+
+        Args:
+            rows: rows of this state's batch.
+            counts: theirs.
+        """
+        entries = max(row.entries for row in counts)
+        folded = any(row.folds for row in counts)
+        state = self.memory.state
+        state = _rows_of(state, rows) if folded and state is not None else None
+        blocks = _clip([_rows_of(block, rows) for block in self.memory.entries], entries)
+        memory = LayerMemory(state, blocks)
+        items = max(row.items for row in counts)
+        if self.open is None or items == 0:
+            return LayerState(memory)
+        slots = entries + (config.global_slots if folded else 0)
+        read = self.open.memory
+        if read is not None:
+            read = KeyValue(*(_rows_of(x, rows)[:, :, :slots] for x in read)) if slots else None
+        chunk = KeyValue(*(_rows_of(x, rows)[:, :, :items] for x in self.open.chunk))
+        compressions = max(row.compressions for row in counts)
+        pending = _clip([_rows_of(block, rows) for block in self.open.pending], compressions)
+        return LayerState(memory, OpenChunk(read, chunk, pending))
 
 
 class Cell(nn.Module):
@@ -149,17 +177,21 @@ class Cell(nn.Module):
     @property
     def packs(self) -> bool:
         """Whether entries are kept as keys and values, which they are where these are smaller."""
+        hidden, packed = self._widths
+        return packed < hidden
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """Width of a hidden row, and of a key and a value."""
         attention: Any = self.layer.self_attn
         config = attention.config
-        return 2 * int(config.num_key_value_heads) * int(attention.head_dim) < int(
-            config.hidden_size
-        )
+        packed = 2 * int(config.num_key_value_heads) * int(attention.head_dim)
+        return int(config.hidden_size), packed
 
-    def row_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes that one entry of this layer's temporary memory takes."""
-        attention: Any = self.layer.self_attn
-        packed = 2 * int(attention.config.num_key_value_heads) * int(attention.head_dim)
-        return min(packed, int(attention.config.hidden_size)) * dtype.itemsize
+    @property
+    def entry_width(self) -> int:
+        """Width E of one entry of this layer's temporary memory."""
+        return min(self._widths)
 
     def _pack(self, entries: Tensor) -> Tensor:
         """Entries [B, e, D] as they are kept, [B, e, E]: projected here, once in their life."""
@@ -303,6 +335,20 @@ def walk_by_layer(
 
 
 # --- helpers --------------------------------------------------------------------------------
+
+
+def _rows_of(x: Tensor, rows: Sequence[int]) -> Tensor:
+    return x.index_select(0, torch.tensor(list(rows), device=x.device))
+
+
+def _clip(blocks: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
+    """The first `length` rows of blocks [B, e, E]."""
+    kept = []
+    for block in blocks:
+        if length > 0:
+            kept.append(block[:, :length])
+        length -= block.shape[1]
+    return tuple(kept)
 
 
 def _at(rotary: RotaryTable, positions: Tensor) -> RotaryTable:

@@ -1,4 +1,4 @@
-"""From a name to a model with memory and its tokenizer: built-in names, directories, hub ids.
+"""From a name to a backbone: built-in names, directories, hub ids.
 
 The built-in models come out of packages of the Python index, so they install wherever pip does.
 Their weights are GGUF files that are checked, converted once and kept in the user's cache folder
@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from cometlm.device import default_device, default_dtype
-from cometlm.model import CometForCausalLM, attach
 
 
 @dataclass(frozen=True)
@@ -64,46 +61,36 @@ BUILT_IN = {
 }
 
 
-def load(
-    name: str,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    **sizes: Any,
-) -> tuple[CometForCausalLM, Any]:
-    """Load a backbone, attach a memory to it, and load its tokenizer.
-
-    Args:
-        name: a built-in name ("smollm2", "gemma3-270m"), a directory, or a hub id.
-        device: where to put it; "auto" spreads it over all devices. Default: the accelerator if
-            there is one, else the CPU.
-        dtype: default bfloat16, but float32 on CPUs without bfloat16 products.
-        sizes: `CometConfig` fields; default the built-in model's own, or the paper's.
-
-    Returns:
-        The model in evaluation mode, with an untrained memory, and the tokenizer.
+def load_backbone(name: str, *, dtype: Any = "auto", device_map: Any = None) -> PreTrainedModel:
+    """A causal language model by a built-in name, directory or hub id, without memory.
 
     Raises:
-        ValueError: a built-in model that is not installed or not the one expected; what `attach`
-            raises.
+        ValueError: a built-in model that is not installed or not the one expected.
         OSError: a directory or hub id that cannot be read.
     """
-    spread = str(device) == "auto"
-    place = default_device() if device is None or spread else torch.device(device)
-    built_in = BUILT_IN.get(name)
-    source = str(_converted(name, built_in)) if built_in else name
-    backbone: Any = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=dtype or default_dtype(place),
-        **({"device_map": "auto"} if spread else {}),
-    )
-    if not spread:
-        backbone.to(place)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if built_in:
+    try:
+        backbone: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source_of(name), dtype=dtype, device_map=device_map
+        )
+    except OSError as error:
+        raise not_found(name, error) from error
+    if name in BUILT_IN:
         backbone.config.name_or_path = name
-        sizes = {**built_in.sizes, **sizes}
-    return attach(backbone.eval(), **sizes), tokenizer
+    return backbone
+
+
+def source_of(name: str) -> str:
+    """What transformers calls the model of that name."""
+    built_in = BUILT_IN.get(name)
+    return str(_converted(name, built_in)) if built_in else name
+
+
+def not_found(name: str, error: OSError) -> OSError:
+    """What to say of a name that nothing was found under."""
+    return OSError(
+        f"{name!r} is no built-in model ({', '.join(BUILT_IN)}) and cannot be loaded as a "
+        f"directory or hub id: {error}"
+    )
 
 
 def cache_folder() -> Path:

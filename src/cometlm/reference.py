@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cometlm.model import CometForCausalLM
+from cometlm.causal_lm import CometForCausalLM
 
 
 def reference_logits(model: CometForCausalLM, input_ids: Tensor, **budget: int) -> Tensor:

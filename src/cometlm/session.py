@@ -1,22 +1,38 @@
-"""A session: one text read by one model, however it comes in.
+"""A session: one text read by one model, however it comes in; it can be asked, forked and saved.
 
 The session owns its state: the memory at the last chunk border, and the open chunk as token ids.
-The open chunk is run only when its logits are wanted, so every chunk goes through the layers once
-and however the text was cut makes no difference.
+Every chunk goes through the layers once, when it is full and more has followed, so however the text
+was cut makes no difference, to the last bit. The price is that asking runs the open chunk again.
+
+Footguns:
+    - The end of what was read as text waits for what follows it, since its tokens may still
+      change. Asking looks at all of it.
+    - Token ids and chat turns end the text before them: its last tokens are then settled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
+from cometlm import session_file
 from cometlm.cache import CometCache
-from cometlm.model import CometForCausalLM
-from cometlm.text import TokenStream, read_blocks
+from cometlm.causal_lm import CometForCausalLM
+from cometlm.device import return_freed_memory
+from cometlm.streaming import streamed
+from cometlm.text import TokenStream, cut_blocks, read_blocks
+from cometlm.turns import Turn, render_turn
+
+Ids = Sequence[int] | Tensor
+Source = str | Ids | IO[str] | Iterable[str | Ids]
+
+_NEW_TOKENS = 256  # written where the caller sets no length
 
 
 @dataclass(frozen=True)
@@ -35,61 +51,179 @@ class SessionStats:
 
 
 class Session:
-    """Reads text of any length with one model, in constant memory."""
+    """Reads text of any length with one model, in constant memory.
 
-    def __init__(self, model: CometForCausalLM, tokenizer: Any) -> None:
+    Args:
+        model: the model; sessions share it and never change it.
+        tokenizer: its tokenizer; without one, only token ids can be read.
+    """
+
+    def __init__(self, model: CometForCausalLM, tokenizer: Any = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._stream = TokenStream(tokenizer)
+        self._stream = TokenStream(tokenizer) if tokenizer is not None else None
         self._cache: CometCache = model.model.empty_cache()
         self._open: list[int] = []
+        self._turns = 0
+        self._characters = 0
 
-    def read(self, source: str | IO[str] | Iterable[str]) -> None:
-        """Read text: a string, an open text file, or an iterable of strings.
+    # --- reading ----------------------------------------------------------------------------
+
+    def read(self, source: Source) -> None:
+        """Read text or token ids: one of either, an open text file, or an iterable of either.
 
         Raises:
-            ValueError: a file that is not text.
+            ValueError: a file that is not text, ids outside the vocabulary, text without a
+                tokenizer.
             FloatingPointError: a memory stopped being finite; what was read before is kept.
         """
         for _ in self.reading(source):
             pass
 
-    def reading(self, source: str | IO[str] | Iterable[str]) -> Iterator[SessionStats]:
+    def reading(self, source: Source) -> Iterator[SessionStats]:
         """Like `read`, giving the stats after every chunk."""
-        for text in _texts(source):
-            yield from self._take(self._stream.feed(text))
+        for piece in _pieces(source):
+            if isinstance(piece, str):
+                self._characters += len(piece)
+                yield from self._take(self._text_stream().feed(piece))
+            else:
+                self._check(piece)
+                yield from self.finish()
+                if self._stream is not None:
+                    self._stream.skip_prefix()
+                yield from self._take(piece)
 
     def finish(self) -> Iterator[SessionStats]:
-        """Say that the text ends here: its last tokens need no more to be known."""
-        yield from self._take(self._stream.finish())
+        """Say that the text ends here: its last tokens need not wait for more."""
+        if self._stream is not None:
+            yield from self._take(self._stream.finish())
+
+    def settle(self) -> Iterator[SessionStats]:
+        """Run every chunk whose tokens are known, so that asking and loading need not.
+
+        `read` collects some pages of text before it tokenises; this does not wait for them, and
+        changes nothing else.
+        """
+        if self._stream is not None:
+            yield from self._take(self._stream.settle())
 
     def stats(self) -> SessionStats:
-        """Tokens read, chunks folded and bytes held so far."""
+        """Tokens read, chunks folded and bytes held so far.
+
+        The end of the text, whose tokens may still change, counts with the tokens that it has now.
+        """
         cache = self._cache
-        tokens = cache.tokens_read + len(self._open)
+        waiting = copy.copy(self._stream).finish() if self._stream is not None else ()
+        tokens = cache.tokens_read + len(self._open) + len(waiting)
         return SessionStats(tokens, cache.chunks_folded, cache.nbytes)
 
+    @property
+    def characters(self) -> int:
+        """Characters of text read so far; what was interrupted can go on in its source there."""
+        return self._characters
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def ask(
+        self, prompt: str, *, stream: bool = False, template: bool | None = None, **generation: Any
+    ) -> str | Iterator[str]:
+        """Answer a question about what was read; the session stays as it was.
+
+        Args:
+            prompt: the question.
+            stream: give the answer piece by piece while it is written.
+            template: put the prompt into the tokenizer's chat template. Default: if it has one.
+            generation: options of transformers' `generate`; 256 new tokens unless they say.
+
+        Returns:
+            The answer, or an iterator over its pieces.
+
+        Raises:
+            ValueError: nothing was read and the prompt is empty, an option that `generate` does
+                not know or that makes more than one answer.
+        """
+        if template is None:
+            template = bool(getattr(self.tokenizer, "chat_template", None))
+        fork = self.fork()
+        if template:
+            fork.read(fork._ids_of(fork._turn(prompt).opening))
+        else:
+            fork.read(prompt)
+        pieces = fork._written([], generation, stream)
+        return pieces if stream else "".join(pieces)
+
+    def chat(self, message: str, *, stream: bool = False, **generation: Any) -> str | Iterator[str]:
+        """Like `ask`, but the message and its answer stay in the session.
+
+        If the answer is broken off (by an error before its first token: nothing stays), what was
+        written so far stays.
+
+        Raises:
+            ValueError: as `ask`; also a tokenizer without a chat template.
+        """
+        pieces = self._chatting(message, generation, stream)
+        return pieces if stream else "".join(pieces)
+
     @torch.no_grad()
-    def continuation(self, count: int) -> Iterator[int]:
-        """The `count` likeliest next tokens, one after another; the session stays as it is.
+    def continuation(self, count: int) -> list[int]:
+        """The `count` likeliest next tokens, greedily; the session stays as it is.
 
         Raises:
             ValueError: nothing was read yet.
         """
-        if not self._open:
-            raise ValueError("nothing was read yet, so there is nothing to go on from")
-        cache, ids = self._cache, self._open
-        for _ in range(count):
-            out = self.model(
-                self._tensor(ids), past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            logits = out.logits[0, -1]
-            logits[self.model.config.suppressed_tokens or []] = -torch.inf
-            cache, ids = out.past_key_values, [int(logits.argmax())]
-            yield ids[0]
+        fork = self.fork()
+        written: list[int] = []
+        greedy = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "max_new_tokens": count}
+        for _ in fork._written(written, greedy, stream=False):
+            pass
+        return written
+
+    def fork(self) -> Session:
+        """A session that goes its own way from here; nothing is copied but the open chunk's ids."""
+        fork = copy.copy(self)
+        fork._stream = copy.copy(self._stream)
+        fork._open = list(self._open)
+        return fork
+
+    # --- keeping ----------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a file of the same size whatever was read.
+
+        The file appears whole or not at all; an older one of that name survives any crash.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        stream = self._stream.state() if self._stream is not None else None
+        kept = session_file.SessionState(
+            self._cache, tuple(self._open), self._turns, self._characters, stream
+        )
+        session_file.save(path, kept, self.model)
+
+    @classmethod
+    def load(cls, path: str | Path, model: CometForCausalLM, tokenizer: Any = None) -> Session:
+        """Go on from a saved session.
+
+        Raises:
+            ValueError: the file is no session, damaged, or of another model; the message says
+                which.
+            OSError: the file cannot be read.
+        """
+        kept = session_file.load(path, model)
+        session = cls(model, tokenizer)
+        session._cache, session._open = kept.cache, list(kept.open)
+        session._turns, session._characters = kept.turns, kept.characters
+        if kept.stream is not None and session._stream is not None:
+            session._stream.restore(kept.stream)
+        elif kept.stream is not None and kept.stream["text"]:
+            raise ValueError(f"{path} was read with a tokenizer; give it to load() as well")
+        return session
+
+    # --- inside -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _take(self, ids: list[int]) -> Iterator[SessionStats]:
+    def _take(self, ids: Sequence[int]) -> Iterator[SessionStats]:
         """Add tokens; run every chunk that more text has followed."""
         size = self.model.config.comet_config.chunk_size
         self._open += ids
@@ -99,18 +233,111 @@ class Session:
                 past_key_values=self._cache,
                 use_cache=True,
                 more_text=True,
+                hidden_to_keep=1,
             )
-            self._cache, self._open = out.past_key_values, self._open[size:]
+            self._cache, self._open = out.past_key_values.restarted(), self._open[size:]
+            del out
+            return_freed_memory(self.model.device)
             cache = self._cache
             yield SessionStats(cache.tokens_read, cache.chunks_folded, cache.nbytes)
+
+    def _chatting(self, message: str, generation: dict[str, Any], stream: bool) -> Iterator[str]:
+        turn = self._turn(message)
+        work = self.fork()
+        work.read(work._ids_of(turn.opening))
+        answer: list[int] = []
+        try:
+            yield from work._written(answer, generation, stream)
+        finally:
+            if answer:
+                closing = work._ids_of(turn.closing)
+                repeated = bool(closing) and answer[-1] == closing[0]
+                work.read([*answer, *closing[repeated:]])
+                work._turns += 1
+                self.__dict__.update(work.__dict__)
+
+    def _written(self, ids: list[int], generation: dict[str, Any], stream: bool) -> Iterator[str]:
+        """Go on from what was read: the text piece by piece, and its token ids into `ids`."""
+        for _ in self.finish():
+            pass
+        if not self._open:
+            raise ValueError("nothing was read and the prompt is empty: there is nothing to go on")
+        options = _generation_options(generation, self.model, self.tokenizer)
+        prompt = self._tensor(self._open)
+        model: Any = self.model  # transformers' own annotations want its models only
+
+        def run(**more: Any) -> None:
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=self._cache,
+                **options,
+                **more,
+            )
+            ids.extend(out[0, prompt.shape[1] :].tolist())
+
+        if stream:
+            yield from streamed(run, self.tokenizer)
+        else:
+            run()
+            yield "" if self.tokenizer is None else self._decode(ids)
+
+    def _turn(self, message: str) -> Turn:
+        first = self._turns == 0
+        return render_turn(self.tokenizer, message, first, began=self.stats().tokens > 0)
+
+    def _text_stream(self) -> TokenStream:
+        if self._stream is None:
+            raise ValueError("this session has no tokenizer; give it one, or read token ids")
+        return self._stream
+
+    def _ids_of(self, text: str) -> list[int]:
+        """Ids of text that stands for itself, special tokens written out."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _check(self, ids: Sequence[int]) -> None:
+        vocabulary = self.model.config.vocab_size
+        for token in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}, got {token}")
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.model.device)
 
 
-def _texts(source: str | IO[str] | Iterable[str]) -> Iterable[str]:
+def _pieces(source: Source) -> Iterator[str | list[int]]:
+    """Text in blocks and token ids in lists, in their order."""
     if isinstance(source, str):
-        return [source]
-    if hasattr(source, "read"):
-        return read_blocks(cast("IO[str]", source), getattr(source, "name", "the file"))
-    return source
+        yield from cut_blocks(source)
+    elif isinstance(source, Tensor):
+        yield [int(token) for token in source.flatten().tolist()]
+    elif hasattr(source, "read"):
+        yield from read_blocks(cast("IO[str]", source), str(getattr(source, "name", "the file")))
+    elif isinstance(source, Sequence) and source and all(isinstance(x, int) for x in source):
+        yield [int(cast("int", token)) for token in source]
+    else:
+        for item in source:
+            if isinstance(item, int):
+                yield [item]
+            else:
+                yield from _pieces(item)
+
+
+def _generation_options(
+    given: dict[str, Any], model: CometForCausalLM, tokenizer: Any
+) -> dict[str, Any]:
+    """Options for `generate`: one answer, of bounded length."""
+    for name in ("num_return_sequences", "return_dict_in_generate"):
+        if given.get(name) not in (None, False, 1):
+            raise ValueError(f"{name}={given[name]!r}: a session writes one answer, as text")
+    options = dict(given)
+    bounded = ("max_new_tokens", "max_length", "generation_config")
+    if not any(name in options for name in bounded):
+        options["max_new_tokens"] = _NEW_TOKENS
+    if model.generation_config.pad_token_id is None and "pad_token_id" not in options:
+        known = None if tokenizer is None else tokenizer.pad_token_id
+        options["pad_token_id"] = known if known is not None else 0
+    return options

@@ -15,7 +15,7 @@ from typing import IO, Any
 _CONTEXT = 1024  # characters in front of the window whose tokens are known
 _WINDOW = 16384  # characters to collect before tokenising
 _MARGIN = 512  # characters at the end that wait for what follows
-_BLOCK = 65536  # characters read from a file at a time
+_BLOCK = 16384  # characters taken at a time: tokenising needs many times their size in memory
 
 
 class TokenStream:
@@ -33,20 +33,42 @@ class TokenStream:
         self._tokenizer = tokenizer
         self._text = ""
         self._done = 0  # characters of _text whose tokens were given out
+        self._enough = _WINDOW  # characters of _text at which it is tokenised
         self._started = False
 
     def feed(self, text: str) -> list[int]:
         """Add text; return the tokens that can no longer change."""
         self._text += text
-        if len(self._text) - self._done < _WINDOW:
-            return []
-        return self._emit(final=False)
+        return self.settle() if len(self._text) >= self._enough else []
+
+    def settle(self) -> list[int]:
+        """The tokens that can no longer change, without waiting for a window of text."""
+        ids = self._emit(final=False)
+        # Also where no cut was found: one attempt per window, not one per piece of text.
+        self._enough = len(self._text) + _WINDOW
+        return ids
 
     def finish(self) -> list[int]:
         """The remaining tokens. The stream can go on after it, as a text of its own."""
+        if not self._text:
+            return []
         ids = self._emit(final=True)
-        self._text, self._done = "", 0
+        self._text, self._done, self._enough = "", 0, _WINDOW
         return ids
+
+    def skip_prefix(self) -> None:
+        """Say that something came before: the text begins without special tokens in front."""
+        self._started = True
+
+    def state(self) -> dict[str, Any]:
+        """What the stream holds, as JSON values."""
+        return {"text": self._text, "done": self._done, "started": self._started}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        self._text, self._done = state["text"], state["done"]
+        self._started = state["started"]
+        self._enough = len(self._text) + _WINDOW
 
     def _emit(self, final: bool) -> list[int]:
         ids, spans = self._tokenise()
@@ -94,6 +116,12 @@ class TokenStream:
         ids: list[int] = self._tokenizer("")["input_ids"]
         eos = self._tokenizer.eos_token_id
         return ids[:-1] if ids and ids[-1] == eos and eos != self._tokenizer.bos_token_id else ids
+
+
+def cut_blocks(text: str) -> Iterator[str]:
+    """A string block by block, so that a long one is not tokenised at once."""
+    for start in range(0, len(text), _BLOCK):
+        yield text[start : start + _BLOCK]
 
 
 def read_blocks(file: IO[str], name: str) -> Iterator[str]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as hf_logging
 
+from cometlm.causal_lm import CometForCausalLM
 from cometlm.device import readable_bytes
-from cometlm.loading import load
-from cometlm.model import CometForCausalLM
+from cometlm.pretrained import load
 from cometlm.session import SessionStats
+from cometlm.session_file import read_document
 
 out = Console()
 err = Console(stderr=True)
@@ -33,11 +39,28 @@ def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any)
     hf_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     chosen = {key: value for key, value in sizes.items() if value is not None}
-    err.print(f"loading {name} …", highlight=False)
+    err.print(f"loading {name} …", highlight=False, soft_wrap=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, tokenizer = load(name, device=device, dtype=as_dtype(dtype), **chosen)
     return model, tokenizer
+
+
+def load_for_session(path: Path, name: str | None, device: str | None) -> Any:
+    """The model that made a saved session, or the one named instead, and its tokenizer."""
+    made = read_document(path)["model"]
+    name = name or made["name"]
+    if not name:
+        raise ValueError(f"{path} does not know its model's name; give it with --model")
+    return load_quietly(name, device, made["dtype"], **json.loads(made["sizes"]))
+
+
+def print_stream(pieces: Iterable[str]) -> None:
+    """Write text to standard output as it comes."""
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
 
 
 def as_dtype(name: str | None) -> torch.dtype | None:
@@ -63,11 +86,44 @@ def describe(model: CometForCausalLM) -> str:
     )
 
 
+def is_untrained(model: CometForCausalLM) -> bool:
+    """Whether the memory came with `attach` and not from a checkpoint."""
+    return not model.config.name_or_path
+
+
+class InterruptLater:
+    """Lets work end at its next border on the first Ctrl-C; the second one interrupts at once.
+
+    Attributes:
+        asked: whether Ctrl-C was pressed.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> InterruptLater:
+        if threading.current_thread() is threading.main_thread():  # elsewhere none arrives
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        err.print("ending with this chunk; Ctrl-C again ends at once", highlight=False)
+
+
 class ReadingProgress:
     """A bar with tokens, tokens/s, chunks and bytes of memory held."""
 
-    def __init__(self, total_bytes: int | None) -> None:
+    def __init__(self, total_bytes: int | None, tokens_before: int = 0) -> None:
         self._total = total_bytes
+        self._before = tokens_before
         self._bar = Progress(
             SpinnerColumn(),
             BarColumn(bar_width=24),
@@ -85,6 +141,10 @@ class ReadingProgress:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away."""
         self._bar.stop()
 
     @property
@@ -102,19 +162,21 @@ class ReadingProgress:
 
     def show(self, stats: SessionStats) -> None:
         """Show the state after a chunk."""
-        rate = stats.tokens / self.seconds if self.seconds else 0.0
         self._bar.update(
             self._task,
             description=(
-                f"{stats.tokens:,} tokens · {rate:,.0f}/s · {stats.chunks:,} chunks · "
+                f"{stats.tokens:,} tokens · {self._rate(stats):,.0f}/s · {stats.chunks:,} chunks · "
                 f"{readable_bytes(stats.memory_bytes)} held"
             ),
         )
 
     def summary(self, stats: SessionStats) -> str:
         """The last state as a line."""
-        rate = stats.tokens / self.seconds if self.seconds else 0.0
+        tokens = stats.tokens - self._before
         return (
-            f"{stats.tokens:,} tokens in {self.seconds:,.1f} s ({rate:,.0f}/s), {stats.chunks:,} "
-            f"chunks folded, {readable_bytes(stats.memory_bytes)} of memory held"
+            f"{tokens:,} tokens in {self.seconds:,.1f} s ({self._rate(stats):,.0f}/s), "
+            f"{stats.chunks:,} chunks folded, {readable_bytes(stats.memory_bytes)} of memory held"
         )
+
+    def _rate(self, stats: SessionStats) -> float:
+        return (stats.tokens - self._before) / self.seconds if self.seconds else 0.0

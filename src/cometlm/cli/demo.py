@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -39,22 +40,22 @@ def demo(
     texts = package_sources(_SOURCES) if file is None else _file_texts(file)
     with ReadingProgress(None) as progress:
         try:
-            for stats in session.reading(progress.counting(texts)):
+            reading = session.reading(progress.counting(texts))
+            for stats in chain(reading, session.finish()):
                 progress.show(stats)
                 tenths.note(stats, progress.seconds)
                 if stats.tokens >= tokens:
                     break
             else:
-                for stats in session.finish():
-                    tenths.note(stats, progress.seconds)
+                stats = session.stats()
         except KeyboardInterrupt:
             err.print(f"interrupted after {progress.summary(session.stats())}", highlight=False)
             raise typer.Exit(130) from None
     if session.stats().tokens == 0:
         raise ValueError(f"{file} holds no text")
-    out.print(f"read {progress.summary(session.stats())}", highlight=False)
+    out.print(f"read {progress.summary(stats)}", highlight=False)
     out.print("the next 40 tokens:", style="bold")
-    words = tokenizer.decode(list(session.continuation(40)))
+    words = tokenizer.decode(session.continuation(40))
     out.print(words, markup=False, highlight=False)
 
 

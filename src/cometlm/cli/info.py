@@ -32,7 +32,7 @@ def info(
     sizes = loaded.config.comet_config
     added = sum(p.numel() for p in loaded.model.comet.parameters())
     total = sum(p.numel() for p in loaded.parameters()) - added
-    per_row = sum(cell.row_bytes(loaded.dtype) for cell in loaded.model.cells)
+    per_row = sum(cell.entry_width * loaded.dtype.itemsize for cell in loaded.model.cells)
     state = loaded.config.hidden_size * loaded.dtype.itemsize * len(loaded.model.cells)
     held = sizes.global_slots * state + sizes.temporary_slots * per_row
     cost = chunk_cost(loaded.config.text_config, sizes)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cometlm.cli import demo, info, read
+from cometlm.cli import ask, chat, demo, generate, import_, info, read
 from cometlm.cli.console import err
 
 app = typer.Typer(
@@ -18,7 +18,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("read")(read.read)
+app.command("ask")(ask.ask)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
 app.command("info")(info.info)
+app.command("import")(import_.import_)
 app.command("demo")(demo.demo)
 
 
@@ -32,5 +36,6 @@ def run() -> None:
     except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("COMETLM_DEBUG"):
             raise
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        said = " ".join(str(error).split())  # on one line, however long
+        err.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 
 Model = Annotated[
@@ -15,3 +16,22 @@ Stride = Annotated[int | None, typer.Option(help="Text tokens per compression to
 Capacity = Annotated[int | None, typer.Option(help="Slots of temporary memory.")]
 Device = Annotated[str | None, typer.Option(help="Default: the accelerator, else the CPU.")]
 Dtype = Annotated[str | None, typer.Option(help="Default: what the device is fast at.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Write at most this many tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it, sampling.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Sample from the likeliest that make up this."),
+]
+Seed = Annotated[int | None, typer.Option(help="Sample the same again.")]
+
+
+def generation(
+    max_new_tokens: int, temperature: float, top_p: float | None, seed: int | None
+) -> dict[str, Any]:
+    """Options of `generate` from those of the command line."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    if temperature == 0:
+        return {"max_new_tokens": max_new_tokens, "do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p or 1.0}
+    return {"max_new_tokens": max_new_tokens, **sampling}

@@ -1,24 +1,47 @@
-"""`cometlm read MODEL FILE`: stream a text of any length through a model."""
+"""`cometlm read MODEL FILE`: stream a text of any length through a model, and keep the session."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+import time
+from itertools import chain
 from pathlib import Path
 from typing import IO, Annotated
 
 import typer
 
 from cometlm.cli import options
-from cometlm.cli.console import UNTRAINED, ReadingProgress, describe, err, load_quietly, out
+from cometlm.cli.console import (
+    UNTRAINED,
+    InterruptLater,
+    ReadingProgress,
+    describe,
+    err,
+    is_untrained,
+    load_quietly,
+    out,
+)
 from cometlm.session import Session
 from cometlm.text import read_blocks
+
+_SAVE_EVERY = 300  # seconds
 
 
 def read(
     model: options.Model,
     file: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Keep the session here: at the end, on Ctrl-C, and every 5 minutes."),
+    ] = None,
+    session: Annotated[
+        Path | None, typer.Option(help="Go on from this saved session with a new text.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where --save stopped in this same text.")
+    ] = False,
     next_tokens: Annotated[
         int, typer.Option("--next", min=0, help="Then write this many likeliest tokens.")
     ] = 0,
@@ -30,6 +53,8 @@ def read(
     dtype: options.Dtype = None,
 ) -> None:
     """Read a text with a model, chunk by chunk, in constant memory."""
+    begin = _beginning(save, session, resume)
+    _check_writable(save)
     source, size = open_text(file)
     loaded, tokenizer = load_quietly(
         model,
@@ -41,25 +66,49 @@ def read(
         capacity=capacity,
     )
     err.print(describe(loaded), highlight=False)
-    session = Session(loaded, tokenizer)
-    with source, ReadingProgress(size) as progress:
-        try:
-            for stats in session.reading(progress.counting(read_blocks(source, file))):
-                progress.show(stats)
-            for stats in session.finish():
-                progress.show(stats)
-        except KeyboardInterrupt:
-            err.print(f"interrupted after {progress.summary(session.stats())}", highlight=False)
-            raise typer.Exit(130) from None
-        summary = progress.summary(session.stats())
-    if session.stats().tokens == 0:
+    reader = Session.load(begin, loaded, tokenizer) if begin else Session(loaded, tokenizer)
+    with source:
+        if resume:
+            _skip(source, reader.characters, file)
+        interrupted = _read_all(reader, source, file, size, save)
+    if reader.stats().tokens == 0:
         raise ValueError(f"{file} holds no text")
-    err.print(f"read {summary}", highlight=False)
+    if interrupted:
+        raise typer.Exit(130)
     if next_tokens:
-        err.print(UNTRAINED, style="yellow")
-        out.print(
-            tokenizer.decode(list(session.continuation(next_tokens))), markup=False, highlight=False
-        )
+        if is_untrained(loaded):
+            err.print(UNTRAINED, style="yellow")
+        text = tokenizer.decode(reader.continuation(next_tokens))
+        out.print(text, markup=False, highlight=False)
+
+
+def _read_all(
+    reader: Session, source: IO[str], name: str, size: int | None, save: Path | None
+) -> bool:
+    """Read to the end or to Ctrl-C, which is True; keep what was read whatever happens."""
+    saved = time.monotonic()
+    with ReadingProgress(size, reader.stats().tokens) as progress, InterruptLater() as interrupt:
+        try:
+            texts = progress.counting(read_blocks(source, name))
+            ending = reader.finish if save is None else reader.settle  # a kept text may go on
+            for stats in chain(reader.reading(texts), ending()):
+                progress.show(stats)
+                if interrupt.asked:
+                    break
+                if save is not None and time.monotonic() - saved > _SAVE_EVERY:
+                    reader.save(save)
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            interrupt.asked = True
+        finally:
+            progress.stop()
+            if reader.stats().tokens:
+                word = "interrupted after" if interrupt.asked else "read"
+                err.print(f"{word} {progress.summary(reader.stats())}", highlight=False)
+                if save is not None:
+                    reader.save(save)
+                    err.print(f"saved {save}", markup=False, highlight=False)
+    return interrupt.asked
 
 
 def open_text(name: str) -> tuple[IO[str], int | None]:
@@ -74,3 +123,30 @@ def open_text(name: str) -> tuple[IO[str], int | None]:
     if path.is_dir():
         raise ValueError(f"{name} is a directory; name a text file")
     return path.open(encoding="utf-8"), os.stat(path).st_size
+
+
+def _beginning(save: Path | None, session: Path | None, resume: bool) -> Path | None:
+    """The session file to start from."""
+    if resume and save is None:
+        raise ValueError("--resume needs --save: the session that was being kept")
+    if resume and session is not None:
+        raise ValueError("--resume goes on from --save; leave out --session")
+    return save if resume else session
+
+
+def _check_writable(save: Path | None) -> None:
+    """Say now, not after an hour, that a session cannot be kept there."""
+    if save is None:
+        return
+    if save.is_dir():
+        raise ValueError(f"--save {save} is a directory; name a file")
+    if not os.access(save.parent, os.W_OK):
+        raise ValueError(f"--save {save}: its folder is missing or cannot be written to")
+
+
+def _skip(source: IO[str], characters: int, name: str) -> None:
+    while characters:
+        block = source.read(min(characters, 1 << 20))
+        if not block:
+            raise ValueError(f"{name} is shorter than what the session has read; is it that text?")
+        characters -= len(block)

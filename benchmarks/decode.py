@@ -1,0 +1,176 @@
+"""Decoding: a step against the plain backbone's, batches, and memory while writing on and on.
+
+    python benchmarks/decode.py [--tokens 20000] [--skip-memory]
+
+SmolLM2 at chunk 512, m 64, capacity 512 with its memory full, over one whole chunk so that the
+fold is in it, against the plain backbone with 2,048 tokens of KV cache; both in turn, 64 steps at a
+time. Then batch 8 against batch 1; the size of a session file; and the process's peak while writing
+--tokens tokens against that after a tenth of them. Writes out/decode.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cometlm
+from cometlm.cli.demo import package_sources
+from cometlm.device import peak_memory, readable_bytes, reset_peak_memory
+from common import machine, write
+
+_PLAIN_CACHE = 2048
+_BLOCK = 64
+
+
+class Decoder:
+    """Greedy steps of any model with a cache, a block at a time, each block timed."""
+
+    def __init__(self, forward: Callable[..., Any], ids: Tensor, cache: Any) -> None:
+        self._forward = forward
+        self._ids = ids
+        self.cache = cache
+        self.seconds = 0.0
+        self.steps = 0
+
+    def run(self, steps: int) -> None:
+        """Decode so many tokens."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            out = self._forward(
+                self._ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
+            self.cache, self._ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        self.seconds += time.perf_counter() - start
+        self.steps += steps
+
+    @property
+    def step_ms(self) -> float:
+        """Mean milliseconds of a step."""
+        return 1000 * self.seconds / self.steps
+
+
+def against_the_backbone(model: cometlm.CometForCausalLM, ids: Tensor) -> dict[str, Any]:
+    """Milliseconds of a step, the fold amortised, and of the plain backbone's; their ratio."""
+    sizes = model.config.comet_config
+    ours = Decoder(model, ids[:, -1:], model(ids, logits_to_keep=1).past_key_values)
+    # While attached the backbone runs by itself as plain sdpa, which is its own implementation.
+    backbone = model._backbone
+    past = backbone(ids[:, :_PLAIN_CACHE], use_cache=True, logits_to_keep=1).past_key_values
+    plain = Decoder(backbone, ids[:, -1:], past)
+    for decoder in (ours, plain):  # warm
+        decoder.run(8)
+        decoder.seconds, decoder.steps = 0.0, 0
+    plain.cache.crop(-8)
+    for _ in range(sizes.chunk_size // _BLOCK):
+        ours.run(_BLOCK)
+        plain.run(_BLOCK)
+        plain.cache.crop(-_BLOCK)
+    return {
+        "step_ms": ours.step_ms,
+        "backbone_step_ms": plain.step_ms,
+        "ratio": ours.step_ms / plain.step_ms,
+        "holds": ours.step_ms <= 1.2 * plain.step_ms,
+    }
+
+
+def batches(model: cometlm.CometForCausalLM, ids: Tensor) -> dict[str, Any]:
+    """Tokens/s of batch 8 over those of batch 1, in turn."""
+    decoders = {}
+    for size in (1, 8):
+        batch = torch.cat([ids.roll(b, dims=1) for b in range(size)])
+        cache = model(batch, logits_to_keep=1).past_key_values
+        decoders[size] = Decoder(model, batch[:, -1:], cache)
+    for _ in range(4):
+        for decoder in decoders.values():
+            decoder.run(_BLOCK)
+    rates = {size: 1000 * size / decoder.step_ms for size, decoder in decoders.items()}
+    return {
+        "tokens_per_second": rates,
+        "ratio": rates[8] / rates[1],
+        "holds": rates[8] >= 4 * rates[1],
+    }
+
+
+def session_size(model: cometlm.CometForCausalLM, tokenizer: Any) -> dict[str, Any]:
+    """Bytes of a session file with a full memory."""
+    session = model.session(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        for stats in session.reading(package_sources("transformers")):
+            if stats.chunks == 12:
+                break
+        session.save(Path(folder) / "session")
+        size = (Path(folder) / "session").stat().st_size
+    return {"bytes": size, "dtype": str(model.dtype), "holds": size <= 40e6}
+
+
+def while_writing(model: cometlm.CometForCausalLM, ids: Tensor, total: int) -> dict[str, Any]:
+    """Peak memory after a tenth of the tokens and after all of them, through generate()."""
+    reset_peak_memory(model.device)
+    peaks: dict[int, int] = {}
+
+    class Listener:
+        """A streamer that notes the peak."""
+
+        def __init__(self) -> None:
+            self.count = -1  # the prompt comes first
+            self.start = time.perf_counter()
+
+        def put(self, value: Tensor) -> None:
+            self.count += 1
+            if self.count in (total // 10, total):
+                peaks[self.count] = peak_memory(model.device)
+            if self.count % (total // 10) == 0 and self.count:
+                rate = self.count / (time.perf_counter() - self.start)
+                peak = readable_bytes(peak_memory(model.device))
+                print(f"{self.count:>9,} tokens  {rate:,.0f}/s  {peak}", file=sys.stderr)
+
+        def end(self) -> None:
+            pass
+
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=total,
+        eos_token_id=None,
+        do_sample=False,
+        streamer=Listener(),
+    )
+    early, late = peaks[total // 10], peaks[total]
+    return {"peak_bytes": peaks, "ratio": late / early, "holds": late <= 1.02 * early}
+
+
+def main() -> None:
+    """Measure and print; exit 1 if a figure does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--skip-memory", action="store_true")
+    args = parser.parse_args()
+    model, tokenizer = cometlm.load("smollm2")
+    text = "".join(islice(package_sources("transformers"), 6))
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : 512 * 10 + 1].to(model.device)
+    with torch.no_grad():
+        result = {
+            "machine": machine(),
+            "dtype": str(model.dtype),
+            "step": against_the_backbone(model, ids),
+            "batch": batches(model, ids),
+            "session_file": session_size(model, tokenizer),
+        }
+        if not args.skip_memory:
+            result["writing"] = while_writing(model, ids[:, :600], args.tokens)
+    write("decode", result)
+    parts = [part for part in result.values() if isinstance(part, dict) and "holds" in part]
+    sys.exit(not all(part["holds"] for part in parts))
+
+
+if __name__ == "__main__":
+    main()

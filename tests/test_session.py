@@ -1,0 +1,196 @@
+"""A session reads text however it is cut, in constant memory, and says what comes next."""
+
+import io
+from itertools import islice, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cometlm import Session, text
+from cometlm.reference import reference_generate
+from tests import real
+
+TEXT = "".join(
+    f"On day {i} the keeper of the lamp wrote: <|im_start|> wind {i * 37 % 100}, naïve ☂️ sea.\n"
+    for i in range(12)
+)
+FAMILIES = ["llama", "gemma3_text"]  # one that packs its entries, one with windows
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return real.tiny_comet(request.param)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_windows():
+    """Text comes out of the tokenizer in many steps, as it does in a long text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "_WINDOW", 160)
+        patch.setattr(text, "_MARGIN", 96)
+        patch.setattr(text, "_CONTEXT", 128)
+        yield
+
+
+def session_of(model, *sources, finish=True):
+    session = Session(model, real.tokenizer("smollm2"))
+    for source in sources:
+        session.read(source)
+    if finish:
+        list(session.finish())
+    return session
+
+
+def ids_of(given_text):
+    return torch.tensor(real.tokenizer("smollm2")(given_text)["input_ids"])
+
+
+def going_on(session, count=4):
+    """The next tokens, and the exact logits that they were chosen by: what the session holds."""
+    logits = []
+    hook = session.model.lm_head.register_forward_hook(
+        lambda module, given_input, out: logits.append(out[0, -1].clone())
+    )
+    try:
+        return session.continuation(count), torch.stack(logits)
+    finally:
+        hook.remove()
+
+
+def assert_same(ours, theirs):
+    assert ours.stats() == theirs.stats()
+    (ids, logits), (want_ids, want_logits) = going_on(ours), going_on(theirs)
+    assert ids == want_ids
+    assert torch.equal(logits, want_logits)
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    return session_of(model, TEXT)
+
+
+@settings(max_examples=10)
+@given(borders=st.lists(st.integers(0, len(TEXT)), max_size=20))
+def test_any_split_into_reads_equals_one_read(model, whole, borders):
+    ends = [0, *sorted(borders), len(TEXT)]
+    pieces = [TEXT[a:b] for a, b in pairwise(ends)]
+    assert_same(session_of(model, *pieces), whole)
+
+
+def test_files_and_iterables_are_read_like_strings(model, whole, tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    with path.open(encoding="utf-8") as file:
+        assert_same(session_of(model, file), whole)
+    assert_same(session_of(model, io.StringIO(TEXT)), whole)
+    assert_same(session_of(model, TEXT.splitlines(keepends=True)), whole)
+    assert_same(session_of(model, (letter for letter in TEXT)), whole)
+    assert_same(session_of(model, TEXT[:100], io.StringIO(TEXT[100:300]), [TEXT[300:]]), whole)
+
+
+def test_a_file_that_is_not_text_is_refused_by_name(model, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"\x89PNG\r\n\0\0")
+    with path.open(encoding="utf-8") as file, pytest.raises(ValueError, match=r"picture\.png"):
+        session_of(model, file)
+
+
+def test_stats_count_what_was_read(model):
+    count = len(ids_of(TEXT))
+    session = session_of(model)
+    assert (session.stats().tokens, session.stats().chunks) == (0, 0)
+    assert session.stats().memory_bytes == 0
+    session = session_of(model, TEXT)
+    # A full chunk is folded only when more text follows.
+    assert (session.stats().tokens, session.stats().chunks) == (count, (count - 1) // 12)
+    assert session.stats().memory_bytes > 0
+
+
+def test_reading_gives_the_stats_after_every_chunk(model):
+    session = session_of(model, finish=False)
+    seen = [*session.reading(TEXT), *session.finish()]
+    assert [stats.chunks for stats in seen] == list(range(1, len(seen) + 1))
+    assert [stats.tokens for stats in seen] == [12 * stats.chunks for stats in seen]
+    assert len(seen) == session.stats().chunks
+    assert 12 * len(seen) < session.stats().tokens <= 12 * len(seen) + 12
+
+
+def test_reading_that_is_broken_off_can_go_on(model, whole):
+    session = session_of(model, finish=False)
+    texts = iter(TEXT.splitlines(keepends=True))
+    list(islice(session.reading(texts), 7))
+    seen = session.stats().tokens
+    assert 0 < seen < whole.stats().tokens
+    session.read(texts)
+    list(session.finish())
+    assert_same(session, whole)
+
+
+def test_memory_is_constant_once_it_is_full(model):
+    """Whatever is read: nothing else grows but the counts."""
+    session = session_of(model, finish=False)
+    held = [stats.memory_bytes for stats in session.reading(TEXT * 4)]
+    assert len(held) > 50
+    assert len(set(held[2:])) == 1  # 3 entries a chunk fill 5 slots at the second fold
+
+
+@pytest.mark.parametrize("length", [1, 5, 12, 13, 40])
+def test_continuation_is_the_argmax_of_full_forwards(model, length):
+    """Across chunk borders, and from chunks that are open, full or just begun."""
+    tokenizer = real.tokenizer("smollm2")
+    given_text = tokenizer.decode(ids_of(TEXT)[:length])
+    ids = ids_of(given_text)
+    assert len(ids) == length
+    session = session_of(model, given_text)
+    assert session.continuation(15) == reference_generate(model, ids, 15)
+
+
+def test_continuation_leaves_the_session_as_it_was(model, whole):
+    session = session_of(model, TEXT[:400], finish=False)
+    before = session.stats()
+    session.continuation(15)
+    assert session.stats() == before
+    session.read(TEXT[400:])
+    list(session.finish())
+    assert_same(session, whole)
+
+
+def test_sessions_of_one_model_do_not_disturb_each_other(model, whole):
+    first, second = (session_of(model, finish=False) for _ in range(2))
+    for line in TEXT.splitlines(keepends=True):
+        first.read(line)
+        second.read(line.upper())
+    list(first.finish())
+    assert_same(first, whole)
+
+
+def test_continuation_before_reading_is_refused(model):
+    with pytest.raises(ValueError, match="nothing was read"):
+        session_of(model).continuation(1)
+
+
+def test_suppressed_tokens_are_never_chosen(model, whole, monkeypatch):
+    likeliest = whole.continuation(1)[0]
+    monkeypatch.setattr(model.config, "suppressed_tokens", [likeliest])
+    ids = whole.continuation(5)
+    assert likeliest not in ids
+    assert ids == reference_generate(model, ids_of(TEXT), 5)
+
+
+def test_a_memory_that_stops_being_finite_loses_nothing(model):
+    """What was read before is kept, and reading can go on from there."""
+    session = session_of(model, TEXT)
+    before = session.stats()
+    weight = model.model.comet.layers[1].global_memory.norm.weight
+    good = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="layer 1"):
+        session.read(TEXT)
+    with torch.no_grad():
+        weight.copy_(good)
+    assert session.stats().chunks == before.chunks
+    assert session.stats().tokens >= before.tokens
+    assert torch.isfinite(going_on(session)[1]).all()
