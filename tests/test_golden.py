@@ -103,12 +103,12 @@ def published_gradients(model, config):
         if layer.global_memory is not None:
             memory, to = layer.global_memory, prefix + "global_memory_net."
             grads[to + "norm.weight"] = memory.norm.weight.grad
-            grads[to + "g_proj.weight"] = memory.gate.weight.grad
-            grads[to + "o_proj.down_proj.weight"] = memory.adapter.down_proj.weight.grad
-            grads[to + "o_proj.up_proj.weight"] = memory.adapter.up_proj.weight.grad
+            grads[to + "g_proj.weight"] = memory.gate.grad
+            grads[to + "o_proj.down_proj.weight"] = memory.adapter.down.grad
+            grads[to + "o_proj.up_proj.weight"] = memory.adapter.up.grad
         if layer.temporary_memory is not None:
             memory, to = layer.temporary_memory, prefix + "temp_memory_net."
             grads[to + "0.weight"] = memory.norm.weight.grad
-            grads[to + "1.down_proj.weight"] = memory.adapter.down_proj.weight.grad
-            grads[to + "1.up_proj.weight"] = memory.adapter.up_proj.weight.grad
+            grads[to + "1.down_proj.weight"] = memory.adapter.down.grad
+            grads[to + "1.up_proj.weight"] = memory.adapter.up.grad
     return grads

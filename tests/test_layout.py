@@ -257,21 +257,23 @@ def test_full_mask(layout, window):
 
 
 @settings(max_examples=200)
-@given(layouts(), WINDOWS)
-def test_chunk_mask(layout, window):
+@given(layouts(), WINDOWS, st.integers(0, 3))
+def test_chunk_mask(layout, window, filling):
     """None stands for the causal flag, or for seeing all where there is one new item."""
     assume(layout.uniform)
     row, new, slots = layout.rows[0], layout.items[0], layout.slots[0]
     want = [[sees(row, i, slot, window) for slot in range(slots)] for i in range(new)]
-    mask = layout.chunk_mask(window)
-    if mask is None and new > 1:
+    mask = layout.chunk_mask(window, slots + filling)
+    if filling:
+        assert mask.tolist() == [line + [False] * filling for line in want]
+    elif mask is None and new > 1:
         assert row.items == 0  # the flag is right only for a square
         assert want == torch.ones(new, slots).tril().bool().tolist()
     elif mask is None:
         assert all(all(line) for line in want)
     else:
         assert mask.tolist() == want
-    if row.items == 0 and (window is None or window >= slots):
+    if row.items == 0 and not filling and (window is None or window >= slots):
         assert mask is None  # the flag is enough, and faster
 
 

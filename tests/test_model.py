@@ -189,11 +189,11 @@ ONLY_TEMPORARY, ONLY_GLOBAL = {"global_memory": False}, {"temporary_memory": Fal
     [
         ("global_memory.norm.weight", torch.nan, {}, 0),
         ("global_memory.norm.weight", torch.inf, ONLY_GLOBAL, 0),
-        ("global_memory.gate.weight", torch.nan, {}, 1),  # the first fold has no gate
+        ("global_memory.gate", torch.nan, {}, 1),  # the first fold has no gate
         # Through the slots of the next chunk.
-        ("global_memory.adapter.up_proj.weight", torch.nan, {}, 1),
+        ("global_memory.adapter.up", torch.nan, {}, 1),
         ("temporary_memory.norm.weight", torch.inf, {}, 0),
-        ("temporary_memory.adapter.down_proj.weight", torch.nan, ONLY_TEMPORARY, 0),
+        ("temporary_memory.adapter.down", torch.nan, ONLY_TEMPORARY, 0),
     ],
 )
 @torch.no_grad()

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -30,6 +31,7 @@ from cometlm.layout import ChunkLayout
 from cometlm.memory import join_ragged
 
 NAME = "cometlm"
+_FEW = 64
 
 
 class KeyValue(NamedTuple):
@@ -131,11 +133,14 @@ def attend(
         row = chunk if memory is None else _joined(memory, chunk)
         full = layout.full_mask(window)
         return sdpa(query, *row, full, dropout, scale=scale, enable_gqa=True)
-    mask = layout.chunk_mask(window)
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and layout.rows[0].items:
+        chunk = _filled(chunk)
+    mask = layout.chunk_mask(window, chunk.key.shape[2])
     causal = mask is None and query.shape[2] > 1
     if memory is None:
         return sdpa(query, *chunk, mask, dropout, causal, scale=scale, enable_gqa=True)
-    if query.device.type == "cpu":
+    if on_cpu:
         return attend_two_part(query, memory, chunk, mask, causal, scale)
     whole = None if mask is None else layout.full_mask(window)
     return attend_one_part(query, memory, chunk, whole, causal, scale)
@@ -167,6 +172,17 @@ def attend_one_part(
     row = _joined(memory, chunk)
     bias = causal_lower_right(query.shape[2], row.key.shape[2]) if causal else mask
     return sdpa(query, *row, bias, scale=scale, enable_gqa=True)
+
+
+def _filled(chunk: KeyValue) -> KeyValue:
+    """The chunk with filling up to a multiple of `_FEW`.
+
+    An open chunk grows by a token a step, and CPU kernels are made and kept for each new length: a
+    thousand of them take memory, and more than a thousand the time to make them again and again.
+    """
+    length = chunk.key.shape[2]
+    filling = -length % _FEW
+    return KeyValue(*(F.pad(x, (0, 0, 0, filling)) for x in chunk)) if filling else chunk
 
 
 def _joined(memory: KeyValue, chunk: KeyValue) -> KeyValue:

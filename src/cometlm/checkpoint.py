@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cometlm.attachment import attach
 from cometlm.backbone import FAMILIES
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.pretrained import save_model
+from cometlm.pretrained import read_weights, save_model
 
 # Published field -> the name used in the golden files' metadata.
 _FIELDS = {
@@ -30,10 +29,10 @@ _OURS = {"chunk_size", "family", "num_global_tokens", "generate_max_new_tokens",
 _THEIRS = {"architectures", "auto_map", "model_type", "transformers_version"}
 _MEMORY = (
     (r"global_memory_net\.norm\.weight", "global_memory.norm.weight"),
-    (r"global_memory_net\.g_proj\.weight", "global_memory.gate.weight"),
-    (r"global_memory_net\.o_proj\.(down|up)_proj\.weight", r"global_memory.adapter.\1_proj.weight"),
+    (r"global_memory_net\.g_proj\.weight", "global_memory.gate"),
+    (r"global_memory_net\.o_proj\.(down|up)_proj\.weight", r"global_memory.adapter.\1"),
     (r"temp_memory_net\.0\.weight", "temporary_memory.norm.weight"),
-    (r"temp_memory_net\.1\.(down|up)_proj\.weight", r"temporary_memory.adapter.\1_proj.weight"),
+    (r"temp_memory_net\.1\.(down|up)_proj\.weight", r"temporary_memory.adapter.\1"),
 )
 
 
@@ -53,7 +52,6 @@ def from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     """
     fields = {_FIELDS.get(name, name): value for name, value in config.items()}
     embedding = _required(state_dict, "model.embed_tokens.weight")
-    backbone = _backbone(state_dict, fields, embedding)
     readout = list(_required(fields, "readout_token_ids"))
     stride = int(_required(fields, "compression_stride"))
     sizes: dict[str, Any] = {"chunk_size": int(_required(fields, "chunk_size"))}
@@ -71,7 +69,7 @@ def from_published(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     }
     if ranks:
         sizes["rank"] = int(ranks.pop())
-    model = attach(backbone, **sizes)
+    model = attach(_backbone(state_dict, fields, embedding), **sizes)
     comet = model.model.comet
     compression = fields.get("compression_token_id")
     weights = _memory_weights(state_dict)
@@ -95,15 +93,25 @@ def convert_published(directory: str | Path, out: str | Path) -> CometForCausalL
         OSError: something cannot be read or written.
     """
     folder = Path(directory)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_json(folder / "config.json")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(folder):
-        weights.update(load_file(file))
+        weights.update(read_weights(file))
     model = from_published(weights, config)
     save_model(model, out, backbone=True)
     if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
         AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     return model
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, got {type(values).__name__}")
+    return values
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -112,7 +120,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise ValueError(f"{folder} holds neither {single.name} nor {index.name}")
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(_required(_read_json(index), "weight_map").values()))
     missing = [name for name in names if not (folder / name).is_file() or Path(name).name != name]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")

@@ -19,10 +19,12 @@ class ChunkCost:
     Attributes:
         fast: memory slots as keys and values only.
         naive: memory slots as full rows.
+        projections: the part of `fast` that makes keys and values of memory slots.
     """
 
     fast: int
     naive: int
+    projections: int
 
     @property
     def gain(self) -> float:
@@ -51,4 +53,4 @@ def chunk_cost(config: Any, sizes: CometConfig) -> ChunkCost:
         return 2 * query * rows * (rows + 1) // 2
 
     fast = items * per_row + projected + 2 * query * items * memory + causal(items)
-    return ChunkCost(fast=fast, naive=row * per_row + causal(row))
+    return ChunkCost(fast=fast, naive=row * per_row + causal(row), projections=projected)

@@ -101,7 +101,7 @@ class ChunkLayout:
     step: Step
     reach: int
     device: torch.device
-    _masks: dict[tuple[int | None, bool], Tensor | None] = field(
+    _masks: dict[tuple[int | None, int], Tensor | None] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -247,21 +247,22 @@ class ChunkLayout:
 
     # --- masks ------------------------------------------------------------------------------
 
-    def chunk_mask(self, window: int | None) -> Tensor | None:
-        """[I, slots] bool: which of the chunk's slots each new item sees, uniform layouts only.
+    def chunk_mask(self, window: int | None, width: int) -> Tensor | None:
+        """[I, width] bool: which of the chunk's slots each new item sees, uniform layouts only.
 
-        None where all that is needed is the causal flag (nothing of the chunk came before and the
-        window holds it all) or nothing at all (a single item).
+        Slots from the chunk's end up to `width` are filling and never seen. None where all that is
+        needed is the causal flag (nothing of the chunk came before and the window holds it all)
+        or nothing at all (a single item without filling).
         """
         assert self.uniform
         before, new = self.rows[0].items, self.items[0]
-        fits = window is None or before + new <= window
+        fits = width == before + new and (window is None or width <= window)
         if fits and (before == 0 or new == 1):
             return None
-        key = (window, True)
+        key = (window, width)
         if key not in self._masks:
             slot = torch.arange(before, before + new)
-            self._masks[key] = _sees(slot, torch.arange(before + new), window).to(self.device)
+            self._masks[key] = _sees(slot, torch.arange(width), window).to(self.device)
         return self._masks[key]
 
     def full_mask(self, window: int | None) -> Tensor:
@@ -269,7 +270,7 @@ class ChunkLayout:
 
         Memory stays visible in layers with a window; the window applies to the chunk.
         """
-        key = (window, False)
+        key = (window, 0)
         mask = self._masks.get(key)
         if mask is None:
             mask = torch.cat([self._memory_mask(), self._slot_mask(window)], dim=-1)

@@ -7,11 +7,13 @@ different amounts of memory; how much is counted once for all layers in `layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cometlm.config import CometConfig
 
@@ -58,18 +60,21 @@ class RMSNorm(nn.Module):
 
 
 class LowRankAdapter(nn.Module):
-    """x + Up(Down(x)), without bias: RLA of SPEC §3. Starts as the identity."""
+    """x + Up(Down(x)), without bias: RLA of SPEC §3. Starts as the identity.
+
+    Like all memory weights these are parameters and no `nn.Linear`, so that adapters and
+    quantisation meant for the backbone's projections never reach them.
+    """
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
-        self.down_proj = nn.Linear(width, rank, bias=False)
-        self.up_proj = nn.Linear(rank, width, bias=False)
-        nn.init.zeros_(self.up_proj.weight)
+        self.down = nn.Parameter(torch.empty(rank, width))
+        self.up = nn.Parameter(torch.zeros(width, rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as nn.Linear does
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., D] with its low-rank update."""
-        out: Tensor = x + self.up_proj(self.down_proj(x))
-        return out
+        return x + F.linear(F.linear(x, self.down), self.up)
 
 
 class GlobalMemory(nn.Module):
@@ -78,9 +83,8 @@ class GlobalMemory(nn.Module):
     def __init__(self, width: int, rank: int, gate: bool) -> None:
         super().__init__()
         self.norm = RMSNorm(width, GLOBAL_EPS)
-        self.gate = nn.Linear(2 * width, 1, bias=False) if gate else None
-        if self.gate is not None:
-            nn.init.zeros_(self.gate.weight)  # an even mix until trained
+        # An even mix until trained.
+        self.gate = nn.Parameter(torch.zeros(1, 2 * width)) if gate else None
         self.adapter = LowRankAdapter(width, rank)
 
     def update(self, state: Tensor | None, readout: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class GlobalMemory(nn.Module):
         candidate: Tensor = self.norm(readout)
         if state is None or self.gate is None:
             return candidate
-        keep = torch.sigmoid(self.gate(torch.cat([candidate, state], dim=-1)))
+        keep = torch.sigmoid(F.linear(torch.cat([candidate, state], dim=-1), self.gate))
         return keep * state + (1 - keep) * candidate
 
     def forward(self, state: Tensor) -> Tensor:

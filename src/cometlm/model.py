@@ -27,6 +27,7 @@ from cometlm.backbone import (
 from cometlm.batch import TextBatch
 from cometlm.cache import CometCache
 from cometlm.config import CometConfig
+from cometlm.device import return_freed_memory
 from cometlm.grid import Cell, Grid, LayerState, walk_by_chunk
 from cometlm.layout import ChunkLayout, Step, plan, take
 from cometlm.memory import Comet, LayerMemoryWeights
@@ -201,6 +202,7 @@ class CometModel(CometPreTrainedModel):
                 wanted.append((layout.step, self.norm(take(out, index))))
             if layout.closes:
                 _check_finite(states, layout)
+                return_freed_memory(out.device)
         rows = latest[0].counts_after()
         columns = cache.columns + text.width
         return text.aligned(wanted, first), CometCache(states, rows, sizes, reach, columns)

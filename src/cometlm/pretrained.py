@@ -11,6 +11,7 @@ Footguns:
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
 from cometlm.attachment import attach
@@ -105,9 +113,13 @@ def load_model(
     if not isinstance(backbone, PreTrainedModel):
         backbone = _load_backbone(name, config, backbone, dtype, device_map, options)
     model = attach(backbone.eval(), config.comet_config)
-    load_memory(model, load_file(str(cached_file(name, WEIGHTS, **options))), name)
+    load_memory(model, read_weights(str(cached_file(name, WEIGHTS, **options))), name)
     model.config.suppressed_tokens = config.suppressed_tokens
     model.config.backbone = config.backbone
+    if config.backbone == f"./{BACKBONE}" and Path(name).is_dir():
+        model.config.backbone = str((Path(name) / BACKBONE).resolve())  # for saving elsewhere
+    with contextlib.suppress(OSError):  # older checkpoints have none; the backbone's then holds
+        model.generation_config = GenerationConfig.from_pretrained(name, **options)
     model.config.name_or_path = name
     lora = cached_file(
         name, f"{LORA}/adapter_config.json", _raise_exceptions_for_missing_entries=False, **options
@@ -217,6 +229,18 @@ def _device(given: str | torch.device) -> torch.device:
         return torch.device(given)
     except RuntimeError as error:
         raise ValueError(f"device={str(given)!r} is none that torch knows: {error}") from error
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is damaged, or something else.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
 
 def memory_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -122,5 +122,5 @@ def _gate(memory: Any, state: Tensor | None, readout: Tensor) -> Tensor:
     candidate: Tensor = memory.norm(readout)
     if state is None or memory.gate is None:
         return candidate
-    gate = torch.sigmoid(memory.gate(torch.cat([candidate, state], dim=-1)))
+    gate = torch.sigmoid(torch.cat([candidate, state], dim=-1) @ memory.gate.T)
     return gate * state + (1 - gate) * candidate

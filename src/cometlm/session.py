@@ -24,7 +24,6 @@ from torch import Tensor
 from cometlm import session_file
 from cometlm.cache import CometCache
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.device import return_freed_memory
 from cometlm.streaming import streamed
 from cometlm.text import TokenStream, cut_blocks, read_blocks
 from cometlm.turns import Turn, render_turn
@@ -32,6 +31,7 @@ from cometlm.turns import Turn, render_turn
 Ids = Sequence[int] | Tensor
 Source = str | Ids | IO[str] | Iterable[str | Ids]
 
+_IDS_AT_A_TIME = 65536  # taken from a tensor
 _NEW_TOKENS = 256  # written where the caller sets no length
 
 
@@ -56,6 +56,10 @@ class Session:
     Args:
         model: the model; sessions share it and never change it.
         tokenizer: its tokenizer; without one, only token ids can be read.
+
+    Attributes:
+        characters: characters of text read, also before saving and loading; so what was interrupted
+            knows where to go on in its source. Set it to 0 where a new source begins.
     """
 
     def __init__(self, model: CometForCausalLM, tokenizer: Any = None) -> None:
@@ -65,7 +69,8 @@ class Session:
         self._cache: CometCache = model.model.empty_cache()
         self._open: list[int] = []
         self._turns = 0
-        self._characters = 0
+        self._kept_stream: dict[str, Any] | None = None
+        self.characters = 0
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -84,9 +89,11 @@ class Session:
         """Like `read`, giving the stats after every chunk."""
         for piece in _pieces(source):
             if isinstance(piece, str):
-                self._characters += len(piece)
-                yield from self._take(self._text_stream().feed(piece))
-            else:
+                piece.encode()  # refuse what is no text before anything changes
+                ids = self._text_stream().feed(piece)
+                self.characters += len(piece)
+                yield from self._take(ids)
+            elif piece:
                 self._check(piece)
                 yield from self.finish()
                 if self._stream is not None:
@@ -95,8 +102,7 @@ class Session:
 
     def finish(self) -> Iterator[SessionStats]:
         """Say that the text ends here: its last tokens need not wait for more."""
-        if self._stream is not None:
-            yield from self._take(self._stream.finish())
+        yield from self._take(self._stream.finish() if self._stream is not None else [])
 
     def settle(self) -> Iterator[SessionStats]:
         """Run every chunk whose tokens are known, so that asking and loading need not.
@@ -104,8 +110,7 @@ class Session:
         `read` collects some pages of text before it tokenises; this does not wait for them, and
         changes nothing else.
         """
-        if self._stream is not None:
-            yield from self._take(self._stream.settle())
+        yield from self._take(self._stream.settle() if self._stream is not None else [])
 
     def stats(self) -> SessionStats:
         """Tokens read, chunks folded and bytes held so far.
@@ -116,11 +121,6 @@ class Session:
         waiting = copy.copy(self._stream).finish() if self._stream is not None else ()
         tokens = cache.tokens_read + len(self._open) + len(waiting)
         return SessionStats(tokens, cache.chunks_folded, cache.nbytes)
-
-    @property
-    def characters(self) -> int:
-        """Characters of text read so far; what was interrupted can go on in its source there."""
-        return self._characters
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -155,8 +155,8 @@ class Session:
     def chat(self, message: str, *, stream: bool = False, **generation: Any) -> str | Iterator[str]:
         """Like `ask`, but the message and its answer stay in the session.
 
-        If the answer is broken off (by an error before its first token: nothing stays), what was
-        written so far stays.
+        If a streamed answer is broken off, by its reader or by an error, what was written so far
+        stays; if nothing was, the session is as it was before the message.
 
         Raises:
             ValueError: as `ask`; also a tokenizer without a chat template.
@@ -195,9 +195,9 @@ class Session:
         Raises:
             OSError: the file cannot be written.
         """
-        stream = self._stream.state() if self._stream is not None else None
+        stream = self._stream.state() if self._stream is not None else self._kept_stream
         kept = session_file.SessionState(
-            self._cache, tuple(self._open), self._turns, self._characters, stream
+            self._cache, tuple(self._open), self._turns, self.characters, stream
         )
         session_file.save(path, kept, self.model)
 
@@ -213,9 +213,13 @@ class Session:
         kept = session_file.load(path, model)
         session = cls(model, tokenizer)
         session._cache, session._open = kept.cache, list(kept.open)
-        session._turns, session._characters = kept.turns, kept.characters
-        if kept.stream is not None and session._stream is not None:
-            session._stream.restore(kept.stream)
+        session._turns, session.characters = kept.turns, kept.characters
+        session._kept_stream = kept.stream
+        if session._stream is not None:
+            if kept.stream is not None:
+                session._stream.restore(kept.stream)
+            elif session.stats().tokens:
+                session._stream.skip_prefix()
         elif kept.stream is not None and kept.stream["text"]:
             raise ValueError(f"{path} was read with a tokenizer; give it to load() as well")
         return session
@@ -235,9 +239,8 @@ class Session:
                 more_text=True,
                 hidden_to_keep=1,
             )
-            self._cache, self._open = out.past_key_values.restarted(), self._open[size:]
-            del out
-            return_freed_memory(self.model.device)
+            self._cache = out.past_key_values.restarted()
+            del self._open[:size], out
             cache = self._cache
             yield SessionStats(cache.tokens_read, cache.chunks_folded, cache.nbytes)
 
@@ -266,20 +269,20 @@ class Session:
         prompt = self._tensor(self._open)
         model: Any = self.model  # transformers' own annotations want its models only
 
-        def run(**more: Any) -> None:
-            out = model.generate(
+        def run(**more: Any) -> Tensor:
+            out: Tensor = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 past_key_values=self._cache,
                 **options,
                 **more,
             )
-            ids.extend(out[0, prompt.shape[1] :].tolist())
+            return out
 
         if stream:
-            yield from streamed(run, self.tokenizer)
+            yield from streamed(run, self.tokenizer, ids)
         else:
-            run()
+            ids.extend(run()[0, prompt.shape[1] :].tolist())
             yield "" if self.tokenizer is None else self._decode(ids)
 
     def _turn(self, message: str) -> Turn:
@@ -293,6 +296,7 @@ class Session:
 
     def _ids_of(self, text: str) -> list[int]:
         """Ids of text that stands for itself, special tokens written out."""
+        text.encode()  # refuse what is no text
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _decode(self, ids: list[int]) -> str:
@@ -313,7 +317,8 @@ def _pieces(source: Source) -> Iterator[str | list[int]]:
     if isinstance(source, str):
         yield from cut_blocks(source)
     elif isinstance(source, Tensor):
-        yield [int(token) for token in source.flatten().tolist()]
+        for block in source.flatten().split(_IDS_AT_A_TIME):
+            yield [int(token) for token in block.tolist()]
     elif hasattr(source, "read"):
         yield from read_blocks(cast("IO[str]", source), str(getattr(source, "name", "the file")))
     elif isinstance(source, Sequence) and source and all(isinstance(x, int) for x in source):
@@ -330,9 +335,10 @@ def _generation_options(
     given: dict[str, Any], model: CometForCausalLM, tokenizer: Any
 ) -> dict[str, Any]:
     """Options for `generate`: one answer, of bounded length."""
-    for name in ("num_return_sequences", "return_dict_in_generate"):
-        if given.get(name) not in (None, False, 1):
-            raise ValueError(f"{name}={given[name]!r}: a session writes one answer, as text")
+    for name, only in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        for source in (given.get(name), getattr(given.get("generation_config"), name, None)):
+            if source is not None and source != only:
+                raise ValueError(f"{name}={source!r}: a session writes one answer, as text")
     options = dict(given)
     bounded = ("max_new_tokens", "max_length", "generation_config")
     if not any(name in options for name in bounded):

@@ -30,6 +30,7 @@ from cometlm.files import write_whole
 from cometlm.fingerprint import fingerprint
 from cometlm.grid import Cell, LayerState
 from cometlm.layout import RowCounts
+from cometlm.loading import BUILT_IN
 from cometlm.memory import LayerMemory
 
 FORMAT = 1
@@ -150,10 +151,31 @@ def describe_model(model: CometForCausalLM) -> dict[str, str]:
     checkpoint = model.config.name_or_path
     name = checkpoint or model.config.backbone
     return {
-        "name": str(Path(name).resolve()) if Path(name).is_dir() else name,
+        "name": str(Path(name).resolve()) if _is_folder(name) else name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "sizes": "{}" if checkpoint else json.dumps(model.config.comet_config.to_dict()),
     }
+
+
+def _is_folder(name: str) -> bool:
+    return bool(name) and name not in BUILT_IN and Path(name).is_dir()
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_sizes(text: str) -> bool:
+    try:
+        values = json.loads(text)
+        CometConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return False
+    return isinstance(values, dict)
 
 
 def _opened(path: str | Path) -> Any:
@@ -248,15 +270,20 @@ def _check(path: str | Path, document: Any) -> None:
         for name, keys in parts.items()
     )
     stream = document.get("stream")
-    sound = sound and (
-        stream is None
-        or (
-            isinstance(stream, dict)
-            and isinstance(stream.get("text"), str)
-            and number(stream.get("done"))
-            and stream["done"] <= len(stream["text"])
-            and isinstance(stream.get("started"), bool)
+    sound = (
+        sound
+        and "stream" in document
+        and (
+            stream is None
+            or (
+                isinstance(stream, dict)
+                and isinstance(stream.get("text"), str)
+                and _encodable(stream["text"])
+                and number(stream.get("done"))
+                and stream["done"] <= len(stream["text"])
+                and isinstance(stream.get("started"), bool)
+            )
         )
     )
-    if not sound:
+    if not sound or not _is_sizes(document["model"]["sizes"]):
         raise ValueError(f"{path} is damaged: its document is not what a session writes")

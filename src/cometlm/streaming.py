@@ -20,13 +20,29 @@ class _StopWhenAsked(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.asked.is_set(), device=input_ids.device)
 
 
-def streamed(run: Callable[..., None], tokenizer: Any) -> Iterator[str]:
+class _Recorder(TextIteratorStreamer):
+    """Keeps the ids of the text that it passes on."""
+
+    def __init__(self, tokenizer: Any, ids: list[int]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._ids = ids
+        self._prompt_came = False
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, then token after token."""
+        if self._prompt_came:
+            self._ids.extend(value.flatten().tolist())
+        self._prompt_came = True
+        super().put(value)
+
+
+def streamed(run: Callable[..., object], tokenizer: Any, ids: list[int]) -> Iterator[str]:
     """Pieces of the text that `run(streamer=…, stopping_criteria=…)` generates.
 
     When the caller stops listening, generation ends at its next token. An error in `run` is raised
-    here.
+    here. Whatever happens, `ids` gets the ids of what was written.
     """
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _Recorder(tokenizer, ids)
     stop = _StopWhenAsked()
     errors: list[BaseException] = []
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 _QUESTION, _ANSWER = "cometlm stand-in question", "cometlm stand-in answer"
 
 
@@ -45,18 +47,20 @@ def render_turn(tokenizer: Any, message: str, first: bool, began: bool) -> Turn:
     new = {"role": "user", "content": message}
     closing = _after_answer(_render(tokenizer, [question, answer], head=False))
     if first:
-        opening = _render(tokenizer, [new], head=True)
-        bos = tokenizer.bos_token
-        if began and bos and opening.startswith(bos):
-            opening = opening.removeprefix(bos)
+        opening = _render(tokenizer, [new], head=True, **({"bos_token": ""} if began else {}))
     else:
         opening = _after_answer(_render(tokenizer, [question, answer, new], head=True))
         opening = opening.removeprefix(closing)
     return Turn(opening, closing)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], head: bool) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=head)
+def _render(tokenizer: Any, messages: list[dict[str, str]], head: bool, **variables: str) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=head, **variables
+        )
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses this: {error}") from error
     return text
 
 

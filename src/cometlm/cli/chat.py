@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cometlm.cli import options
-from cometlm.cli.console import describe, err, load_quietly, out, print_stream
+from cometlm.cli.console import describe, err, load_quietly, out, print_error, print_stream
 from cometlm.device import readable_bytes
 from cometlm.loading import cache_folder
 from cometlm.session import Session
@@ -88,6 +88,8 @@ class Conversation:
             print_stream(self._session.chat(message, stream=True, **self._generation))
         except KeyboardInterrupt:
             out.print()  # what was written so far stays in the session
+        except ValueError as error:  # a message that is no text must not end the conversation
+            print_error(error)
 
     def _obey(self, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -95,7 +97,7 @@ class Conversation:
         try:
             self._command(word, rest)
         except (ValueError, OSError) as error:  # a wrong path must not end the conversation
-            err.print(f"error: {error}", style="red", markup=False, highlight=False)
+            print_error(error)
 
     def _command(self, word: str, rest: str) -> None:
         if word == "/save":

@@ -63,6 +63,12 @@ def print_stream(pieces: Iterable[str]) -> None:
     sys.stdout.write("\n")
 
 
+def print_error(error: Exception) -> None:
+    """An error as one line, however long."""
+    said = " ".join(str(error).split())
+    err.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
 def as_dtype(name: str | None) -> torch.dtype | None:
     """A dtype by its torch name.
 

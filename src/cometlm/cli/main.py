@@ -8,7 +8,7 @@ import sys
 import typer
 
 from cometlm.cli import ask, chat, demo, generate, import_, info, read
-from cometlm.cli.console import err
+from cometlm.cli.console import err, print_error
 
 app = typer.Typer(
     name="cometlm",
@@ -36,6 +36,5 @@ def run() -> None:
     except (ValueError, OSError, ArithmeticError) as error:
         if os.environ.get("COMETLM_DEBUG"):
             raise
-        said = " ".join(str(error).split())  # on one line, however long
-        err.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+        print_error(error)
         sys.exit(1)

@@ -70,6 +70,8 @@ def read(
     with source:
         if resume:
             _skip(source, reader.characters, file)
+        else:
+            reader.characters = 0
         interrupted = _read_all(reader, source, file, size, save)
     if reader.stats().tokens == 0:
         raise ValueError(f"{file} holds no text")
