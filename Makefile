@@ -41,6 +41,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/decode.py
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -113,7 +113,10 @@ def session_size(model: cometlm.CometForCausalLM, tokenizer: Any) -> dict[str, A
 
 
 def while_writing(model: cometlm.CometForCausalLM, ids: Tensor, total: int) -> dict[str, Any]:
-    """Peak memory after a tenth of the tokens and after all of them, through generate()."""
+    """Peak memory after a tenth of the tokens and after all of them, through generate().
+
+    The prompt fills the memory first, so that what grows afterwards is not the memory itself.
+    """
     reset_peak_memory(model.device)
     peaks: dict[int, int] = {}
 
@@ -161,7 +164,7 @@ def main() -> None:
         "step": lambda: against_the_backbone(model, ids),
         "batch": lambda: batches(model, ids),
         "session_file": lambda: session_size(model, tokenizer),
-        "writing": lambda: while_writing(model, ids[:, :600], args.tokens),
+        "writing": lambda: while_writing(model, ids, args.tokens),
     }
     result: dict[str, Any] = {"machine": machine(), "dtype": str(model.dtype)}
     with torch.no_grad():

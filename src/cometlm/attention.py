@@ -53,7 +53,8 @@ class CellCall:
     Attributes:
         layout: where everything stands.
         memory: rotated keys and values of the memory slots, or None.
-        chunk: rotated keys and values of the open chunk, before the call and, afterwards, after.
+        chunk: rotated keys and values of the open chunk, before the call and, afterwards, after;
+            filling may follow.
     """
 
     layout: ChunkLayout
@@ -66,11 +67,12 @@ class CellCall:
         if old is None:
             self.chunk = new
         elif layout.uniform:
-            self.chunk = KeyValue(*(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)))
+            before = layout.rows[0].items
+            self.chunk = KeyValue(*(_appended(o, n, before) for o, n in zip(old, new, strict=True)))
         else:
-            before = [row.items for row in layout.rows]
+            lengths = [row.items for row in layout.rows]
             self.chunk = KeyValue(
-                *(join_ragged(o, before, n, layout.items) for o, n in zip(old, new, strict=True))
+                *(join_ragged(o, lengths, n, layout.items) for o, n in zip(old, new, strict=True))
             )
         return self.chunk
 
@@ -133,14 +135,11 @@ def attend(
         row = chunk if memory is None else _joined(memory, chunk)
         full = layout.full_mask(window)
         return sdpa(query, *row, full, dropout, scale=scale, enable_gqa=True)
-    on_cpu = query.device.type == "cpu"
-    if on_cpu and layout.rows[0].items:
-        chunk = _filled(chunk)
     mask = layout.chunk_mask(window, chunk.key.shape[2])
     causal = mask is None and query.shape[2] > 1
     if memory is None:
         return sdpa(query, *chunk, mask, dropout, causal, scale=scale, enable_gqa=True)
-    if on_cpu:
+    if query.device.type == "cpu":
         return attend_two_part(query, memory, chunk, mask, causal, scale)
     whole = None if mask is None else layout.full_mask(window)
     return attend_one_part(query, memory, chunk, whole, causal, scale)
@@ -174,15 +173,19 @@ def attend_one_part(
     return sdpa(query, *row, bias, scale=scale, enable_gqa=True)
 
 
-def _filled(chunk: KeyValue) -> KeyValue:
-    """The chunk with filling up to a multiple of `_FEW`.
+def _appended(old: Tensor, new: Tensor, length: int) -> Tensor:
+    """New rows [B, heads, n, W] behind the first `length` of old ones, and filling on CPUs.
 
-    An open chunk grows by a token a step, and CPU kernels are made and kept for each new length: a
-    thousand of them take memory, and more than a thousand the time to make them again and again.
+    An open chunk grows by a token a step. CPU kernels and the heap like few sizes, so there its
+    rows are kept up to a multiple of `_FEW`; what follows the last item is filling.
     """
-    length = chunk.key.shape[2]
-    filling = -length % _FEW
-    return KeyValue(*(F.pad(x, (0, 0, 0, filling)) for x in chunk)) if filling else chunk
+    end = length + new.shape[2]
+    width = -(-end // _FEW) * _FEW if new.device.type == "cpu" else end
+    filling = old[:, :, end:width]
+    missing = width - end - filling.shape[2]
+    if missing:
+        filling = F.pad(filling, (0, 0, 0, missing))
+    return torch.cat([old[:, :, :length], new, filling], dim=2)
 
 
 def _joined(memory: KeyValue, chunk: KeyValue) -> KeyValue:

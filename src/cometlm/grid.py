@@ -32,7 +32,7 @@ class OpenChunk:
 
     Attributes:
         memory: rotated keys and values of the memory slots, projected once per chunk.
-        chunk: rotated keys and values of the chunk's items so far.
+        chunk: rotated keys and values of the chunk's items so far, and maybe filling after them.
         pending: entries of its compression tokens so far, blocks [B, e, E].
     """
 
