@@ -101,7 +101,7 @@ def test_cache_must_be_this_models(model):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("position_ids", torch.arange(10)[None]), ("output_attentions", True), ("chunk_size", 8)],
+    [("token_type_ids", torch.zeros(1, 10)), ("output_attentions", True), ("chunk_size", 8)],
 )
 def test_unknown_arguments_are_refused_not_ignored(model, name, value):
     shown = name if isinstance(value, torch.Tensor) else f"{name}={value!r}"
@@ -294,7 +294,7 @@ def test_loss_holds_the_logits_of_one_chunk():
     model = tiny_comet("qwen3")
     ids = batch_of(2, 43)
     seen, saved = [], []
-    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
 
     def save(x):
         saved.append(tuple(x.shape))
@@ -303,15 +303,15 @@ def test_loss_holds_the_logits_of_one_chunk():
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         out = model(ids, labels=ids)
     assert out.logits is None
-    assert seen == [12, 12, 12, 7]
+    assert seen == [24, 24, 24, 12]  # the last token of each row has no label
     assert not any(96 in shape[1:] for shape in saved)  # the vocabulary, but for the head's weight
     out.loss.backward()
-    assert max(seen) == 12
-    assert sum(seen) == 2 * 43
+    assert max(seen) == 24
+    assert sum(seen) == 2 * 84
     seen.clear()
     with torch.no_grad():
         model(ids, labels=ids)
-    assert seen == [12, 12, 12, 7]
+    assert seen == [24, 24, 24, 12]  # the last token of each row has no label
 
 
 def test_logits_to_keep(model):

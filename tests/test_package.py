@@ -107,10 +107,25 @@ cometlm.cli.main.run()
     assert done.stderr == ""
 
 
+# Modules that stand on an extra; `cometlm train` says which when they cannot be imported.
+NEED_TRL = {"cometlm.train.trainer", "cometlm.train.run"}
+
+
 def test_every_module_imports_in_a_bare_install():
     program = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
-    done = run_bare(program, *(module_name(path) for path in FILES))
+    done = run_bare(program, *(set(map(module_name, FILES)) - NEED_TRL))
     assert done.returncode == 0, done.stderr
+
+
+def test_training_without_its_extra_says_what_to_install(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("{model: smollm2, output: out, records: data.jsonl}")
+    program = "import cometlm.cli.main\nsys.argv[0] = 'cometlm'\ncometlm.cli.main.run()"
+    done = run_bare(program, "train", str(config))
+    assert done.returncode == 1
+    assert re.search(
+        r"training needs (trl|datasets); run: pip install 'cometlm\[train\]'", done.stderr
+    )
 
 
 def test_importing_does_not_touch_the_device_or_the_network():
@@ -135,21 +150,30 @@ LAYERS: list[list[str]] = [
     ["cometlm.config", "cometlm.device", "cometlm.files", "cometlm.fingerprint"],
     ["cometlm.loading", "cometlm.streaming", "cometlm.text", "cometlm.turns"],
     ["cometlm.counting", "cometlm.layout", "cometlm.memory", "cometlm.model_config"],
+    ["cometlm.chunking", "cometlm.data"],
+    ["cometlm.data.hay", "cometlm.data.records", "cometlm.data.texts"],
+    ["cometlm.data.passkey"],
     ["cometlm.attention", "cometlm.batch"],
     ["cometlm.backbone"],
     ["cometlm.grid"],
+    ["cometlm.recompute"],
     ["cometlm.cache"],
     ["cometlm.generation", "cometlm.model"],
     ["cometlm.causal_lm"],
     ["cometlm.attachment", "cometlm.reference", "cometlm.session_file"],
     ["cometlm.pretrained", "cometlm.session"],
-    ["cometlm.checkpoint"],
+    ["cometlm.checkpoint", "cometlm.train"],
+    ["cometlm.train.config", "cometlm.train.lora", "cometlm.train.templates"],
     ["cometlm"],
+    ["cometlm.train.batches", "cometlm.train.trainer"],
+    ["cometlm.train.run"],
+    ["cometlm.eval"],
+    ["cometlm.eval.passkey"],
     ["cometlm.cli"],
     ["cometlm.cli.console", "cometlm.cli.options"],
     ["cometlm.cli.ask", "cometlm.cli.chat", "cometlm.cli.generate"],
     ["cometlm.cli.import_", "cometlm.cli.info", "cometlm.cli.read"],
-    ["cometlm.cli.demo"],
+    ["cometlm.cli.demo", "cometlm.cli.train"],
     ["cometlm.cli.main"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -154,8 +154,10 @@ def attend_two_part(
     scale: float | None,
 ) -> Tensor:
     """Memory without a mask, chunk under `mask` [I, slots] or the causal flag; CPU only."""
-    args = (query, *memory, *chunk, mask, causal, scale)
-    out: Tensor = _TwoPart.apply(*args)  # type: ignore[no-untyped-call]
+    tensors: tuple[Tensor, ...] = (query, *memory, *chunk)
+    if torch.is_autocast_enabled("cpu"):  # it knows torch's attention, but not this one
+        tensors = tuple(x.to(torch.get_autocast_dtype("cpu")) for x in tensors)
+    out: Tensor = _TwoPart.apply(*tensors, mask, causal, scale)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,11 +27,7 @@ class TextBatch:
         Raises:
             ValueError: no tokens, ids outside 0 … vocabulary − 1, a mask with holes.
         """
-        if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids must be [batch, tokens] with at least one of each, got shape "
-                f"{tuple(ids.shape)}"
-            )
+        check_shape(ids)
         batch, width = ids.shape
         starts, lengths = (0,) * batch, (width,) * batch
         if mask is not None:
@@ -74,14 +71,32 @@ class TextBatch:
 
     def piece(self, layout: ChunkLayout) -> Tensor:
         """Ids [B, widest] of one step; filling where a row adds less than the widest."""
+        return self._of_step(self.ids, layout)
+
+    def labels(self, labels: Tensor, layout: ChunkLayout) -> Tensor:
+        """Labels [B, widest] of one step, out of labels [B, N]; -100 at filling."""
+        own = self._of_step(labels, layout)
+        texts = [piece.text for piece in layout.step]
+        if min(texts) == own.shape[1]:
+            return own
+        filling = torch.arange(own.shape[1])[None, :] >= torch.tensor(texts)[:, None]
+        return own.masked_fill(filling.to(own.device), -100)
+
+    def _of_step(self, values: Tensor, layout: ChunkLayout) -> Tensor:
+        """Columns of values [B, N] that belong to one step."""
         width = layout.widest_text
         firsts = [s + piece.start for s, piece in zip(self.starts, layout.step, strict=True)]
         if len(set(firsts)) == 1:
-            first = min(firsts[0], self.ids.shape[1] - width)
+            first = min(firsts[0], self.width - width)
             if first == firsts[0]:
-                return self.ids[:, first : first + width]
+                return values[:, first : first + width]
         index = torch.tensor(firsts)[:, None] + torch.arange(width)
-        return self.ids.gather(1, index.clamp(max=self.ids.shape[1] - 1).to(self.ids.device))
+        return values.gather(1, index.clamp(max=self.width - 1).to(values.device))
+
+    def rows(self) -> list[list[int]]:
+        """Each row's ids, without padding."""
+        spans = zip(self.ids.tolist(), self.starts, self.lengths, strict=True)
+        return [row[start : start + length] for row, start, length in spans]
 
     def aligned(self, outputs: list[tuple[Step, Tensor]], first: int = 0) -> Tensor:
         """Hidden states put where their ids stand, [B, N − first, D]; zeros at padding.
@@ -122,6 +137,51 @@ def _runs(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
             "left or on the right (generate() takes pad tokens for holes unless it is given a mask)"
         )
     return tuple(starts.tolist()), tuple(lengths.tolist())
+
+
+def check_shape(ids: Tensor) -> None:
+    """Refuse ids that are not [B, N].
+
+    Raises:
+        ValueError: another shape, or nothing in it.
+    """
+    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids must be [batch, tokens] with at least one of each, got shape "
+            f"{tuple(ids.shape)}"
+        )
+
+
+def documents(position_ids: Tensor | None, borders: Tensor | None, ids: Tensor) -> list[slice]:
+    """The documents packed into a row: where `position_ids` start again at 0.
+
+    Args:
+        position_ids: [B, N]; only a single row may hold several documents.
+        borders: where each begins and the last ends, [documents + 1] (`cu_seq_lens_q`), instead.
+        ids: [B, N].
+
+    Raises:
+        ValueError: positions that do not count up from 0 in every document; several rows.
+    """
+    width = ids.shape[1]
+    ends = [0, width]
+    if position_ids is not None and len(position_ids) == 1:
+        ends = [*(position_ids[0] == 0).nonzero().flatten().tolist(), width]
+    elif borders is not None:
+        ends = borders.tolist()
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != width or (len(ends) > 2 and len(ids) > 1):
+        raise ValueError(
+            f"documents must fill one row of {width} tokens, got {len(ids)} rows and borders {ends}"
+        )
+    found = [slice(a, b) for a, b in pairwise(ends) if b > a]
+    if position_ids is not None:
+        counted = torch.cat([torch.arange(part.stop - part.start) for part in found])
+        if not bool((position_ids.cpu() == counted).all()):
+            raise ValueError(
+                "position_ids must count up from 0 in every document: positions are places in "
+                "the chunk here, so no others have a meaning"
+            )
+    return found
 
 
 def next_labels(labels: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,14 +22,21 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cometlm.backbone import take_apart
-from cometlm.batch import next_labels
+from cometlm.batch import check_shape, next_labels
 from cometlm.cache import CometCache
 from cometlm.generation import MemoryGenerationMixin
-from cometlm.model import CometModel, CometPreTrainedModel
+from cometlm.model import CometModel, CometPreTrainedModel, Scored
 from cometlm.model_config import CometModelConfig
 
 if TYPE_CHECKING:
     from cometlm.session import Session
+
+
+@dataclass
+class CometCausalOutput(CausalLMOutputWithPast):
+    """transformers' output, and `right`: how many labels were the likeliest token (a scalar)."""
+
+    right: Tensor | None = None
 
 
 class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
@@ -69,7 +77,7 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         stride: int | None = None,
         capacity: int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CometCausalOutput:
         """Read text of any length; like any Hugging Face causal language model.
 
         Args:
@@ -82,39 +90,41 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
             num_items_in_batch: divide the summed loss by this instead of by the labels counted.
 
         Returns:
-            `loss` (a scalar), `logits` [B, kept, V] and `past_key_values`.
+            `loss` (a scalar), `logits` [B, kept, V], `past_key_values`, and with labels `right`.
 
         Raises:
             ValueError, FloatingPointError: as `CometModel.forward`; also labels of another shape.
         """
         if self._undo is None:
             raise ValueError("this model was detached from its backbone; attach() again to use it")
+        check_shape(input_ids)
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
                 "they must be the same"
             )
-        only_last = logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0
-        out = self.model(
-            input_ids,
-            attention_mask,
-            past_key_values,
-            use_cache,
-            stride,
-            capacity,
-            hidden_to_keep=only_last,
-            **kwargs,
-        )
+        budget = {"stride": stride, "capacity": capacity}
+        common = (input_ids, attention_mask, past_key_values, use_cache)
+        if labels is not None and logits_to_keep is None:
+            targets = next_labels(labels, attention_mask)
+            scored = Scored(self._loss_of_chunk, targets, list(self.lm_head.parameters()))
+            out = self.model(*common, **budget, scored=scored, **kwargs)
+            summed, right = out.summed.unbind()
+            loss = summed / _items(targets, num_items_in_batch)
+            right = right.detach()
+            return CometCausalOutput(loss=loss, past_key_values=out.past_key_values, right=right)
+        keep = 0 if logits_to_keep is None else logits_to_keep
+        only_last = keep if labels is None and isinstance(keep, int) else 0
+        out = self.model(*common, **budget, hidden_to_keep=only_last, **kwargs)
         hidden = out.last_hidden_state
-        loss = None
+        loss = right = None
         if labels is not None:
-            loss = self._loss(hidden, next_labels(labels, attention_mask), num_items_in_batch)
-        logits = None
-        if logits_to_keep is None:
-            logits_to_keep = 0 if labels is None else None
-        if logits_to_keep is not None:
-            logits = self.logits(_kept(hidden, logits_to_keep))
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+            targets = next_labels(labels, attention_mask).to(hidden.device)
+            summed, right = self._summed_loss(hidden, targets).unbind()
+            loss, right = summed / _items(targets, num_items_in_batch), right.detach()
+        logits = self.logits(_kept(hidden, keep))
+        past = out.past_key_values
+        return CometCausalOutput(loss=loss, logits=logits, past_key_values=past, right=right)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -192,27 +202,27 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        """Mean next-token loss, holding the logits of one chunk at a time."""
-        size = self.config.comet_config.chunk_size
+    def _loss_of_chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """As `_summed_loss`; the logits are kept for no backward pass."""
+        again = self.model.recomputation is not None  # then the whole chunk runs again
+        if again or not torch.is_grad_enabled():
+            return self._summed_loss(hidden, labels)
+        return cast("Tensor", checkpoint(self._summed_loss, hidden, labels, use_reentrant=False))
 
-        def summed(part: Tensor, wanted: Tensor) -> Tensor:
-            logits = self.logits(part)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
-
+    def _summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Of hidden states [B, n, D] under labels [B, n]: [summed loss, labels that came first]."""
         labels = labels.to(hidden.device)
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for part, wanted in zip(hidden.split(size, 1), labels.split(size, 1), strict=True):
-            if torch.is_grad_enabled():
-                total = total + cast(
-                    "Tensor", checkpoint(summed, part, wanted, use_reentrant=False)
-                )
-            else:
-                total = total + summed(part, wanted)
-        if items is None:
-            items = (labels != -100).sum().clamp(min=1)
-        return total / items
+        counted = labels != -100  # the head is wide: it never runs where nothing is asked
+        logits, labels = self.logits(hidden[counted]), labels[counted]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        right = (logits.detach().argmax(-1) == labels).sum()
+        return torch.stack([loss, right.to(loss.dtype)])
+
+
+def _items(labels: Tensor, given: Tensor | int | None) -> Tensor | int:
+    """What a summed loss is divided by."""
+    return (labels != -100).sum().clamp(min=1) if given is None else given
 
 
 def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:

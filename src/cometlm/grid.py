@@ -2,8 +2,9 @@
 
 Cell (t, i) is layer i applied to chunk t. It needs the hidden states of (t, i-1) and the memory
 that layer i left after (t-1, i), and nothing else (SPEC §1). So any order that respects these
-edges gives the same numbers, and a walk is only an order: `walk_by_chunk` streams in constant
-memory, `walk_by_layer` takes one layer over a block of chunks.
+edges gives the same numbers, and a walk is only an order: `through_layers` takes one chunk through
+all layers, which repeated is streaming in constant memory; `walk_by_layer` takes one layer over a
+block of chunks.
 
 `Cell` is the one implementation of a cell and of the memory update. Everything a layer carries
 between steps is a `LayerState`: a value that goes in, and a new one that comes out.
@@ -11,7 +12,7 @@ between steps is a `LayerState`: a value that goes in, and a new one that comes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any
@@ -236,9 +237,9 @@ class Cell(nn.Module):
     ) -> LayerMemory:
         """The memory after the chunk's end; rows whose chunk goes on keep theirs (SPEC §3)."""
         state, entries = memory.state, memory.entries
-        if weights.global_memory is not None:
+        if layout.config.global_memory:
             state = self._fold_state(state, take(out, layout.readout_index), layout, weights)
-        if weights.temporary_memory is not None:
+        if layout.config.temporary_memory:
             entries = self._fold_entries(entries, pending, layout)
         return LayerMemory(state, entries)
 
@@ -289,34 +290,33 @@ class Grid:
 
 
 Chunk = tuple[Tensor, ChunkLayout]
+States = tuple[LayerState, ...]
 
 
-def walk_by_chunk(
-    grid: Grid, chunks: Iterable[Chunk], states: Sequence[LayerState]
-) -> Iterator[tuple[Tensor, tuple[LayerState, ...]]]:
-    """Chunk after chunk through all layers: memory of one chunk, whatever the length.
+def through_layers(
+    grid: Grid, hidden: Tensor, layout: ChunkLayout, states: States
+) -> tuple[Tensor, States]:
+    """One step through all layers: streaming, when repeated chunk after chunk.
 
     Args:
-        chunks: embedded items [B, I, D] and layout of each step, in order.
-        states: each layer's state before the first.
+        hidden: embedded items [B, I, D].
+        states: each layer's state before the step.
 
-    Yields:
-        For each step its last layer's outputs [B, I, D] and all layers' states.
+    Returns:
+        The last layer's outputs [B, I, D] and all layers' states.
     """
-    for hidden, layout in chunks:
-        after = []
-        for cell, weights, rotary, state in zip(
-            grid.cells, grid.weights, grid.rotary, states, strict=True
-        ):
-            hidden, new = cell(hidden.to(rotary[0].device), state, layout, rotary, weights)
-            after.append(new)
-        states = tuple(after)
-        yield hidden, states
+    after = []
+    for cell, weights, rotary, state in zip(
+        grid.cells, grid.weights, grid.rotary, states, strict=True
+    ):
+        hidden, new = cell(hidden.to(rotary[0].device), state, layout, rotary, weights)
+        after.append(new)
+    return hidden, tuple(after)
 
 
 def walk_by_layer(
-    grid: Grid, chunks: Iterable[Chunk], states: Sequence[LayerState]
-) -> tuple[list[Tensor], tuple[LayerState, ...]]:
+    grid: Grid, chunks: Iterable[Chunk], states: States
+) -> tuple[list[Tensor], States]:
     """Layer after layer over a whole block of chunks: the order of the layer-level pipeline.
 
     Returns:
@@ -332,6 +332,45 @@ def walk_by_layer(
             hidden[t], state = cell(moved, state, layout, rotary, weights)
         after.append(state)
     return hidden, tuple(after)
+
+
+# --- states as tensors ----------------------------------------------------------------------
+
+
+def tensors_of(states: States) -> list[Tensor]:
+    """All tensors of these states, in an order that only their structure decides."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(states, note)
+    return found
+
+
+def with_tensors(states: States, tensors: Iterable[Tensor]) -> States:
+    """States of the same structure that hold other tensors, given in `tensors_of`'s order."""
+    following = iter(tensors)
+    return map_tensors(states, lambda _: next(following))
+
+
+def map_tensors(states: States, change: Callable[[Tensor], Tensor]) -> States:
+    """States of the same structure, each tensor changed."""
+
+    def pair(old: KeyValue | None) -> KeyValue | None:
+        return None if old is None else KeyValue(change(old.key), change(old.value))
+
+    def one(old: LayerState) -> LayerState:
+        state = None if old.memory.state is None else change(old.memory.state)
+        memory = LayerMemory(state, tuple(map(change, old.memory.entries)))
+        if old.open is None:
+            return LayerState(memory)
+        chunk = KeyValue(change(old.open.chunk.key), change(old.open.chunk.value))
+        pending = tuple(map(change, old.open.pending))
+        return LayerState(memory, OpenChunk(pair(old.open.memory), chunk, pending))
+
+    return tuple(map(one, states))
 
 
 # --- helpers --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -82,6 +83,21 @@ def plan(
         if not any(piece.text or piece.close for piece in step):
             return steps
         steps.append(tuple(step))
+
+
+def plan_cuts(cuts: Sequence[Sequence[int]]) -> list[Step]:
+    """Steps of rows without a past whose chunks hold `cuts[b][t]` text tokens each.
+
+    Every chunk but a row's last is closed.
+    """
+    starts = [list(accumulate(row, initial=0)) for row in cuts]
+
+    def piece(b: int, t: int) -> Piece:
+        if t >= len(cuts[b]):
+            return Piece(starts[b][-1], 0, False)
+        return Piece(starts[b][t], cuts[b][t], t + 1 < len(cuts[b]))
+
+    return [tuple(piece(b, t) for b in range(len(cuts))) for t in range(max(map(len, cuts)))]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ Footguns:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,40 @@ from cometlm.backbone import (
     layer_type,
     rotary_tables,
 )
-from cometlm.batch import TextBatch
+from cometlm.batch import TextBatch, check_shape, documents
 from cometlm.cache import CometCache
+from cometlm.chunking import Chunking
 from cometlm.config import CometConfig
 from cometlm.device import return_freed_memory
-from cometlm.grid import Cell, Grid, LayerState, walk_by_chunk
-from cometlm.layout import ChunkLayout, Step, plan, take
+from cometlm.grid import Cell, Grid, States, through_layers
+from cometlm.layout import ChunkLayout, Step, plan, plan_cuts, take
 from cometlm.memory import Comet, LayerMemoryWeights
 from cometlm.model_config import CometModelConfig
+from cometlm.recompute import Recomputation, read_on, read_recomputed
 
 _TABLES_KEPT = 4
+
+
+class Scored(NamedTuple):
+    """What a caller wants of the hidden states instead of the hidden states themselves.
+
+    Attributes:
+        score: from one chunk's last hidden states [B, n, D] and labels [B, n] to a few numbers,
+            which are summed over all chunks. It is run again where chunks are.
+        labels: [B, N], -100 where there is nothing to score.
+        parameters: what `score` uses.
+    """
+
+    score: Callable[[Tensor, Tensor], Tensor]
+    labels: Tensor
+    parameters: Sequence[nn.Parameter]
+
+
+@dataclass
+class CometOutput(BaseModelOutputWithPast):
+    """What `CometModel` returns; with `Scored`, `summed` in place of `last_hidden_state`."""
+
+    summed: Tensor | None = None
 
 
 class CometPreTrainedModel(PreTrainedModel):
@@ -41,7 +66,7 @@ class CometPreTrainedModel(PreTrainedModel):
 
     config_class = CometModelConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Cell"]  # noqa: RUF012 (transformers' own form)
 
@@ -51,9 +76,47 @@ class CometPreTrainedModel(PreTrainedModel):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the backbone has tied what it ties, whatever its config says."""
 
+    # --- activation checkpointing: transformers' switches for our recomputation -------------
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether chunks are recomputed in the backward pass."""
+        return cast("CometModel", self.base_model).recomputation is not None
+
+    def _activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        options = dict(activation_checkpointing_kwargs or {})
+        options.pop("use_reentrant", None)  # of torch's checkpoint, which is not used
+        every = options.pop("every", 1)
+        truncate = options.pop("truncate_after", 0)
+        if options or every_n_layers != 1:
+            unknown = ", ".join(options) or f"every_n_layers={every_n_layers}"
+            raise ValueError(
+                f"activation checkpointing recomputes chunks and does not take {unknown}; it takes "
+                "every (chunks), truncate_after (chunks) and offload"
+            )
+        model = cast("CometModel", self.base_model)
+        model.recomputation = Recomputation(every, offload)
+        model.truncate_after = truncate
+
+    def _activation_checkpointing_disable(self) -> None:
+        cast("CometModel", self.base_model).recomputation = None
+
 
 class CometModel(CometPreTrainedModel):
-    """Reads text of any length and returns the last hidden state of every text token."""
+    """Reads text of any length and returns the last hidden state of every text token.
+
+    Attributes:
+        recomputation: how a training step saves memory, or None to keep the whole graph; what
+            `activation_checkpointing_enable()` sets.
+        truncate_after: while training, gradients reach back at most this many chunks; 0 is all.
+        chunking: where training samples are cut; None cuts them as reading does.
+        memory_frozen: train without the memory's weights; otherwise that is an error.
+    """
 
     def __init__(self, config: CometModelConfig, parts: Parts) -> None:
         super().__init__(config)
@@ -65,6 +128,10 @@ class CometModel(CometPreTrainedModel):
         self.comet = _new_comet(parts, sizes)
         self._family = parts.family
         self._tables: dict[tuple[Any, ...], list[RotaryTable]] = {}
+        self.recomputation: Recomputation | None = None
+        self.truncate_after = 0
+        self.chunking: Chunking | None = None
+        self.memory_frozen = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -85,8 +152,11 @@ class CometModel(CometPreTrainedModel):
         capacity: int | None = None,
         more_text: bool = False,
         hidden_to_keep: int = 0,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        scored: Scored | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> CometOutput:
         """Read text, folding every full chunk into memory.
 
         Args:
@@ -100,30 +170,98 @@ class CometModel(CometPreTrainedModel):
             more_text: more text follows, so a chunk that ends full is closed in the same step.
             hidden_to_keep: how many last hidden states are wanted; 0 is all. A long prompt of
                 which only the end counts then holds no more than a chunk.
+            position_ids: [1, N] where one row holds several documents: they start again at 0 with
+                each, and so does the memory. With an `attention_mask` they are not looked at.
+            cu_seq_lens_q: [documents + 1] where those documents begin and the last one ends.
+            scored: reduce each chunk's hidden states at once instead of returning them all.
 
         Returns:
-            `last_hidden_state` [B, N or fewer, D] aligned with (the end of) `input_ids`, and
-            `past_key_values`.
+            `last_hidden_state` [B, N or fewer, D] aligned with (the end of) `input_ids`, or
+            `summed`; and `past_key_values`.
 
         Raises:
             ValueError: no tokens, ids outside the vocabulary, a mask with holes, a cache of
-                another batch, a budget that exceeds the backbone's positions.
+                another batch, a budget that exceeds the backbone's positions, positions that are
+                not those of packed documents, training with a frozen memory.
             FloatingPointError: a memory is not finite; names layer and chunk.
         """
         _refuse_unknown(kwargs)
+        check_shape(input_ids)
+        if self._learning:
+            self._check_trainable()
+        if attention_mask is not None:
+            position_ids = None
+        if position_ids is not None or cu_seq_lens_q is not None:
+            _refuse_past(past_key_values)
+            found = documents(position_ids, cu_seq_lens_q, input_ids)
+            if len(found) > 1:
+                return self._read_packed(input_ids, found, stride, capacity, scored)
         text = TextBatch.of(input_ids, attention_mask, self.config.vocab_size)
         cache = self.cache_for(past_key_values, text.batch)
+        cuts = None
+        if self._learning and self.chunking is not None and past_key_values is None:
+            drawn = self.chunking.draw(text.rows(), self.config.comet_config.chunk_size)
+            cuts, stride, capacity = drawn.cuts, drawn.stride or stride, drawn.capacity or capacity
         sizes = self._sizes(stride, capacity)
-        reach = self._reach(cache, sizes)
-        steps = plan(cache.rows, text.lengths, sizes.chunk_size, more_text)
-        first = max(0, text.width - hidden_to_keep) if hidden_to_keep else 0
-        hidden, cache = self._walk(text, cache, steps, sizes, reach, first)
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=cast("Any", cache) if use_cache else None,
+        call = _Call(
+            text=text,
+            cache=cache,
+            steps=plan_cuts(cuts)
+            if cuts
+            else plan(cache.rows, text.lengths, sizes.chunk_size, more_text),
+            sizes=sizes,
+            reach=self._reach(cache, sizes),
+            first=max(0, text.width - hidden_to_keep) if hidden_to_keep else 0,
+            use_cache=use_cache,
+            scored=scored,
         )
+        kept, after = self._walk(call)
+        past = cast("Any", after if use_cache else None)
+        if scored is not None:
+            return CometOutput(summed=torch.stack(kept).sum(0), past_key_values=past)
+        wanted = [
+            (step, out) for step, out in zip(call.steps, kept, strict=True) if call.wants(step)
+        ]
+        return CometOutput(last_hidden_state=text.aligned(wanted, call.first), past_key_values=past)
+
+    def _read_packed(
+        self,
+        ids: Tensor,
+        found: Sequence[slice],
+        stride: int | None,
+        capacity: int | None,
+        scored: Scored | None,
+    ) -> CometOutput:
+        """Each document of a packed row on its own, with a memory of its own."""
+        outs = []
+        for part in found:
+            own = scored and scored._replace(labels=scored.labels[:, part])
+            out = self.forward(
+                ids[:, part], use_cache=False, stride=stride, capacity=capacity, scored=own
+            )
+            outs.append(out)
+        if scored is not None:
+            summed = torch.stack([out.summed for out in outs if out.summed is not None]).sum(0)
+            return CometOutput(summed=summed)
+        hidden = [out.last_hidden_state for out in outs if out.last_hidden_state is not None]
+        return CometOutput(last_hidden_state=torch.cat(hidden, dim=1))
+
+    @property
+    def _learning(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _check_trainable(self) -> None:
+        """Refuse to train round a memory that somebody froze without meaning to."""
+        if self.memory_frozen or any(p.requires_grad for p in self.comet.parameters()):
+            return
+        if any(p.requires_grad for p in self.parameters()):
+            raise ValueError(
+                "the memory is frozen but other weights are trained, so it would stay as untrained "
+                "as it is: use cometlm.lora_config(), which trains it beside LoRA, or say that it "
+                "is meant with model.model.memory_frozen = True"
+            )
 
     def empty_cache(self, batch: int = 1) -> CometCache:
         """The cache before any text."""
@@ -173,39 +311,34 @@ class CometModel(CometPreTrainedModel):
             )
         return reach
 
-    def _walk(
-        self,
-        text: TextBatch,
-        cache: CometCache,
-        steps: list[Step],
-        sizes: CometConfig,
-        reach: int,
-        first: int,
-    ) -> tuple[Tensor, CometCache]:
-        """Hidden states of the columns from `first` on, and the cache after all steps."""
-        latest: list[ChunkLayout] = []
+    def _walk(self, call: _Call) -> tuple[list[Tensor], CometCache]:
+        """What each step leaves, in order, and the cache after all of them."""
+        grid = self._grid(call.reach)
+        text, scored = call.text, call.scored
 
-        def chunks() -> Iterator[tuple[Tensor, ChunkLayout]]:
-            rows = cache.rows
-            for step in steps:
-                layout = ChunkLayout(sizes, rows, step, reach, text.ids.device)
-                rows = layout.counts_after()
-                latest[:] = [layout]
-                yield self._embed(text, layout), layout
+        def read(layout: ChunkLayout, states: States) -> tuple[Tensor, States]:
+            out, after = through_layers(grid, self._embed(text, layout), layout, states)
+            if layout.step is call.steps[-1] and not call.use_cache:
+                after = ()  # nobody looks at it
+            if not call.wants(layout.step):
+                return out.new_zeros(()), after
+            hidden: Tensor = self.norm(take(out, layout.text_index.to(out.device)))
+            if scored is not None:
+                hidden = scored.score(hidden, text.labels(scored.labels, layout))
+            return hidden, after
 
-        states: tuple[LayerState, ...] = cache.layers
-        wanted: list[tuple[Step, Tensor]] = []
-        for out, states in walk_by_chunk(self._grid(reach), chunks(), cache.layers):
-            (layout,) = latest
-            if text.reaches(layout.step, first) or layout.step is steps[-1]:
-                index = layout.text_index.to(out.device)
-                wanted.append((layout.step, self.norm(take(out, index))))
-            if layout.closes:
-                _check_finite(states, layout)
-                return_freed_memory(out.device)
-        rows = latest[0].counts_after()
-        columns = cache.columns + text.width
-        return text.aligned(wanted, first), CometCache(states, rows, sizes, reach, columns)
+        layouts = call.layouts()
+        states: States = call.cache.layers
+        args = (read, layouts, states)
+        cut = self.truncate_after if self._learning else 0
+        if self._learning and self.recomputation is not None:
+            own = [*self.parameters(), *(scored.parameters if scored else ())]
+            wanted = list(dict.fromkeys(p for p in own if p.requires_grad))
+            kept, states = read_recomputed(*args, wanted, self.recomputation, _finished, cut)
+        else:
+            kept, states = read_on(*args, _finished, cut)
+        columns = call.cache.columns + text.width
+        return kept, CometCache(states, call.rows, call.sizes, call.reach, columns)
 
     def _embed(self, text: TextBatch, layout: ChunkLayout) -> Tensor:
         """Items [B, I, D] of one step: text, compression and readout tokens in their order."""
@@ -255,13 +388,53 @@ class CometModel(CometPreTrainedModel):
         return self._tables[key]
 
 
+@dataclass
+class _Call:
+    """One call of `forward`, checked and planned.
+
+    Attributes:
+        first: the first column whose hidden states are wanted.
+        rows: each row's counts after the layouts made so far.
+    """
+
+    text: TextBatch
+    cache: CometCache
+    steps: list[Step]
+    sizes: CometConfig
+    reach: int
+    first: int
+    use_cache: bool
+    scored: Scored | None
+
+    def __post_init__(self) -> None:
+        self.rows = self.cache.rows
+
+    def layouts(self) -> Iterator[ChunkLayout]:
+        """Each step's layout, made when its turn comes."""
+        for step in self.steps:
+            layout = ChunkLayout(self.sizes, self.rows, step, self.reach, self.text.ids.device)
+            self.rows = layout.counts_after()
+            yield layout
+
+    def wants(self, step: Step) -> bool:
+        """Whether a step's hidden states are wanted."""
+        return step is self.steps[-1] or self.text.reaches(step, self.first)
+
+
 def position_limit(config: Any) -> int | None:
     """Positions that a backbone was made for, or None if its config does not say."""
     limit = getattr(config, "max_position_embeddings", None)
     return int(limit) if limit else None
 
 
-def _check_finite(states: Sequence[LayerState], layout: ChunkLayout) -> None:
+def _finished(layout: ChunkLayout, states: States) -> None:
+    """What follows every step."""
+    if layout.closes and states:
+        _check_finite(states, layout)
+        return_freed_memory(layout.device)
+
+
+def _check_finite(states: States, layout: ChunkLayout) -> None:
     """Stop at the first layer whose memory is not finite; looks at what this chunk wrote."""
     checks: list[Tensor] = []
     for state in states:
@@ -294,9 +467,22 @@ def _new_comet(parts: Parts, sizes: CometConfig) -> Comet:
     return comet
 
 
+def _refuse_past(past: CometCache | None) -> None:
+    if past is not None:
+        raise ValueError(
+            "forward() does not take position_ids or cu_seq_lens_q with past_key_values: packed "
+            "documents begin with an empty memory"
+        )
+
+
+# What callers pass along that says nothing new: `return_dict` is transformers' habit, the others
+# describe packed documents to kernels that are not used here.
+_SAID_ELSEWHERE = ("return_dict", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
-    """Refuse what would be ignored; `return_dict` is what callers in transformers always pass."""
+    """Refuse what would be ignored."""
     for name, value in kwargs.items():
-        if name != "return_dict" and value is not None and value is not False:
+        if name not in _SAID_ELSEWHERE and value is not None and value is not False:
             shown = f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else name
             raise ValueError(f"forward() does not take {shown}")

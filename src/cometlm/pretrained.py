@@ -129,6 +129,31 @@ def load_model(
     return model.eval()
 
 
+def load_lora(model: CometForCausalLM, checkpoint: str | Path) -> None:
+    """Put a checkpoint's LoRA weights into the active adapter of a model that has one already.
+
+    Raises:
+        ValueError: they do not fit it.
+    """
+    file = Path(checkpoint) / LORA / "adapter_model.safetensors"
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        if file.exists():
+            raise ValueError(f"{checkpoint} has LoRA weights, but this model has no adapter")
+        return
+    (adapter,) = model.active_adapters()
+    own = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    given = {
+        name.removeprefix("base_model.model.").replace(".weight", f".{adapter}.weight"): weight
+        for name, weight in read_weights(file).items()
+    }
+    for name in sorted(own.keys() ^ given.keys()):
+        what = "lacks" if name in own else "holds an unknown"
+        raise ValueError(f"{file} does not fit this model: it {what} weight {name}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(given[name])
+
+
 def upload_model(
     model: CometForCausalLM,
     repo_id: str,
@@ -270,6 +295,9 @@ def load_memory(model: CometForCausalLM, weights: Mapping[str, Tensor], name: st
                     f"{name} does not fit this model: {_PREFIX}{key} is "
                     f"{list(given[key].shape)}, expected {list(parameter.shape)}"
                 )
+            if given[key].dtype == torch.float32 and parameter.dtype.itemsize < 4:
+                # Trained in float32: a gate applied thousands of times must not be rounded.
+                parameter.data = parameter.data.float()
             parameter.copy_(given[key])
 
 
