@@ -1,0 +1,115 @@
+"""Text to hide things in: token ids of any length, drawn at random places.
+
+A `Hay` draws; where its text comes from is its own affair. Nothing is tokenised before it is
+wanted, so a source may be as large as the disk.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+
+
+class Hay(ABC):
+    """A source of token ids."""
+
+    @abstractmethod
+    def draw(self, rng: random.Random, tokens: int) -> list[int]:
+        """Exactly `tokens` ids of running text from a place that `rng` chooses."""
+
+
+class FileHay(Hay):
+    """Running text from a random place of a random file; long files are chosen more often.
+
+    A draw that is longer than what its file has left goes on in other files.
+
+    Raises:
+        ValueError: no files, or none with text in it.
+    """
+
+    def __init__(self, tokenizer: Any, files: Iterable[str | Path]) -> None:
+        self._tokenizer = tokenizer
+        self._files = [path for path in map(Path, files) if path.stat().st_size]
+        if not self._files:
+            raise ValueError("there is no text to draw from: no files, or only empty ones")
+        self._weights = [path.stat().st_size for path in self._files]
+        self._kept: tuple[Path, bytes] | None = None
+
+    def draw(self, rng: random.Random, tokens: int) -> list[int]:
+        """See `Hay.draw`."""
+        ids: list[int] = []
+        while len(ids) < tokens:
+            (path,) = rng.choices(self._files, self._weights)
+            text = self._read(path)
+            missing = tokens - len(ids)
+            # Few texts have less than two characters a token; what is too much is cut off.
+            size = min(len(text), max(64, missing * 7))
+            start = rng.randrange(len(text) - size + 1)
+            piece = text[start : start + size].decode("utf-8", errors="ignore")
+            ids += encode(self._tokenizer, piece)[:missing]
+        return ids
+
+    def _read(self, path: Path) -> bytes:
+        if self._kept is None or self._kept[0] != path:
+            self._kept = (path, path.read_bytes())
+        return self._kept[1]
+
+
+class WordHay(Hay):
+    """Random words, as the tokenizer's vocabulary has them: nothing to expect, nothing to learn."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _words(self) -> list[int]:
+        words = []
+        for id_ in range(len(self._tokenizer)):
+            text = self._tokenizer.decode([id_])
+            if len(text) > 3 and text[0] == " " and text[1:].isascii() and text[1:].isalpha():
+                words.append(id_)
+        return words
+
+    def draw(self, rng: random.Random, tokens: int) -> list[int]:
+        """See `Hay.draw`."""
+        return rng.choices(self._words, k=tokens)
+
+
+class FillerHay(Hay):
+    """A few sentences over and over: the usual filler of passkey tests."""
+
+    def __init__(self, tokenizer: Any, text: str = FILLER) -> None:
+        self._ids = encode(tokenizer, text)
+
+    def draw(self, rng: random.Random, tokens: int) -> list[int]:
+        """See `Hay.draw`."""
+        start = rng.randrange(len(self._ids))
+        repeats = (start + tokens) // len(self._ids) + 1
+        return (self._ids * repeats)[start : start + tokens]
+
+
+class MixedHay(Hay):
+    """Each draw from one of several sources, chosen by weight."""
+
+    def __init__(self, sources: Sequence[Hay], weights: Sequence[float]) -> None:
+        self._sources = list(sources)
+        self._weights = list(weights)
+
+    def draw(self, rng: random.Random, tokens: int) -> list[int]:
+        """See `Hay.draw`."""
+        (source,) = rng.choices(self._sources, self._weights)
+        return source.draw(rng, tokens)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of text in the middle of a document: no special tokens around it."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids

@@ -1,0 +1,245 @@
+"""Passkey samples: a key somewhere in a long text, and a question about it at the end.
+
+A sample is what a session does: the text is read as it is, then asked in the tokenizer's chat
+template. It may hide several keys under names and ask for one. Wordings to train with and wordings
+to measure with are kept apart, so that a measurement never repeats a sentence of the training.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from cometlm.data.hay import Hay, encode
+from cometlm.turns import render_turn
+
+# fmt: off
+_NAMES = (
+    "Ada", "Basil", "Clara", "Dmitri", "Elif", "Farid", "Greta", "Hugo", "Imani", "Jonas", "Keiko",
+    "Luca", "Mira", "Nadia", "Omar", "Priya", "Quinn", "Rosa", "Stefan", "Tomas", "Uma", "Viktor",
+    "Wanda", "Xenia", "Yusuf", "Zoe",
+)
+_THINGS = (
+    "the archive", "the boiler room", "the north gate", "the safe", "the library", "the vault",
+    "the greenhouse", "the server", "the old cabin", "the ferry", "the laboratory", "the museum",
+    "the garage", "the attic", "the school",
+)
+_WHATS = (
+    "pass key", "access code", "secret number", "passcode", "account number", "serial number",
+    "ticket number", "telephone extension", "locker number", "registration number",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How keys are hidden and asked for.
+
+    Attributes:
+        hidden: sentences with {key}, maybe {what}, and {owner} where a key belongs to somebody.
+        asked: questions, likewise; one without {what} asks for the number.
+        answered: answers with {key}.
+        whats: what a key may be called; a sentence and its question agree on it.
+    """
+
+    hidden: tuple[str, ...]
+    asked: tuple[str, ...]
+    answered: tuple[str, ...] = ("{key}",)
+    whats: tuple[str, ...] = ("number",)
+
+
+TRAINING = Wording(
+    hidden=(
+        "The {what} is {key}. Remember it. {key} is the {what}.",
+        "Remember this: the {what} is {key}.",
+        "There is an important number in this text. It is {key}. Keep it in mind.",
+        "Note: the {what} is {key}.",
+        "Here is the {what} that matters: {key}.",
+        "Do not forget that {key} is the {what}.",
+        "{key} is the {what}. You will be asked for it.",
+        "The {what} of {owner} is {key}. Remember it.",
+        "Please keep in mind that the {what} of {owner} is {key}.",
+        "The number that belongs to {owner} is {key}.",
+        "{owner}: {what} {key}. Do not forget it.",
+        "As for {owner}, the {what} is {key}.",
+    ),
+    asked=(
+        "What is the {what}?",
+        "Which {what} was mentioned in the text?",
+        "What is the {what}? Answer with the number only.",
+        "What was the number that I should remember?",
+        "Which number did the text ask you to remember?",
+        "Please repeat the {what}.",
+        "What is the {what} of {owner}?",
+        "Which number belongs to {owner}?",
+        "What is the {what} of {owner}? Answer with the number only.",
+        "Please repeat the number of {owner}.",
+    ),
+    whats=_WHATS,
+)
+MEASURING = Wording(
+    hidden=(
+        "By the way, the magic number you will need later is {key}.",
+        "Somebody wrote the PIN on the wall: {key}.",
+        "Important: {key} is the code that opens the door.",
+        "The combination for {owner} happens to be {key}.",
+    ),
+    asked=(
+        "What is the number you will need later?",
+        "Tell me the code that was hidden in the text.",
+        "What was the secret code?",
+        "What is the combination for {owner}?",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class PasskeySample:
+    """One text with its questions and answers, as token ids.
+
+    Attributes:
+        text: the text that keys are hidden in.
+        turns: for each question its turn up to the head of the answer, and the answer with the
+            token that ends it.
+        key: what the first question asks for.
+        depth: where that was hidden, 0 (start of the text) … 1 (end).
+    """
+
+    text: list[int]
+    turns: list[tuple[list[int], list[int]]]
+    key: str
+    depth: float
+
+    @property
+    def prompt(self) -> list[int]:
+        """The text and the first question."""
+        return self.text + self.turns[0][0]
+
+    @property
+    def answer(self) -> list[int]:
+        """What follows the prompt: the first answer."""
+        return self.turns[0][1]
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The text and all turns."""
+        return self.text + [id_ for turn in self.turns for part in turn for id_ in part]
+
+    @property
+    def labels(self) -> list[int]:
+        """Ids over the answers, -100 elsewhere."""
+        labels = [-100] * len(self.text)
+        for question, answer in self.turns:
+            labels += [-100] * len(question) + answer
+        return labels
+
+
+@dataclass(frozen=True)
+class PasskeyTask:
+    """Makes samples of an exact length.
+
+    Args:
+        tokenizer: with a chat template.
+        hay: what keys are hidden in.
+        wording: how.
+        digits: shortest and longest key.
+        keys: fewest and most keys in one text; with more than one each has an owner.
+        questions: ask for so many of them at most, one after the other.
+    """
+
+    tokenizer: Any
+    hay: Hay
+    wording: Wording = TRAINING
+    digits: tuple[int, int] = (5, 5)
+    keys: tuple[int, int] = (1, 1)
+    questions: int = 1
+    _boundaries: list[set[int]] = field(default_factory=list, repr=False, compare=False)
+
+    def draw(
+        self, rng: random.Random, tokens: int, depth: float | None = None, key: str | None = None
+    ) -> PasskeySample:
+        """A sample of exactly `tokens` tokens, its answers among them.
+
+        Args:
+            depth: where to hide the key that is asked for first; drawn if None.
+            key: what to hide there; drawn if None.
+
+        Raises:
+            ValueError: `tokens` is too few for the keys, questions and answers.
+        """
+        count = rng.randint(*self.keys)
+        owners = rng.sample(_NAMES + _THINGS, count)
+        if count == 1 and rng.random() < 0.5:
+            owners = [""]
+        whats = rng.choices(self.wording.whats, k=count)
+        keys = [key or self._key(rng), *(self._key(rng) for _ in owners[1:])]
+        depths = [rng.random() if depth is None else depth, *(rng.random() for _ in owners[1:])]
+        names = [
+            {"owner": owner, "what": what, "key": key}
+            for owner, what, key in zip(owners, whats, keys, strict=True)
+        ]
+        needles = [self._needle(rng, one) for one in names]
+        turns = [self._turn(rng, one, first=not i) for i, one in enumerate(names[: self.questions])]
+        said = sum(len(part) for turn in turns for part in turn)
+        left = tokens - said - sum(map(len, needles))
+        if left < 0:
+            raise ValueError(
+                f"tokens must be at least {tokens - left} for the keys, questions and answers, "
+                f"got {tokens}"
+            )
+        text = self._hide(self.hay.draw(rng, left), needles, depths)
+        return PasskeySample(text, turns, keys[0], depths[0])
+
+    def _key(self, rng: random.Random) -> str:
+        digits = rng.randint(*self.digits)
+        return str(rng.randrange(10 ** (digits - 1), 10**digits))
+
+    def _needle(self, rng: random.Random, names: dict[str, str]) -> list[int]:
+        hidden = _fitting(rng, self.wording.hidden, names)
+        frame = rng.choice(("\n\n{}\n\n", " {} ", "\n{}\n"))
+        return encode(self.tokenizer, frame.format(hidden[0].upper() + hidden[1:]))
+
+    def _turn(
+        self, rng: random.Random, names: dict[str, str], first: bool
+    ) -> tuple[list[int], list[int]]:
+        asked = _fitting(rng, self.wording.asked, names)
+        turn = render_turn(self.tokenizer, asked, first=first, began=True)
+        # What follows the answer up to its end-of-turn token belongs to it: it says when to stop.
+        # The rest of the frame, if any, stands in front of the next question.
+        end, *rest = encode(self.tokenizer, turn.closing)
+        question = ([] if first else rest) + encode(self.tokenizer, turn.opening)
+        answered = rng.choice(self.wording.answered).format(**names)
+        return question, [*encode(self.tokenizer, answered), end]
+
+    def _hide(self, hay: list[int], needles: list[list[int]], depths: list[float]) -> list[int]:
+        """Needles put into the hay at their depths, where words begin."""
+        places = [self._word_start(hay, round(depth * len(hay))) for depth in depths]
+        text: list[int] = []
+        done = 0
+        for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
+            text += hay[done:place] + needle
+            done = place
+        return text + hay[done:]
+
+    def _word_start(self, hay: list[int], place: int) -> int:
+        for near in range(place, min(place + 16, len(hay))):
+            if near == 0 or hay[near] in self._word_starts:
+                return near
+        return place
+
+    @property
+    def _word_starts(self) -> set[int]:
+        """Ids that begin with white space; found once per task."""
+        if not self._boundaries:
+            size = len(self.tokenizer)
+            self._boundaries.append(
+                {i for i in range(size) if self.tokenizer.decode([i])[:1].isspace()}
+            )
+        return self._boundaries[0]
+
+
+def _fitting(rng: random.Random, sentences: tuple[str, ...], names: dict[str, str]) -> str:
+    """A sentence that has a place for an owner if there is one, and none if not, filled in."""
+    owned = bool(names["owner"])
+    return rng.choice([s for s in sentences if ("{owner}" in s) == owned]).format(**names)

@@ -1,0 +1,191 @@
+"""People's own training data as records that trl's trainers take.
+
+A record is a conversation (`messages`), a `prompt` with its `completion`, both as words or both as
+messages, or plain `text`. CoMeT's published data is read too: JSON lines of `uniq_id` and
+`messages`, these as a string of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Record = dict[str, Any]
+Placed = tuple[str, Record]  # a record and where it stands
+FORMS = (("messages",), ("prompt", "completion"), ("text",))
+_ENDINGS = (".jsonl", ".json")
+_OF_DATASETS = ("dataset_info.json", "dataset_dict.json")  # files that only describe a dataset
+_SHOWN = 5
+
+
+def read_records(source: str | Path) -> Dataset:
+    """Read training data.
+
+    Args:
+        source: a file of JSON lines (or one JSON list), a directory of such files, or the name of
+            a dataset on the hub or of its directory, maybe with a split: "name:train[:1000]".
+
+    Returns:
+        A dataset with the columns of one of `FORMS`, and no others.
+
+    Raises:
+        ValueError: a line that is not JSON, records of no known form or of several, empty ones,
+            conversations in which the assistant says nothing; each with where it stands.
+        OSError: a file or a dataset cannot be read.
+        ImportError: `datasets` is not installed.
+    """
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise ImportError(
+            'training data is read with datasets; run: pip install "cometlm[train]"',
+            name=error.name,
+        ) from error
+    records = [(where, _plain(where, record)) for where, record in _placed(source)]
+    if not records:
+        raise ValueError(f"{source} holds no records")
+    form = _form(records[0][1])
+    _refuse(records, lambda record: _form(record) != form, f"are not {form} like the first")
+    _refuse(records, _is_empty, "are empty")
+    if "messages" in records[0][1]:
+        _refuse(records, _has_no_answer, "have no assistant turn with words in it")
+    return Dataset.from_list([record for _, record in records])
+
+
+# --- where records come from --------------------------------------------------------------------
+
+
+def _placed(source: str | Path) -> Iterator[tuple[str, Any]]:
+    path = Path(source)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS)
+        if any(file.name in _OF_DATASETS for file in files):
+            raise ValueError(
+                f"{source} was written by datasets' save_to_disk; write JSON lines instead, with "
+                "to_json"
+            )
+        if not files:
+            return _read_dataset(str(source))
+    elif not path.exists():
+        if path.suffix in _ENDINGS:
+            raise FileNotFoundError(f"there is no file {source}")
+        return _read_dataset(str(source))
+    return (pair for file in files for pair in _read_file(file))
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """What a file of JSON lines, or of one JSON list, holds."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+    if text.lstrip().startswith("["):
+        for i, record in enumerate(_parsed(text, str(path), 0)):
+            yield f"{path} record {i + 1}", record
+        return
+    # Not splitlines: what it takes for the end of a line may stand in a JSON string.
+    for i, line in enumerate(text.split("\n")):
+        if line.strip():
+            yield f"{path} line {i + 1}", _parsed(line, str(path), i)
+
+
+def _parsed(text: str, path: str, before: int) -> Any:
+    """JSON from the middle of a file, with `before` lines in front of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} line {before + error.lineno} is not JSON: {error.msg} (column {error.colno})"
+        ) from error
+
+
+def _read_dataset(source: str) -> Iterator[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    name, _, split = source.partition(":")
+    try:
+        rows = load_dataset(name, split=split or "train")
+    except OSError as error:
+        raise OSError(
+            f"{name!r} is no file or directory of {' or '.join(_ENDINGS)} files and cannot be "
+            f"loaded as a dataset: {error}"
+        ) from error
+    for i, row in enumerate(rows):
+        yield f"{source} row {i + 1}", dict(row)
+
+
+# --- what a record must be ----------------------------------------------------------------------
+
+
+def _plain(where: str, record: Any) -> Record:
+    """A record with the columns of its form only, its messages as a list."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be an object, got {type(record).__name__}")
+    names = next((names for names in FORMS if set(names) <= record.keys()), None)
+    if names is None:
+        known = "; ".join(" and ".join(names) for names in FORMS)
+        raise ValueError(f"{where} has {', '.join(record) or 'no fields'}; records need {known}")
+    plain = {name: record[name] for name in names}
+    if isinstance(plain.get("messages"), str):
+        try:
+            plain["messages"] = json.loads(plain["messages"])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: messages is not JSON: {error}") from error
+    for name, value in plain.items():
+        _check_value(where, name, value)
+    if len({type(value) for value in plain.values()}) > 1:
+        raise ValueError(f"{where}: {' and '.join(names)} must both be words or both messages")
+    return plain
+
+
+def _check_value(where: str, name: str, value: Any) -> None:
+    if isinstance(value, list) and name != "text":
+        for message in value:
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise ValueError(
+                    f"{where}: each of {name} must have role and content, got {message!r}"
+                )
+            _check_words(where, f"{name}.role", message["role"])
+            _check_words(where, f"{name}.content", message["content"])
+    elif name == "messages":
+        raise ValueError(f"{where}: messages must be a list, got {type(value).__name__}")
+    else:
+        _check_words(where, name, value)
+
+
+def _check_words(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} must be a string, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
+        raise ValueError(f"{where}: {name} is not Unicode text: {error.reason}") from error
+
+
+def _form(record: Record) -> str:
+    """The names of a record's columns, and whether they hold words or messages."""
+    kind = " as messages" if any(isinstance(value, list) for value in record.values()) else ""
+    return " and ".join(record) + kind
+
+
+def _is_empty(record: Record) -> bool:
+    last = list(record.values())[-1]  # the words to learn; a prompt may be empty
+    return not (last.strip() if isinstance(last, str) else last)
+
+
+def _has_no_answer(record: Record) -> bool:
+    turns = record["messages"]
+    return not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns)
+
+
+def _refuse(records: list[Placed], bad: Callable[[Record], bool], what: str) -> None:
+    found = [where for where, record in records if bad(record)]
+    if found:
+        shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
+        raise ValueError(f"{len(found)} of {len(records)} records {what}: {shown}")
