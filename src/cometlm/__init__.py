@@ -10,6 +10,7 @@ from cometlm.model import CometModel
 from cometlm.model_config import CometModelConfig
 from cometlm.pretrained import load
 from cometlm.session import Session
+from cometlm.train.lora import lora_config, parameter_groups
 
 __all__ = [
     "CometCache",
@@ -21,4 +22,6 @@ __all__ = [
     "attach",
     "detach",
     "load",
+    "lora_config",
+    "parameter_groups",
 ]

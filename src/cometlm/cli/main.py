@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cometlm.cli import ask, chat, demo, generate, import_, info, read
+from cometlm.cli import ask, chat, demo, generate, import_, info, read, train
 from cometlm.cli.console import err, print_error
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("read")(read.read)
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
+app.command("train")(train.train)
 app.command("info")(info.info)
 app.command("import")(import_.import_)
 app.command("demo")(demo.demo)

@@ -1,0 +1,51 @@
+"""`cometlm train CONFIG.yaml`: teach a model to use its memory."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers.utils import logging as hf_logging
+
+from cometlm.cli import options
+from cometlm.cli.console import err, out
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field: key=value, key.inner.0=value."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, whatever the output holds.")
+    ] = False,
+    device: options.Device = None,
+) -> None:
+    """Fine-tune a model with memory; run it again to go on where it stopped."""
+    from cometlm.train.config import read_config
+
+    chosen = read_config(config, set_ or [])
+    try:
+        from cometlm.train import run
+    except ImportError as error:
+        raise ValueError(
+            f"training needs {error.name}; run: pip install 'cometlm[train]'"
+        ) from error
+    hf_logging.set_verbosity_warning()
+    err.print(f"loading {chosen.model} …", highlight=False, soft_wrap=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            run.train(
+                chosen,
+                device=device,
+                restart=restart,
+                say=lambda line: err.print(line, highlight=False, soft_wrap=True),
+            )
+        except KeyboardInterrupt:
+            err.print("\ninterrupted; the same command goes on from the last checkpoint")
+            raise typer.Exit(130) from None
+    out.print(f"saved {chosen.output}: cometlm chat {chosen.output}", highlight=False)

@@ -1,0 +1,80 @@
+"""Generated training batches: rows of one length, made from their number alone.
+
+Batch i depends on the settings, the seed and i, and on nothing before it, so a run that is resumed
+anywhere sees the same batches as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cometlm.chunking import Chunking, sentence_ends
+from cometlm.data.hay import FileHay, FillerHay, Hay, MixedHay, WordHay
+from cometlm.data.passkey import PasskeyTask
+from cometlm.data.texts import text_files
+from cometlm.train.config import ChunkSettings, Generated, Stage
+
+
+class GeneratedBatches:
+    """Passkey samples and texts, stage after stage."""
+
+    def __init__(self, settings: Generated, tokenizer: Any, seed: int) -> None:
+        self._stages = settings.stages
+        self._seed = seed
+        texts = FileHay(tokenizer, [f for name in settings.texts for f in text_files(name)])
+        sources: list[Hay] = [texts, WordHay(tokenizer), FillerHay(tokenizer)]
+        weights = [settings.hay[0], *settings.hay[2:]]
+        if settings.code and settings.hay[1]:
+            code = FileHay(tokenizer, [f for name in settings.code for f in text_files(name)])
+            sources.append(code)
+            weights.append(settings.hay[1])
+        self._texts = texts
+        self._task = PasskeyTask(tokenizer, MixedHay(sources, weights), digits=settings.digits)
+
+    def __len__(self) -> int:
+        return sum(stage.steps for stage in self._stages)
+
+    def stage(self, number: int) -> Stage:
+        """The stage that batch `number` belongs to."""
+        for stage in self._stages:
+            if number < stage.steps:
+                return stage
+            number -= stage.steps
+        return self._stages[-1]
+
+    def __getitem__(self, number: int) -> dict[str, list[list[int]]]:
+        """Batch `number`: ids and labels of its rows."""
+        chance = random.Random(f"{self._seed}/{number}")
+        stage = self.stage(number)
+        passkey = chance.random() < stage.passkey
+        length = chance.randint(*stage.tokens)
+        rows = max(1, stage.batch_tokens // length)
+        if not passkey:
+            ids = [self._texts.draw(chance, length) for _ in range(rows)]
+            return {"input_ids": ids, "labels": ids}
+        task = replace(self._task, keys=stage.keys)
+        samples = [task.draw(chance, length) for _ in range(rows)]
+        return {
+            "input_ids": [sample.input_ids for sample in samples],
+            "labels": [sample.labels for sample in samples],
+        }
+
+
+def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """One generated batch, which comes as the only feature, as tensors [rows, length]."""
+    (feature,) = features
+    return {name: torch.tensor(feature[name]) for name in ("input_ids", "labels")}
+
+
+def chunking_of(settings: ChunkSettings, tokenizer: Any, seed: int) -> Chunking:
+    """The chunk plans that settings name."""
+    ends = sentence_ends(tokenizer) if settings.plans.get("sentence_ends") else ()
+    chunking = Chunking.of(settings.plans, ends, seed=seed)
+    chunking.sizes = settings.sizes
+    chunking.strides = settings.strides
+    chunking.capacities = settings.capacities
+    return chunking

@@ -1,0 +1,255 @@
+"""What a training run is made of: one YAML file, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+Mode = Literal["memory", "lora", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Adapters beside the memory; see `lora_config`."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """How a training step saves memory: `recompute.Recomputation`, and truncation."""
+
+    enabled: bool = True
+    every: int = 1
+    offload: bool = False
+    truncate_after: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkSettings:
+    """Where samples are cut: `chunking.Chunking`. Without plans, as reading does."""
+
+    plans: dict[str, float] = field(default_factory=lambda: {"fixed": 1.0})
+    sizes: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    capacities: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Some steps on generated samples of certain lengths.
+
+    Attributes:
+        steps: optimiser steps.
+        tokens: shortest and longest sample.
+        batch_tokens: tokens of one batch, which is as many samples of one length as fit.
+        learning_rate: of the backbone's adapters here; the run's own if None.
+        passkey: share of batches that are passkey samples; the others are text.
+        keys: fewest and most keys in one sample.
+        chunks: as in the run, for these steps; the run's own if None.
+    """
+
+    steps: int
+    tokens: tuple[int, int]
+    batch_tokens: int
+    learning_rate: float | None = None
+    passkey: float = 0.85
+    keys: tuple[int, int] = (1, 1)
+    chunks: ChunkSettings | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """Samples made on this machine: passkeys hidden in texts, and the texts themselves.
+
+    Attributes:
+        stages: one after the other; together they are the run.
+        texts: names in `data.texts`, files or directories: what is read and hidden in.
+        code: the same, of program text.
+        hay: how often keys hide in texts, code, random words and the usual filler.
+        digits: shortest and longest key.
+    """
+
+    stages: tuple[Stage, ...]
+    texts: tuple[str, ...] = ("anarchism", "austen", "perl")
+    code: tuple[str, ...] = ("transformers",)
+    hay: tuple[float, float, float, float] = (5.0, 2.0, 1.0, 1.0)
+    digits: tuple[int, int] = (5, 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: a built-in name, directory or hub id; of a checkpoint to train it further.
+        output: the folder that the run writes to and resumes from.
+        mode: what is trained: the memory alone, the memory and LoRA, or everything.
+        comet: `CometConfig` fields, for a model without a memory.
+        records: training data, a file or a name that `data.read_records` takes; or
+        generated: samples made here.
+        evaluate: records to measure the loss on, as `records`.
+        learning_rate: of everything but the memory.
+        memory_factor: the memory's learning rate, as a multiple of that.
+        warmup: steps over which the rate rises from 0.
+        max_length: longest sample in tokens; None is any. Longer ones are an error, unless
+        cut: is set, which drops what is too long from their ends.
+        trainer: further fields of trl's `SFTConfig`.
+    """
+
+    model: str
+    output: str
+    mode: Mode = "lora"
+    comet: dict[str, Any] = field(default_factory=dict)
+    lora: LoraSettings = LoraSettings()
+    records: str | None = None
+    generated: Generated | None = None
+    evaluate: str | None = None
+    chunks: ChunkSettings = ChunkSettings()
+    recompute: Recompute = Recompute()
+    seed: int = 0
+    learning_rate: float = 5e-5
+    memory_factor: float = 5.0
+    warmup: int = 10
+    max_length: int | None = None
+    cut: bool = False
+    save_steps: int = 50
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.records is None) == (self.generated is None):
+            raise ValueError("a run needs either records or generated, and not both")
+        for name in ("learning_rate", "memory_factor"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
+        if self.generated is not None:
+            for stage in self.generated.stages:
+                _check_stage(stage)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return dataclasses.asdict(self)
+
+
+def _check_stage(stage: Stage) -> None:
+    low, high = stage.tokens
+    if not 0 < low <= high:
+        raise ValueError(f"stages.tokens must be [shortest, longest], got {list(stage.tokens)}")
+    if stage.steps < 1:
+        raise ValueError(f"stages.steps must be at least 1, got {stage.steps}")
+
+
+def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, with changes of the form "key=value" or "key.inner.0=value".
+
+    Raises:
+        ValueError: no YAML, an unknown field, a value of another type, an impossible one.
+        OSError: the file cannot be read.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold fields of a training run, got {type(values).__name__}")
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"a change must look like key=value, got {change!r}")
+        _set(values, name.strip().split("."), yaml.safe_load(value))
+    config: TrainConfig = _build(TrainConfig, values, "")
+    return config
+
+
+def _set(values: Any, path: list[str], value: Any) -> None:
+    *way, last = path
+    for name in way:
+        if isinstance(values, list):
+            values = values[_index(name, values)]
+        else:
+            values = values.setdefault(name, {})
+    if isinstance(values, list):
+        values[_index(last, values)] = value
+    else:
+        values[last] = value
+
+
+def _index(name: str, values: list[Any]) -> int:
+    if not name.isdecimal() or int(name) >= len(values):
+        raise ValueError(f"{name!r} is no place in a list of {len(values)}")
+    return int(name)
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """`value`, as YAML has it, as the type `kind` that a field declares.
+
+    Raises:
+        ValueError: it is of another type; names the field.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(typing.cast("type", kind), value, path)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        (kind,) = (one for one in inner if one is not type(None))
+        return _build(kind, value, path)
+    if origin is Literal:
+        if value not in inner:
+            raise ValueError(f"{path} must be one of {', '.join(map(str, inner))}, got {value!r}")
+        return value
+    if origin is tuple:
+        return _build_tuple(inner, value, path)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path} must hold fields, got {value!r}")
+        return {str(k): _build(inner[1], v, f"{path}.{k}") for k, v in value.items()}
+    return _build_plain(kind, value, path)
+
+
+def _build_dataclass(kind: type, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path} must hold fields, got {value!r}")
+    hints = get_type_hints(kind)
+    names = [one.name for one in dataclasses.fields(kind)]
+    where = f"{path}." if path else ""
+    for name in value:
+        if name not in names:
+            raise ValueError(f"unknown field {where}{name}; there are {', '.join(names)}")
+    for one in dataclasses.fields(kind):
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if required and one.name not in value:
+            raise ValueError(f"{where}{one.name} is missing")
+    return kind(**{n: _build(hints[n], v, f"{where}{n}") for n, v in value.items()})
+
+
+def _build_tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{path} must be a list, got {value!r}")
+    kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+    if len(kinds) != len(value):
+        raise ValueError(f"{path} must be a list of {len(kinds)}, got {value!r}")
+    pairs = enumerate(zip(kinds, value, strict=True))
+    return tuple(_build(kind, one, f"{path}.{i}") for i, (kind, one) in pairs)
+
+
+def _build_plain(kind: Any, value: Any, path: str) -> Any:
+    if kind is Any or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+        return value
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML takes 3e-4 for text
+        except ValueError:
+            pass
+    raise ValueError(f"{path} must be {kind.__name__}, got {value!r}")

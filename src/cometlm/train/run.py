@@ -1,0 +1,249 @@
+"""A training run from its configuration to a checkpoint: what `cometlm train` does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import SFTConfig
+
+from cometlm.causal_lm import CometForCausalLM
+from cometlm.chunking import Chunking
+from cometlm.data.records import read_records
+from cometlm.files import write_whole
+from cometlm.pretrained import load
+from cometlm.train.batches import GeneratedBatches, chunking_of, collate
+from cometlm.train.config import TrainConfig
+from cometlm.train.lora import lora_config, set_trainable
+from cometlm.train.templates import generation_template
+from cometlm.train.trainer import CometTrainer, last_checkpoint
+
+SETTINGS = "train.json"
+# What may differ between a run and its resumption without changing what is learned.
+_FREE = ("output", "save_steps", "trainer", "recompute")
+
+Say = Callable[[str], None]
+
+
+def train(
+    config: TrainConfig, *, device: str | None = None, restart: bool = False, say: Say = print
+) -> CometForCausalLM:
+    """Train, going on from the last checkpoint in `config.output` if there is one.
+
+    Args:
+        restart: begin anew beside the checkpoints that are there.
+        say: called with what a person should know.
+
+    Returns:
+        The trained model, which is saved in `config.output`.
+
+    Raises:
+        ValueError: data that cannot be trained on, or checkpoints of another configuration.
+        FloatingPointError: the loss is not finite.
+        OSError: something cannot be read or written.
+    """
+    output = Path(config.output)
+    checkpoint = None if restart else last_checkpoint(output)
+    if checkpoint is not None:
+        check_same(output, config)
+        say(f"going on from {checkpoint}")
+    model, tokenizer = load(config.model, device=device, **config.comet)
+    lora = config.lora
+    adapters = lora_config(lora.r, lora.alpha, lora.dropout, lora.modules)
+    torch.manual_seed(config.seed)
+    set_trainable(model, config.mode, adapters)
+    say(describe_trained(model))
+    trainer = make_trainer(config, model, tokenizer, say)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / SETTINGS, json.dumps(config.to_dict(), indent=2).encode())
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(output))
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    return model
+
+
+def make_trainer(
+    config: TrainConfig, model: CometForCausalLM, tokenizer: Any, say: Say = print
+) -> CometTrainer:
+    """The trainer of a run, ready to start."""
+    common = {"model": model, "processing_class": tokenizer, "memory_factor": config.memory_factor}
+    if config.generated is not None:
+        batches = GeneratedBatches(config.generated, tokenizer, config.seed)
+        return CometTrainer(
+            **common,
+            args=_arguments(config, steps=len(batches)),
+            train_dataset=_as_dataset(batches),
+            data_collator=collate,
+            chunking=_stage_chunking(config, batches, tokenizer),
+            rates=_stage_rates(config, batches),
+            in_order=True,
+            whole=config.mode == "full",
+        )
+    assert config.records is not None
+    chunking = chunking_of(config.chunks, tokenizer, config.seed)
+    records = read_records(config.records)
+    arguments = _arguments(config)
+    if "messages" in records.column_names and "assistant_only_loss" not in config.trainer:
+        arguments.assistant_only_loss = True
+    with _marked(tokenizer):
+        trainer = CometTrainer(
+            **common,
+            args=arguments,
+            train_dataset=records,
+            eval_dataset=read_records(config.evaluate) if config.evaluate else None,
+            chunking=lambda step: chunking,
+            whole=config.mode == "full",
+        )
+    _check_lengths(trainer.train_dataset, config, model.config.comet_config.chunk_size, say)
+    return trainer
+
+
+def check_same(output: Path, config: TrainConfig) -> None:
+    """Refuse to go on from the checkpoints of another configuration.
+
+    Raises:
+        ValueError: names the fields that differ, with both values.
+    """
+    try:
+        before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    now = json.loads(json.dumps(config.to_dict()))
+    differing = [
+        f"{name}: was {before.get(name)!r}, is {now[name]!r}"
+        for name in now
+        if name not in _FREE and before.get(name) != now[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{output} holds checkpoints of another configuration ({'; '.join(differing)}); "
+            "use --restart to begin anew, or another output"
+        )
+
+
+def describe_trained(model: CometForCausalLM) -> str:
+    """How many weights are trained, and where."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    memory = sum(p.numel() for name, p in named if ".comet." in name)
+    others = sum(p.numel() for name, p in named if ".comet." not in name)
+    return f"training {memory:,} weights of the memory and {others:,} of the backbone"
+
+
+def _arguments(config: TrainConfig, steps: int | None = None) -> SFTConfig:
+    """Configuration of trl; `config.trainer` has the last word."""
+    recompute = config.recompute
+    options: dict[str, Any] = {
+        "output_dir": config.output,
+        "seed": config.seed,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup,
+        "weight_decay": 0.0,
+        "adam_beta2": 0.999,
+        "max_grad_norm": 1.5,
+        "per_device_train_batch_size": 1,
+        "max_length": config.max_length if config.cut else None,
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "report_to": "none",
+        # The frozen backbone is in its own dtype already, and what is trained in float32.
+        "bf16": config.mode == "full" and not _on_cpu(),
+        "activation_checkpointing": recompute.enabled,
+        "activation_checkpointing_kwargs": {
+            "every": recompute.every,
+            "offload": recompute.offload,
+            "truncate_after": recompute.truncate_after,
+        },
+    }
+    if steps is not None:
+        options |= {
+            "max_steps": steps,
+            "remove_unused_columns": False,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "dataloader_pin_memory": False,
+        }
+    for name in config.trainer:
+        if name not in SFTConfig.__dataclass_fields__:
+            raise ValueError(f"trainer.{name} is no field of trl's SFTConfig")
+    return SFTConfig(**{**options, **config.trainer})
+
+
+@contextlib.contextmanager
+def _marked(tokenizer: Any) -> Iterator[None]:
+    """While samples are tokenised, a template that marks the assistant's words, if there is one."""
+    own = tokenizer.chat_template
+    tokenizer.chat_template = generation_template(tokenizer) or own
+    try:
+        yield
+    finally:
+        tokenizer.chat_template = own
+
+
+def _on_cpu() -> bool:
+    return not torch.accelerator.is_available()
+
+
+def _as_dataset(batches: GeneratedBatches) -> Dataset:
+    """Batches as the kind of dataset that trl takes; each is made when it is asked for."""
+
+    def make(columns: dict[str, list[int]]) -> dict[str, list[Any]]:
+        made = [batches[number] for number in columns["batch"]]
+        return {name: [one[name] for one in made] for name in ("input_ids", "labels")}
+
+    return Dataset.from_dict({"batch": list(range(len(batches)))}).with_transform(make)
+
+
+def _stage_chunking(
+    config: TrainConfig, batches: GeneratedBatches, tokenizer: Any
+) -> Callable[[int], Chunking]:
+    """From a step to the chunk plans of its stage."""
+    made: dict[int, Chunking] = {}
+
+    def chunking(step: int) -> Chunking:
+        stage = batches.stage(step)
+        if id(stage) not in made:
+            settings = stage.chunks or config.chunks
+            made[id(stage)] = chunking_of(settings, tokenizer, config.seed)
+        return made[id(stage)]
+
+    return chunking
+
+
+def _stage_rates(config: TrainConfig, batches: GeneratedBatches) -> Callable[[int], float]:
+    """From a step to its stage's learning rate, as a share of the run's; warmed up at first."""
+
+    def share(step: int) -> float:
+        rate = batches.stage(step).learning_rate or config.learning_rate
+        return min(1.0, (step + 1) / max(1, config.warmup)) * rate / config.learning_rate
+
+    return share
+
+
+def _check_lengths(dataset: Any, config: TrainConfig, chunk_size: int, say: Say) -> None:
+    """Refuse what would be cut unasked, and warn where there is nothing to remember.
+
+    Raises:
+        ValueError: no samples, or samples longer than `max_length`.
+    """
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    if not lengths:
+        raise ValueError(f"{config.records} has no sample with a token to learn from")
+    limit = config.max_length
+    if limit is not None and not config.cut:
+        longer = sum(length > limit for length in lengths)
+        if longer:
+            raise ValueError(
+                f"{longer} of {len(lengths)} samples are longer than max_length={limit} (the "
+                f"longest has {max(lengths):,} tokens); set cut: true to cut their ends off"
+            )
+    if max(lengths) <= chunk_size:
+        say(
+            f"warning: no sample is longer than one chunk ({chunk_size} tokens; the longest has "
+            f"{max(lengths)}), so the memory is never read and learns nothing"
+        )

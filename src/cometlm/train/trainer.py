@@ -1,0 +1,195 @@
+"""trl's `SFTTrainer` with what a memory needs: its learning rate, chunk plans, safe checkpoints.
+
+An unmodified `SFTTrainer` or `transformers.Trainer` trains a model with memory too. This one adds:
+a loss that never holds more logits than one chunk's, a learning rate for the memory, chunk plans
+that a resumed run draws again, a stop at the first loss that is not finite, and checkpoints of
+everything that was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTTrainer
+
+from cometlm.causal_lm import CometForCausalLM
+from cometlm.chunking import Chunking
+from cometlm.pretrained import load_lora
+from cometlm.train.lora import parameter_groups
+
+STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
+
+
+class CometTrainer(SFTTrainer):
+    """`SFTTrainer` for a model with memory.
+
+    Args:
+        memory_factor: the memory's learning rate as a multiple of the others'.
+        chunking: from a step's number to the chunk plans of that step, or None for the model's.
+        rates: from a step's number to the learning rate as a share of `args.learning_rate`;
+            None for the schedule that `args` names.
+        in_order: take the samples in their order.
+        whole: save the backbone too, since it is trained.
+        others: `SFTTrainer`'s own.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory_factor: float = 5.0,
+        chunking: Callable[[int], Chunking] | None = None,
+        rates: Callable[[int], float] | None = None,
+        in_order: bool = False,
+        whole: bool = False,
+        **others: Any,
+    ) -> None:
+        self._memory_factor = memory_factor
+        self._chunking = chunking
+        self._rates = rates
+        self._in_order = in_order
+        self._whole = whole
+        self._micro_steps = (-1, 0)  # the step, and how many batches of it were seen
+        super().__init__(**others)
+
+    @property
+    def _comet(self) -> CometForCausalLM:
+        return cast("CometForCausalLM", self.accelerator.unwrap_model(self.model))
+
+    # --- optimisation -----------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser that `args` names, with a learning rate of its own for the memory."""
+        if self.optimizer is None:
+            model = cast("PreTrainedModel", self.model if model is None else model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            groups = parameter_groups(model, rate, self._memory_factor, decay)
+            self.optimizer = kind(groups, **options)
+        return cast("torch.optim.Optimizer", self.optimizer)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The given rates, or the schedule that `args` names."""
+        if self._rates is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), self._rates)
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
+        if self._in_order:
+            return SequentialSampler(cast("Any", train_dataset or self.train_dataset))
+        return cast("Sampler[Any] | None", super()._get_train_sampler(train_dataset))
+
+    # --- one step ---------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """One batch forward and backward, cut as its number says.
+
+        Raises:
+            FloatingPointError: the loss is not finite; names the step and the sample.
+        """
+        self._place_plans()
+        try:
+            loss = cast("Tensor", super().training_step(model, inputs, *args))
+            value = float(loss.detach())
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; {self._where(inputs)}") from error
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value}; {self._where(inputs)}")
+        return loss
+
+    def _place_plans(self) -> None:
+        """Draw as a run would that came here without a stop."""
+        if self._chunking is None:
+            return
+        step = self.state.global_step
+        seen = self._micro_steps[1] + 1 if self._micro_steps[0] == step else 0
+        self._micro_steps = (step, seen)
+        chunking = self._chunking(step)
+        accumulated, ranks = self.args.gradient_accumulation_steps, self.accelerator.num_processes
+        chunking.batches = (step * accumulated + seen) * ranks + self.accelerator.process_index
+        self._comet.model.chunking = chunking
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss, which holds one chunk's logits, and its accuracy for the log."""
+        mode = "train" if model.training else "eval"
+        out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
+        loss = out.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
+        counted = (inputs["labels"][:, 1:] != -100).sum()
+        right, counted = self.accelerator.gather_for_metrics(
+            torch.stack([out.right.to(counted.device), counted])[None]
+        ).sum(0)
+        self._metrics[mode]["mean_token_accuracy"].append(float(right) / max(1, int(counted)))
+        if mode == "train":
+            read = self.accelerator.gather_for_metrics(
+                torch.tensor([inputs["input_ids"].numel()], device=loss.device)
+            )
+            self._total_train_tokens += int(read.sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return (loss, out) if return_outputs else loss
+
+    def _where(self, inputs: dict[str, Any]) -> str:
+        """The step and the beginning of the batch's first sample, for a person to find it by."""
+        text = self._tokenizer.decode(inputs["input_ids"][0, :24])
+        rows, width = inputs["input_ids"].shape
+        saved = last_checkpoint(self.args.output_dir)
+        return (
+            f"step {self.state.global_step + 1}, a batch of {rows} × {width} tokens whose first "
+            f"sample begins {text!r}; the last checkpoint is {saved or 'none'}"
+        )
+
+    # --- checkpoints ------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = output_dir or str(self.args.output_dir)
+        self._comet.save_pretrained(folder, state_dict=state_dict, backbone=self._whole)
+        self._tokenizer.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(self._comet, resume_from_checkpoint, whole=self._whole)
+
+
+def restore(model: CometForCausalLM, checkpoint: str | Path, whole: bool) -> None:
+    """Put what a checkpoint holds into a model that has the same parts."""
+    from transformers import AutoModelForCausalLM
+
+    from cometlm.pretrained import BACKBONE, WEIGHTS, load_memory, read_weights
+
+    folder = Path(checkpoint)
+    load_memory(model, read_weights(folder / WEIGHTS), str(folder))
+    load_lora(model, folder)
+    if whole:
+        saved = AutoModelForCausalLM.from_pretrained(folder / BACKBONE, dtype=model.dtype)
+        cast("nn.Module", model._backbone).load_state_dict(saved.state_dict())
+
+
+def last_checkpoint(output: str | Path | None) -> Path | None:
+    """The newest whole checkpoint of a run; one that a crash cut short is passed over."""
+    found: list[tuple[int, Path]] = []
+    for folder in Path(output or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        found.append((int(state["global_step"]), folder))
+    return max(found)[1] if found else None

@@ -1,0 +1,245 @@
+"""Trainers that people have already: trl's `SFTTrainer` and transformers' `Trainer`, unmodified."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import cometlm
+from cometlm.grid import Cell
+from cometlm.train.templates import TEMPLATES
+from tests.real import tiny_comet, tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+TALK = [
+    {"role": "user", "content": "What did the ship carry when it left the harbour in the rain?"},
+    {"role": "assistant", "content": "It carried salt, iron and two hundred letters."},
+]
+ROWS = {
+    "messages": {"messages": [TALK, TALK[:2] * 2, TALK]},
+    "prompt": {
+        "prompt": ["The ship left the harbour in the rain and", "Then"] * 2,
+        "completion": [" carried salt and iron over the sea.", " it came back."] * 2,
+    },
+    "text": {"text": ["The ship left the harbour. " * n for n in (1, 3, 5, 2)]},
+}
+
+
+@pytest.fixture
+def model():
+    return tiny_comet().float().train()
+
+
+def arguments(folder, **options):
+    common = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    return SFTConfig(**{**common, **options})
+
+
+def sft(model, data, folder, **options):
+    return SFTTrainer(
+        model=model,
+        args=arguments(folder, **options),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=copy.deepcopy(tokenizer("smollm2")),
+    )
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """How many chunks were folded, cell by cell."""
+    seen = []
+    fold = Cell._fold
+
+    def counting(self, *args):
+        seen.append(self)
+        return fold(self, *args)
+
+    monkeypatch.setattr(Cell, "_fold", counting)
+    return seen
+
+
+def moved(model, before):
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("form", ROWS)
+@pytest.mark.parametrize(("packing", "bf16"), [(False, False), (True, False), (False, True)])
+def test_sft_trainer_reads_through_the_memory(model, tmp_path, folds, form, packing, bf16):
+    """A wrong `base_model` would train with no memory and a loss that looks normal."""
+    before = weights(model)
+    options = {"packing": packing, "max_length": 64 if packing else None, "bf16": bf16}
+    trainer = sft(model, ROWS[form], tmp_path, **options)
+    result = trainer.train()
+    assert model.is_activation_checkpointing  # trl's default, and it means ours
+    assert model.model.recomputation is not None
+    assert result.training_loss > 0
+    assert len(folds) >= 2 * 3  # every step folds a chunk in each of three layers
+    names = moved(model, before)
+    for part in ("comet.readout", "comet.compression", "comet.layers.0", "cells.1.layer"):
+        assert any(part in name for name in names), part
+
+
+def test_the_loss_is_the_models_own(model, tmp_path):
+    """SFTTrainer computes its own from the hidden states; without memory it would be another."""
+    rows = {"text": ["The ship left the harbour and came back. " * 4] * 2}
+    trainer = sft(model, rows, tmp_path, max_length=None, max_steps=1)
+    ids = torch.tensor(trainer.train_dataset["input_ids"][:])
+    with torch.no_grad():
+        own = model(ids, labels=ids).loss
+        size = model.config.comet_config.chunk_size
+        without = cometlm.detach(copy.deepcopy(model))(ids, labels=ids).loss
+    trainer.train()
+    logged = trainer.state.log_history[0]["loss"]
+    assert ids.shape[1] > 3 * size
+    assert abs(logged - own) < 2e-3
+    assert abs(logged - without) > 2e-2
+
+
+def test_activation_checkpointing_changes_no_number(tmp_path):
+    losses = []
+    for on in (True, False):
+        model = tiny_comet().float().train()
+        trainer = sft(
+            model, ROWS["text"], tmp_path, activation_checkpointing=on, max_steps=4, max_length=None
+        )
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_assistant_only_loss_with_our_template(model, tmp_path):
+    """SmolLM2's own template has no generation marks."""
+    options = {"assistant_only_loss": True, "chat_template_path": str(TEMPLATES["smollm2"])}
+    trainer = sft(model, ROWS["messages"], tmp_path, max_length=None, **options)
+    row = trainer.train_dataset[0]
+    kept = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer("smollm2").decode(kept) == TALK[1]["content"] + "<|im_end|>"
+    trainer.train()
+
+
+def test_our_template_renders_like_the_models_own():
+    own = tokenizer("smollm2")
+    for talk in (TALK, TALK * 2, [{"role": "system", "content": "Be brief."}, *TALK]):
+        for head in (False, True):
+            texts = [
+                own.apply_chat_template(
+                    talk, tokenize=False, add_generation_prompt=head, chat_template=template
+                )
+                for template in (None, TEMPLATES["smollm2"].read_text(encoding="utf-8"))
+            ]
+            assert texts[0] == texts[1]
+
+
+def test_peft_config_of_ours_trains_lora_and_memory(model, tmp_path):
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments(tmp_path, max_length=None),
+        train_dataset=Dataset.from_dict(ROWS["text"]),
+        processing_class=copy.deepcopy(tokenizer("smollm2")),
+        peft_config=cometlm.lora_config(r=2),
+    )
+    named = dict(trainer.model.named_parameters())
+    lora = [name for name in named if ".lora_" in name]
+    assert lora
+    assert not any("comet" in name for name in lora)
+    before = weights(trainer.model)
+    trainer.train()
+    names = moved(trainer.model, before)
+    assert any(".lora_A." in name for name in names)
+    assert any("comet.modules_to_save" in name for name in names)
+    assert all("lora_" in name or "modules_to_save" in name for name in names)
+
+
+def test_a_memory_frozen_unasked_is_an_error(model, tmp_path):
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments(tmp_path, max_length=None),
+        train_dataset=Dataset.from_dict(ROWS["text"]),
+        processing_class=copy.deepcopy(tokenizer("smollm2")),
+        peft_config=LoraConfig(target_modules=["q_proj"], r=2),
+    )
+    with pytest.raises(ValueError, match=r"the memory is frozen .* cometlm\.lora_config\(\)"):
+        trainer.train()
+    model.model.memory_frozen = True
+    trainer.train()
+
+
+def test_transformers_trainer(model, tmp_path, folds):
+    ids = tokenizer("smollm2")("The ship left the harbour and came back again. " * 5).input_ids
+    rows = [{"input_ids": ids, "labels": ids}] * 4
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to="none", disable_tqdm=True, save_strategy="no"
+    )
+    before = weights(model)
+    Trainer(model=model, args=args, train_dataset=rows).train()
+    assert folds
+    assert any("comet" in name for name in moved(model, before))
+
+
+PARALLEL = """
+import sys, torch
+from datasets import Dataset
+from tests.real import tiny_comet, tokenizer
+from tests.test_train_trl import ROWS, sft
+
+model = tiny_comet().float().train()
+# Ranks get samples of different lengths: one of them fits into a chunk and folds nothing.
+rows = {"text": ["The ship left the harbour. " * n for n in (1, 9, 1, 9, 1, 9, 1, 9)]}
+trainer = sft(
+    model, rows, sys.argv[1], max_length=None, per_device_train_batch_size=1, max_steps=3,
+    shuffle_dataset=False, train_sampling_strategy="sequential",
+)
+trainer.train()
+torch.save(model.model.comet.state_dict(), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
+"""
+
+
+def test_data_parallel(tmp_path):
+    """Two processes stay alike, also when a rank's sample folds no chunk."""
+    script = tmp_path / "parallel.py"
+    script.write_text(PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    assert not torch.equal(first["readout"], tiny_comet().float().model.comet.readout)
