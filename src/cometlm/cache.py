@@ -6,13 +6,15 @@ keeping an old cache is a fork, and an error halfway loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cometlm.config import CometConfig
 from cometlm.grid import LayerState
 from cometlm.layout import RowCounts
+
+PARTS = ("global", "temporary")  # the two halves of a memory
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,26 @@ class CometCache:
         counts = tuple(self.rows[row] for row in rows)
         layers = tuple(layer.select(rows, counts, self.config) for layer in self.layers)
         return replace(self, layers=layers, rows=counts)
+
+    def without(self, parts: Collection[str]) -> CometCache:
+        """The cache of a model that has lost a part of its memory: "global", "temporary" or both.
+
+        Raises:
+            ValueError: another part; a chunk is open, which has read the memory already.
+        """
+        for part in parts:
+            if part not in PARTS:
+                raise ValueError(f"a part must be one of {', '.join(PARTS)}, got {part!r}")
+        if any(row.items for row in self.rows):
+            raise ValueError("memory can only be taken away at a chunk's end, and a chunk is open")
+        layers, rows = self.layers, self.rows
+        if "global" in parts:
+            layers = tuple(replace(x, memory=replace(x.memory, state=None)) for x in layers)
+            rows = tuple(replace(row, folds=0) for row in rows)
+        if "temporary" in parts:
+            layers = tuple(replace(x, memory=replace(x.memory, entries=())) for x in layers)
+            rows = tuple(replace(row, entries=0) for row in rows)
+        return replace(self, layers=layers, rows=rows)
 
     def restarted(self) -> CometCache:
         """The same memory, with `get_seq_length` counting from here."""

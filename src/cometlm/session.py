@@ -13,7 +13,7 @@ Footguns:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -178,9 +178,18 @@ class Session:
             pass
         return written
 
-    def fork(self) -> Session:
-        """A session that goes its own way from here; nothing is copied but the open chunk's ids."""
+    def fork(self, *, without: Collection[str] = ()) -> Session:
+        """A session that goes its own way from here; nothing is copied but the open chunk's ids.
+
+        Args:
+            without: parts of the memory that the fork does not have, "global" or "temporary": to
+                see which of them something is remembered by. The open chunk stays.
+
+        Raises:
+            ValueError: another part.
+        """
         fork = copy.copy(self)
+        fork._cache = self._cache.without(without)
         fork._stream = copy.copy(self._stream)
         fork._open = list(self._open)
         return fork

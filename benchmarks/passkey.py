@@ -1,0 +1,141 @@
+"""Passkeys at every depth of texts of several lengths, with the whole memory and with half of it.
+
+    python benchmarks/passkey.py [--model smollm2] [--lengths 8192 131072] [--texts 4]
+
+Keys, texts and wordings are none of the training. Every trial is written to out/NAME.json as soon
+as it is done, and the same command goes on where it stopped. The picture is out/NAME.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import cometlm
+from cometlm.device import peak_memory, readable_bytes
+from cometlm.eval.passkey import DECILES, VARIANTS, PasskeyTest, Trial, interval
+from cometlm.files import write_whole
+from cometlm.fingerprint import fingerprint
+from common import OUT, machine
+
+
+def begun(path: Path, model: str) -> list[Trial]:
+    """Trials of an earlier call with the same weights.
+
+    Raises:
+        ValueError: the file is of other weights.
+    """
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text())
+    if kept["model"] != model:
+        raise ValueError(f"{path} was measured with other weights; move it away, or use --name")
+    return [Trial(**trial) for trial in kept["trials"]]
+
+
+def summary(trials: list[Trial]) -> list[dict[str, Any]]:
+    """For every length: keys found whole, their interval, and digits right."""
+    rows = []
+    for length in sorted({trial.length for trial in trials}):
+        own = [trial for trial in trials if trial.length == length]
+        hits = sum(trial.hit() for trial in own)
+        row: dict[str, Any] = {"length": length, "trials": len(own), "found": hits / len(own)}
+        row["interval_95"] = [round(x, 3) for x in interval(hits, len(own))]
+        row |= {
+            f"digits_{name}": round(sum(t.digits(name) for t in own) / len(own), 3)
+            for name in VARIANTS
+        }
+        for name in VARIANTS:
+            row[f"found_{name}"] = sum(trial.hit(name) for trial in own) / len(own)
+        rows.append(row)
+    return rows
+
+
+def show(trial: Trial) -> None:
+    """A line for one trial."""
+    answers = "  ".join(f"{name} {said!r}" for name, said in trial.answers.items())
+    mark = "found" if trial.hit() else "MISSED"
+    print(
+        f"{trial.length:>9,} tokens  {trial.hay:<12} depth {trial.depth:.2f}  key {trial.key}  "
+        f"{mark}  {answers}",
+        flush=True,
+    )
+
+
+def picture(trials: list[Trial], path: Path) -> None:
+    """Depth × length, one field for each half of the memory that may be missing."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    lengths = sorted({trial.length for trial in trials})
+    titles = {
+        "whole": "whole memory",
+        "without_global": "global memory silenced",
+        "without_temporary": "temporary memory silenced",
+    }
+    figure, fields = plt.subplots(
+        1, len(VARIANTS), figsize=(11, 4.2), sharey=True, layout="constrained"
+    )
+    for axes, name in zip(fields, VARIANTS, strict=True):
+        share = np.full((DECILES, len(lengths)), np.nan)
+        for j, length in enumerate(lengths):
+            for decile in range(DECILES):
+                own = [t.hit(name) for t in trials if (t.length, t.decile) == (length, decile)]
+                if own:
+                    share[decile, j] = sum(own) / len(own)
+        shown = axes.imshow(share, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        for (i, j), value in np.ndenumerate(share):
+            if not np.isnan(value):
+                colour = "black" if value > 0.6 else "white"
+                axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=8)
+        axes.set_xticks(range(len(lengths)), [f"{n / 1024:,.0f}k" for n in lengths])
+        axes.set(title=titles[name], xlabel="tokens")
+    fields[0].set_yticks(range(DECILES), [f"{d * 10}–{d * 10 + 10}%" for d in range(DECILES)])
+    fields[0].set_ylabel("depth of the key")
+    figure.colorbar(shown, ax=fields, label="keys found whole")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure what is missing, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
+    parser.add_argument("--texts", type=int, default=4, help="of each length")
+    parser.add_argument("--deciles", type=int, nargs="+", default=list(range(DECILES)))
+    parser.add_argument("--name", default="passkey", help="of the files in out/")
+    args = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
+    path = OUT / f"{args.name}.json"
+    model, tokenizer = cometlm.load(args.model)
+    weights = fingerprint(model.state_dict().items())
+    trials = begun(path, weights)
+    for length in args.lengths:
+        test = PasskeyTest(length, args.texts, args.deciles)
+        done = frozenset(trial.cell for trial in trials)
+        for trial in test.run(model, tokenizer, skip=done):
+            trials.append(trial)
+            show(trial)
+            result = {
+                "name": args.model,
+                "model": weights,
+                "sizes": model.config.comet_config.to_dict(),
+                "machine": machine(),
+                "summary": summary(trials),
+                "trials": [one.to_dict() for one in trials],
+            }
+            write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+        if trials:
+            picture(trials, path.with_suffix(".png"))
+    print(json.dumps(summary(trials), indent=1))
+    print(f"peak memory {readable_bytes(peak_memory(model.device))}; written to {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
