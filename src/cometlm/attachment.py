@@ -7,6 +7,7 @@ function; `detach` sets that back, and every parameter's `requires_grad`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ def attach(
         ValueError: a family that is not supported, an impossible size, sizes that exceed the
             backbone's positions, a backbone that already has a memory.
     """
-    comet = (config or CometConfig()).replace(**_known(sizes))
+    comet = (config or CometConfig()).replace(**known_sizes(sizes))
     if getattr(backbone.config, "_attn_implementation", None) == attention.NAME:
         raise ValueError(f"{type(backbone).__name__} already has a memory; detach() it first")
     take_apart(backbone)
@@ -98,7 +99,12 @@ class _Undo:
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
 
 
-def _known(sizes: dict[str, Any]) -> dict[str, Any]:
+def known_sizes(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same sizes, all of them fields of `CometConfig`.
+
+    Raises:
+        ValueError: a name that is none.
+    """
     for name in sizes:
         if name not in CometConfig.__dataclass_fields__:
             fields = ", ".join(CometConfig.__dataclass_fields__)

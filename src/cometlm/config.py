@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _POSITIVE = ("chunk_size", "readout_tokens", "stride", "capacity", "rank")
+RUNTIME_SIZES = ("chunk_size", "stride", "capacity")  # change no weight
 _SWITCHES = ("global_memory", "temporary_memory", "gate")
 
 

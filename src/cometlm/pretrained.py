@@ -32,11 +32,12 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from cometlm.attachment import attach
+from cometlm.attachment import attach, known_sizes
 from cometlm.causal_lm import CometForCausalLM
+from cometlm.config import RUNTIME_SIZES
 from cometlm.device import default_device, default_dtype
 from cometlm.files import write_whole
-from cometlm.loading import BUILT_IN, load_backbone, not_found, source_of
+from cometlm.loading import BUILT_IN, BuiltIn, load_backbone, not_found, source_of
 from cometlm.model_config import CometModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -198,11 +199,14 @@ def load(
     Args:
         name: a built-in name ("smollm2", "gemma3-270m"), a directory, or a hub id: of a backbone,
             which gets an untrained memory, or of a checkpoint, which comes with its own.
+            "smollm2" comes with the trained memory that ships in the package.
         device: where to put it; "auto" spreads it over all devices. Default: the accelerator if
             there is one, else the CPU.
         dtype: default bfloat16, but float32 on CPUs without bfloat16 products.
         sizes: `CometConfig` fields and `seed` for a backbone; default the built-in model's own, or
-            the paper's.
+            the paper's. For a trained memory that ships, `chunk_size`, `stride` and `capacity` may
+            be others than it was trained with; sizes that change its weights, or a `seed`, ask for
+            an untrained memory instead.
 
     Returns:
         The model in evaluation mode, and the tokenizer.
@@ -212,6 +216,7 @@ def load(
             checkpoint; what `attach` raises.
         OSError: a directory or hub id that cannot be read.
     """
+    built_in = BUILT_IN.get(name)
     spread = str(device) == "auto"
     place = default_device() if device is None or spread else _device(device)
     where: dict[str, Any] = {
@@ -227,12 +232,29 @@ def load(
             raise ValueError(f"{name} is a checkpoint with sizes of its own, got {sizes}")
         model = load_model(name, config=config, **where)
     else:
-        built_in = BUILT_IN.get(name)
-        chosen = {**built_in.sizes, **sizes} if built_in else sizes
-        model = attach(load_backbone(name, **where).eval(), **chosen)
+        trained = _trained_config(built_in, sizes) if built_in else None
+        if built_in and trained:
+            model = load_model(str(built_in.trained), config=trained, **where)
+            model.config.name_or_path = name
+        else:
+            chosen = {**built_in.sizes, **sizes} if built_in else sizes
+            model = attach(load_backbone(name, **where).eval(), **chosen)
     if not spread:
         torch.nn.Module.to(model, place)
     return model, _load_tokenizer(name, config)
+
+
+def _trained_config(model: BuiltIn, sizes: Mapping[str, Any]) -> CometModelConfig | None:
+    """The config of the trained memory that ships for a model, if it can have these sizes."""
+    if model.trained is None or "seed" in sizes or not (model.trained / WEIGHTS).exists():
+        return None
+    config: CometModelConfig = CometModelConfig.from_pretrained(str(model.trained))
+    own = config.comet_config
+    wanted = own.replace(**known_sizes(sizes))
+    if wanted.replace(**{name: getattr(own, name) for name in RUNTIME_SIZES}) != own:
+        return None
+    config.comet = wanted.to_dict()
+    return config
 
 
 def _load_tokenizer(name: str, config: Any) -> Any:

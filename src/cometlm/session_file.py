@@ -150,10 +150,12 @@ def describe_model(model: CometForCausalLM) -> dict[str, str]:
     """How `cometlm.load` makes the model again: name or path, dtype, and sizes if it needs them."""
     checkpoint = model.config.name_or_path
     name = checkpoint or model.config.backbone
+    # A memory that ships may be read with another chunk size than its own.
+    fixed = checkpoint and checkpoint not in BUILT_IN
     return {
         "name": str(Path(name).resolve()) if _is_folder(name) else name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "sizes": "{}" if checkpoint else json.dumps(model.config.comet_config.to_dict()),
+        "sizes": "{}" if fixed else json.dumps(model.config.comet_config.to_dict()),
     }
 
 

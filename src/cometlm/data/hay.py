@@ -83,6 +83,18 @@ class WordHay(Hay):
         return rng.choices(self._words, k=tokens)
 
 
+class NumberHay(Hay):
+    """Random numbers of four to six digits, one after the other."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def draw(self, rng: random.Random, tokens: int) -> list[int]:
+        """See `Hay.draw`."""
+        numbers = [str(rng.randrange(1000, 1_000_000)) for _ in range(tokens)]  # more than enough
+        return encode(self._tokenizer, " ".join(numbers))[:tokens]
+
+
 class FillerHay(Hay):
     """A few sentences over and over: the usual filler of passkey tests."""
 
