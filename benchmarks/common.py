@@ -7,11 +7,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from cometlm.data.texts import text_files
 
 OUT = Path("out")
 
@@ -48,6 +50,12 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     """Ratios pair by pair: minimum, median and maximum."""
     pairs = sorted(s / f for s, f in zip(slow, fast, strict=True))
     return {"min": pairs[0], "median": statistics.median(pairs), "max": pairs[-1]}
+
+
+def program_text() -> Iterator[str]:
+    """The sources of transformers, file after file: millions of tokens that are here already."""
+    for path in text_files("transformers"):
+        yield f"# {path.name}\n{path.read_text(encoding='utf-8')}\n"
 
 
 def write(name: str, result: dict[str, Any]) -> None:

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 import cometlm
-from cometlm.cli.demo import package_sources
 from cometlm.device import peak_memory, readable_bytes, reset_peak_memory
-from common import machine, write
+from common import machine, program_text, write
 
 _PLAIN_CACHE = 2048
 _BLOCK = 64
@@ -104,7 +103,7 @@ def session_size(model: cometlm.CometForCausalLM, tokenizer: Any) -> dict[str, A
     """Bytes of a session file with a full memory."""
     session = model.session(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        for stats in session.reading(package_sources("transformers")):
+        for stats in session.reading(program_text()):
             if stats.chunks == 12:
                 break
         session.save(Path(folder) / "session")
@@ -157,8 +156,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--only", nargs="+", default=["step", "batch", "session_file", "writing"])
     args = parser.parse_args()
-    model, tokenizer = cometlm.load("smollm2")
-    text = "".join(islice(package_sources("transformers"), 6))
+    model, tokenizer = cometlm.load("smollm2", seed=0)  # with the sizes that the figures are of
+    text = "".join(islice(program_text(), 6))
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : 512 * 10 + 1].to(model.device)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "step": lambda: against_the_backbone(model, ids),

@@ -14,18 +14,17 @@ import sys
 import time
 
 import cometlm
-from cometlm.cli.demo import package_sources
 from cometlm.device import peak_memory, readable_bytes, reset_peak_memory
-from common import OUT, machine, write
+from common import OUT, machine, program_text, write
 
 
 def measure(total: int) -> list[tuple[int, int, int, float]]:
     """(tokens, bytes held, peak bytes, seconds) after every chunk."""
-    model, tokenizer = cometlm.load("smollm2")
+    model, tokenizer = cometlm.load("smollm2", seed=0)  # with the sizes that the figures are of
     session = cometlm.Session(model, tokenizer)
     reset_peak_memory(model.device)  # loading is not reading
     start, curve = time.perf_counter(), []
-    for stats in session.reading(package_sources("transformers")):
+    for stats in session.reading(program_text()):
         seconds = time.perf_counter() - start
         curve.append((stats.tokens, stats.memory_bytes, peak_memory(model.device), seconds))
         if len(curve) % 50 == 0:

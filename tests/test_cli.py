@@ -14,6 +14,7 @@ import pytest
 
 from cometlm import CometConfig, Session, load
 from cometlm.cli import console, main
+from cometlm.cli.demo import NEEDLE
 from cometlm.counting import chunk_cost
 from tests import real
 from tests.tiny import tiny_backbone
@@ -220,12 +221,15 @@ def test_an_interrupt_says_what_was_read(command, monkeypatch, text_file, verb):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Session, "reading", interrupted)
-    arguments = ["read", "tiny", text_file] if verb == "read" else ["demo", "--file", text_file]
+    arguments, text = ["read", "tiny", text_file], TEXT
+    if verb == "demo":
+        arguments = ["demo", "--file", text_file, "--passkey", "12345", "--depth", "1"]
+        text += NEEDLE.format(key=12345)
     code, _, err = command(*arguments)
     assert code == INTERRUPTED
     assert "Traceback" not in err
     assert "interrupted after" in err
-    assert count_of(err) == len(real.tokenizer("smollm2")(TEXT)["input_ids"])
+    assert count_of(err) == len(real.tokenizer("smollm2")(text)["input_ids"])
 
 
 def test_an_interrupt_while_loading_is_one_line(command, monkeypatch, text_file):
@@ -275,19 +279,53 @@ def test_demo_prints_memory_at_every_tenth(command, tmp_path):
     rows = table(out)
     assert [tokens // 100 for tokens, _ in rows] == list(range(1, 11))
     assert len({held for _, held in rows}) == 1
-    assert "the next 40 tokens:" in out
+    assert re.search(r"hidden  \d{5}, after [\d,]+ tokens", out)
+    assert re.search(r"answer  .*\n(not )?found in \d+ s, with a peak memory of [\d.]+ \w+", out)
+
+
+@pytest.mark.parametrize(("depth", "place"), [("0", 0), ("0.5", 500), ("1", 1000)])
+def test_demo_hides_a_number_where_it_is_told_to(command, monkeypatch, tmp_path, depth, place):
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 40, encoding="utf-8")
+    monkeypatch.setattr(Session, "ask", lambda self, *args, **options: " 31415\n")
+    read = []
+    reading = Session.reading
+    monkeypatch.setattr(
+        Session, "reading", lambda s, texts: reading(s, (read.append(t) or t for t in texts))
+    )
+    arguments = ("--tokens", "1000", "--passkey", "31415", "--depth", depth)
+    code, out, _ = command("demo", "--file", str(path), *arguments)
+    assert code == 0
+    text = "".join(read)
+    assert text.count("The pass key is 31415.") == 1
+    assert text[: text.index("\nThe pass key")] == (TEXT * 40)[: text.index("\nThe pass key")]
+    hidden = int(re.search(r"hidden  31415, after ([\d,]+) tokens", out)[1].replace(",", ""))
+    assert place <= hidden <= place + 700
+    assert "answer  31415\nfound in" in out
+
+
+@pytest.mark.parametrize("key", ["123", "1234567", "12a45", "１２３４５"])
+def test_demo_hides_numbers_only(command, text_file, key):
+    code, _, err = command("demo", "--file", text_file, "--passkey", key)
+    assert code == 1
+    assert "--passkey must be a number of 4 to 6 digits" in err
 
 
 def test_demo_stops_after_so_many_tokens(command, text_file):
     code, out, _ = command("demo", "--file", text_file, "--tokens", "30")
     assert code == 0
-    assert 30 <= count_of(out) <= 30 + 2 * 12  # a whole chunk, and what is known of the next
+    needle = 30  # at most
+    assert (
+        30 <= count_of(out) <= 30 + needle + 2 * 12
+    )  # a whole chunk, and what is known of the next
 
 
 def test_demo_of_a_shorter_text_reads_all_of_it(command, text_file):
-    code, out, _ = command("demo", "--file", text_file, "--tokens", "1000")
+    arguments = ("--tokens", "1000", "--passkey", "12345", "--depth", "0.9")
+    code, out, _ = command("demo", "--file", text_file, *arguments)
     assert code == 0
-    assert count_of(out) == len(real.tokenizer("smollm2")(TEXT)["input_ids"])
+    read = TEXT + NEEDLE.format(key=12345)  # at its end, since its place is beyond
+    assert count_of(out) == len(real.tokenizer("smollm2")(read)["input_ids"])
 
 
 def subprocess_of(*arguments, **options):

@@ -579,3 +579,30 @@ def test_attach_does_not_tie_what_the_backbone_has_not_tied():
     model = cometlm.attach(backbone, **SMALL)
     assert backbone.lm_head.weight is head
     assert torch.equal(cometlm.detach(model)(ids).logits, before)
+
+
+@pytest.mark.slow
+def test_compiled_cells_give_the_same_numbers():
+    model = tiny_comet("llama").float()
+    ids = batch_of(1, 43)
+    wanted = model(ids, labels=ids).loss
+    (gradient,) = torch.autograd.grad(wanted, [model.model.comet.readout])
+    assert model.model.compile_cells()
+    got = model(ids, labels=ids).loss
+    torch.testing.assert_close(got, wanted)
+    (own,) = torch.autograd.grad(got, [model.model.comet.readout])
+    torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_cells_that_do_not_compile_stay_as_they_were():
+    model = tiny_comet("llama")
+    ids = batch_of(1, 43)
+    wanted = model(ids).logits
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    with pytest.warns(UserWarning, match=r"stay uncompiled, .*no compiler here"):
+        assert not model.model.compile_cells(backend=broken)
+    assert torch.equal(model(ids).logits, wanted)

@@ -9,6 +9,7 @@ Footguns:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -263,6 +264,37 @@ class CometModel(CometPreTrainedModel):
                 "is meant with model.model.memory_frozen = True"
             )
 
+    def compile_cells(self, **options: Any) -> bool:
+        """Put every cell through `torch.compile`, and try it on two chunks.
+
+        Where that fails, it says so in a warning and the cells stay as they were.
+
+        Args:
+            options: of `torch.compile`.
+
+        Returns:
+            Whether the cells are compiled now.
+        """
+        size = self.config.comet_config.chunk_size
+        ids = torch.zeros(1, size + 1, dtype=torch.long, device=device_of(self.embed_tokens))
+        for cell in self.cells:
+            cell.compile(**options)
+        try:
+            hidden = self.forward(ids, use_cache=False).last_hidden_state
+            assert hidden is not None
+            if hidden.requires_grad:
+                wanted = [p for p in self.parameters() if p.requires_grad]
+                torch.autograd.grad(hidden.sum(), wanted, allow_unused=True)
+        except RuntimeError as error:  # what dynamo and its backends raise
+            for cell in self.cells:
+                cell._compiled_call_impl = None
+            reason = " ".join(str(error).split())[:300]
+            warnings.warn(
+                f"the cells stay uncompiled, since torch.compile failed: {reason}", stacklevel=2
+            )
+            return False
+        return True
+
     def empty_cache(self, batch: int = 1) -> CometCache:
         """The cache before any text."""
         return CometCache.empty(len(self.cells), batch, self.config.comet_config)
@@ -331,12 +363,13 @@ class CometModel(CometPreTrainedModel):
         states: States = call.cache.layers
         args = (read, layouts, states)
         cut = self.truncate_after if self._learning else 0
+        finished = _checked if self._learning else _finished
         if self._learning and self.recomputation is not None:
             own = [*self.parameters(), *(scored.parameters if scored else ())]
             wanted = list(dict.fromkeys(p for p in own if p.requires_grad))
-            kept, states = read_recomputed(*args, wanted, self.recomputation, _finished, cut)
+            kept, states = read_recomputed(*args, wanted, self.recomputation, finished, cut)
         else:
-            kept, states = read_on(*args, _finished, cut)
+            kept, states = read_on(*args, finished, cut)
         columns = call.cache.columns + text.width
         return kept, CometCache(states, call.rows, call.sizes, call.reach, columns)
 
@@ -428,10 +461,16 @@ def position_limit(config: Any) -> int | None:
 
 
 def _finished(layout: ChunkLayout, states: States) -> None:
-    """What follows every step."""
+    """What follows every step of reading."""
+    _checked(layout, states)
+    if layout.closes:
+        return_freed_memory(layout.device)
+
+
+def _checked(layout: ChunkLayout, states: States) -> None:
+    """What follows every step of training, where freed memory is wanted again at once."""
     if layout.closes and states:
         _check_finite(states, layout)
-        return_freed_memory(layout.device)
 
 
 def _check_finite(states: States, layout: ChunkLayout) -> None:

@@ -1,24 +1,35 @@
-"""`cometlm demo`: a real model reads hundreds of thousands of tokens, with flat memory."""
+"""`cometlm demo`: a real model finds a number in a very long text, in flat memory."""
 
 from __future__ import annotations
 
-import importlib.util
+import random
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
 from cometlm.cli import options
-from cometlm.cli.console import UNTRAINED, ReadingProgress, describe, err, load_quietly, out
+from cometlm.cli.console import (
+    UNTRAINED,
+    ReadingProgress,
+    describe,
+    err,
+    is_untrained,
+    load_quietly,
+    out,
+)
 from cometlm.cli.read import open_text
+from cometlm.data.texts import text_files
 from cometlm.device import peak_memory, readable_bytes
 from cometlm.session import Session, SessionStats
 from cometlm.text import read_blocks
 
-_SOURCES = "transformers"  # an installed package whose sources are millions of tokens
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "What is the pass key?"
+_DIGITS = (4, 6)  # the keys that the shipped memory was trained with
+_PIECE = 2048  # characters between two looks at how far the reading is
 
 
 def demo(
@@ -26,37 +37,100 @@ def demo(
         str | None, typer.Option(help="Read this text instead (- is standard input).")
     ] = None,
     tokens: Annotated[int, typer.Option(min=10, help="Stop after this many tokens.")] = 300_000,
+    passkey: Annotated[
+        str | None, typer.Option(help="The number to hide, 4 to 6 digits. Default: a random one.")
+    ] = None,
+    depth: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Where: 0 is the start. Default: anywhere."),
+    ] = None,
     model: Annotated[str, typer.Option(help="What reads it.")] = "smollm2",
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Attach a memory to a real model, read a long text, and print what it held at every tenth."""
+    """Hide a number in a long text, let a real model read all of it, and ask for the number."""
+    key = passkey or str(random.randrange(10_000, 100_000))
+    _check_key(key)
+    place = round(tokens * (random.random() if depth is None else depth))
     loaded, tokenizer = load_quietly(model, device, dtype)
     out.print(describe(loaded), highlight=False)
-    out.print(UNTRAINED, style="yellow")
-    out.print(f"reading {file or f'the sources of the installed package {_SOURCES!r}'}")
+    if is_untrained(loaded):
+        out.print(UNTRAINED, style="yellow")
+    texts, about = _texts(file)
+    out.print(f"reading {about}", highlight=False)
     session = Session(loaded, tokenizer)
+    haystack = Haystack(session, texts, NEEDLE.format(key=key), place)
     tenths = _Tenths(tokens, loaded.device)
-    texts = package_sources(_SOURCES) if file is None else _file_texts(file)
     with ReadingProgress(None) as progress:
         try:
-            reading = session.reading(progress.counting(texts))
+            reading = session.reading(progress.counting(haystack))
             for stats in chain(reading, session.finish()):
                 progress.show(stats)
                 tenths.note(stats, progress.seconds)
-                if stats.tokens >= tokens:
+                if stats.tokens >= tokens and haystack.hidden_at is not None:
                     break
             else:
                 stats = session.stats()
         except KeyboardInterrupt:
             err.print(f"interrupted after {progress.summary(session.stats())}", highlight=False)
             raise typer.Exit(130) from None
-    if session.stats().tokens == 0:
-        raise ValueError(f"{file} holds no text")
-    out.print(f"read {progress.summary(stats)}", highlight=False)
-    out.print("the next 40 tokens:", style="bold")
-    words = tokenizer.decode(session.continuation(40))
-    out.print(words, markup=False, highlight=False)
+        if not haystack.characters:
+            raise ValueError(f"{file} holds no text")
+        answer = session.ask(QUESTION, max_new_tokens=12, do_sample=False)
+        seconds = progress.seconds
+    answer = " ".join("".join(answer).split())
+    out.print(f"read    {progress.summary(stats)}", highlight=False)
+    out.print(f"hidden  {key}, after {haystack.hidden_at:,} tokens", highlight=False)
+    out.print(f"asked   {QUESTION}")
+    out.print(f"answer  {answer}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    verdict, style = ("found", "green") if answer == key else ("not found", "red")
+    peak = readable_bytes(peak_memory(loaded.device))
+    out.print(f"{verdict} in {seconds:,.0f} s, with a peak memory of {peak}", style=style)
+
+
+def _check_key(key: str) -> None:
+    low, high = _DIGITS
+    if not (key.isascii() and key.isdigit() and low <= len(key) <= high):
+        raise ValueError(f"--passkey must be a number of {low} to {high} digits, got {key!r}")
+
+
+class Haystack:
+    """A text with a needle put between two of its lines, while it is read.
+
+    Attributes:
+        hidden_at: tokens read before the needle, or None as long as it is not hidden.
+        characters: of the text, without the needle.
+    """
+
+    def __init__(self, session: Session, texts: Iterator[str], needle: str, place: int) -> None:
+        self._session = session
+        self._texts = texts
+        self._needle = needle
+        self._place = place
+        self.hidden_at: int | None = None
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        """The text in pieces; a needle whose place is beyond the end comes last."""
+        for text in self._texts:
+            for start in range(0, len(text), _PIECE):
+                piece = text[start : start + _PIECE]
+                self.characters += len(piece)
+                cut = piece.find("\n") + 1 or piece.find(" ") + 1
+                if self.hidden_at is None and cut and self._read() >= self._place:
+                    yield piece[:cut]
+                    yield from self._hide()
+                    piece = piece[cut:]
+                yield piece
+        if self.hidden_at is None and self.characters:
+            yield from self._hide()
+
+    def _hide(self) -> Iterator[str]:
+        self.hidden_at = self._read()
+        yield self._needle
+
+    def _read(self) -> int:
+        return self._session.stats().tokens
 
 
 class _Tenths:
@@ -88,21 +162,19 @@ class _Tenths:
         out.print("  ".join(cell.rjust(12) for cell in cells), highlight=False)
 
 
-def package_sources(package: str) -> Iterator[str]:
-    """The Python sources of an installed package, file after file.
-
-    Raises:
-        ValueError: the package is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"the package {package!r} is not installed; name a text with --file")
-    for root in spec.submodule_search_locations:
-        for path in sorted(Path(root).rglob("*.py")):
-            yield f"# {path.relative_to(root)}\n{path.read_text(encoding='utf-8')}\n"
+def _texts(file: str | None) -> tuple[Iterator[str], str]:
+    """A text and what it is: the user's, or a real one that was not trained with."""
+    if file is not None:
+        return _file_texts([file]), file
+    try:
+        return _file_texts(map(str, text_files("bible"))), "the King James Bible"
+    except OSError:  # not a Debian, or no packages to be had
+        files = map(str, text_files("python"))
+        return _file_texts(files), "the sources of Python's standard library"
 
 
-def _file_texts(name: str) -> Iterator[str]:
-    file, _ = open_text(name)
-    with file:
-        yield from read_blocks(file, name)
+def _file_texts(names: Iterator[str] | list[str]) -> Iterator[str]:
+    for name in names:
+        file, _ = open_text(name)
+        with file:
+            yield from read_blocks(file, name)

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 from cometlm.chunking import Chunking, sentence_ends
-from cometlm.data.hay import FileHay, FillerHay, Hay, MixedHay, WordHay
+from cometlm.data.hay import FileHay, FillerHay, Hay, MixedHay, NumberHay, WordHay, encode
 from cometlm.data.passkey import PasskeyTask
 from cometlm.data.texts import text_files
 from cometlm.train.config import ChunkSettings, Generated, Stage
 
+AGAIN = "\n\nOnce more, word for word:\n\n"
+
 
 class GeneratedBatches:
-    """Passkey samples and texts, stage after stage."""
+    """Passkey samples, texts read twice and plain texts, stage after stage."""
 
     def __init__(self, settings: Generated, tokenizer: Any, seed: int) -> None:
         self._stages = settings.stages
@@ -33,6 +35,9 @@ class GeneratedBatches:
             sources.append(code)
             weights.append(settings.hay[1])
         self._texts = texts
+        # No random words: their loss, five times that of digits, would drown everything else.
+        self._repeated = MixedHay([NumberHay(tokenizer), texts], [3, 1])
+        self._again = encode(tokenizer, AGAIN)
         self._task = PasskeyTask(tokenizer, MixedHay(sources, weights), digits=settings.digits)
 
     def __len__(self) -> int:
@@ -50,18 +55,27 @@ class GeneratedBatches:
         """Batch `number`: ids and labels of its rows."""
         chance = random.Random(f"{self._seed}/{number}")
         stage = self.stage(number)
-        passkey = chance.random() < stage.passkey
+        kind = chance.random()
         length = chance.randint(*stage.tokens)
         rows = max(1, stage.batch_tokens // length)
-        if not passkey:
-            ids = [self._texts.draw(chance, length) for _ in range(rows)]
-            return {"input_ids": ids, "labels": ids}
-        task = replace(self._task, keys=stage.keys)
-        samples = [task.draw(chance, length) for _ in range(rows)]
-        return {
-            "input_ids": [sample.input_ids for sample in samples],
-            "labels": [sample.labels for sample in samples],
-        }
+        if kind < stage.passkey:
+            task = replace(self._task, keys=stage.keys)
+            made = [task.draw(chance, length) for _ in range(rows)]
+            pairs = [(sample.input_ids, sample.labels) for sample in made]
+        elif kind < stage.passkey + stage.repeat:
+            pairs = [self._twice(chance, length) for _ in range(rows)]
+        else:
+            texts = [self._texts.draw(chance, length) for _ in range(rows)]
+            pairs = [(ids, ids) for ids in texts]
+        ids, labels = map(list, zip(*pairs, strict=True))
+        return {"input_ids": ids, "labels": labels}
+
+    def _twice(self, chance: random.Random, length: int) -> tuple[list[int], list[int]]:
+        """A text, and the same again to learn; one token longer the first time if need be."""
+        half = max(1, (length - len(self._again)) // 2)
+        text = self._repeated.draw(chance, length - len(self._again) - half)
+        head = text + self._again
+        return head + text[:half], [-100] * len(head) + text[:half]
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -46,6 +46,22 @@ class ChunkSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a new memory's tokens are like before training; each is a text, repeated as needed.
+
+    A backbone reads on best where these are tokens that it knows: marks that end a phrase gather
+    what stood before them already.
+
+    Attributes:
+        compression: what compression tokens are like.
+        readout: what readout tokens are like.
+    """
+
+    compression: str | None = None
+    readout: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """Some steps on generated samples of certain lengths.
 
@@ -54,7 +70,10 @@ class Stage:
         tokens: shortest and longest sample.
         batch_tokens: tokens of one batch, which is as many samples of one length as fit.
         learning_rate: of the backbone's adapters here; the run's own if None.
-        passkey: share of batches that are passkey samples; the others are text.
+        passkey: share of batches that are passkey samples.
+        repeat: share of batches in which a text is read twice, and learned the second time. Where
+            an answer of six tokens teaches little, this teaches to read the memory with every
+            token. All other batches are plain text.
         keys: fewest and most keys in one sample.
         chunks: as in the run, for these steps; the run's own if None.
     """
@@ -64,6 +83,7 @@ class Stage:
     batch_tokens: int
     learning_rate: float | None = None
     passkey: float = 0.85
+    repeat: float = 0.0
     keys: tuple[int, int] = (1, 1)
     chunks: ChunkSettings | None = None
 
@@ -95,10 +115,13 @@ class TrainConfig:
         model: a built-in name, directory or hub id; of a checkpoint to train it further.
         output: the folder that the run writes to and resumes from.
         mode: what is trained: the memory alone, the memory and LoRA, or everything.
-        comet: `CometConfig` fields, for a model without a memory.
+        comet: `CometConfig` fields, for a new memory; without any, a checkpoint or a built-in
+            model goes on from the memory that it has.
+        start: what the tokens of a new memory are like at first.
         records: training data, a file or a name that `data.read_records` takes; or
         generated: samples made here.
         evaluate: records to measure the loss on, as `records`.
+        compile: put cells through `torch.compile`, where it works.
         learning_rate: of everything but the memory.
         memory_factor: the memory's learning rate, as a multiple of that.
         warmup: steps over which the rate rises from 0.
@@ -111,12 +134,14 @@ class TrainConfig:
     output: str
     mode: Mode = "lora"
     comet: dict[str, Any] = field(default_factory=dict)
+    start: Start = Start()
     lora: LoraSettings = LoraSettings()
     records: str | None = None
     generated: Generated | None = None
     evaluate: str | None = None
     chunks: ChunkSettings = ChunkSettings()
     recompute: Recompute = Recompute()
+    compile: bool = False
     seed: int = 0
     learning_rate: float = 5e-5
     memory_factor: float = 5.0
@@ -145,6 +170,11 @@ def _check_stage(stage: Stage) -> None:
     low, high = stage.tokens
     if not 0 < low <= high:
         raise ValueError(f"stages.tokens must be [shortest, longest], got {list(stage.tokens)}")
+    if stage.passkey < 0 or stage.repeat < 0 or stage.passkey + stage.repeat > 1:
+        raise ValueError(
+            f"stages.passkey and stages.repeat must be shares that add up to at most 1, got "
+            f"{stage.passkey} and {stage.repeat}"
+        )
     if stage.steps < 1:
         raise ValueError(f"stages.steps must be at least 1, got {stage.steps}")
 

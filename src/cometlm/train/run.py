@@ -18,14 +18,14 @@ from cometlm.data.records import read_records
 from cometlm.files import write_whole
 from cometlm.pretrained import load
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
-from cometlm.train.config import TrainConfig
+from cometlm.train.config import Start, TrainConfig
 from cometlm.train.lora import lora_config, set_trainable
 from cometlm.train.templates import generation_template
 from cometlm.train.trainer import CometTrainer, last_checkpoint
 
 SETTINGS = "train.json"
 # What may differ between a run and its resumption without changing what is learned.
-_FREE = ("output", "save_steps", "trainer", "recompute")
+_FREE = ("output", "save_steps", "trainer", "recompute", "compile")
 
 Say = Callable[[str], None]
 
@@ -52,12 +52,17 @@ def train(
     if checkpoint is not None:
         check_same(output, config)
         say(f"going on from {checkpoint}")
-    model, tokenizer = load(config.model, device=device, **config.comet)
+    sizes = {"seed": config.seed, **config.comet} if config.comet else {}
+    model, tokenizer = load(config.model, device=device, **sizes)
+    if config.comet and checkpoint is None:
+        start_like(model, tokenizer, config.start)
     lora = config.lora
     adapters = lora_config(lora.r, lora.alpha, lora.dropout, lora.modules)
     torch.manual_seed(config.seed)
     set_trainable(model, config.mode, adapters)
     say(describe_trained(model))
+    if config.compile:
+        model.model.train().compile_cells()
     trainer = make_trainer(config, model, tokenizer, say)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / SETTINGS, json.dumps(config.to_dict(), indent=2).encode())
@@ -101,6 +106,25 @@ def make_trainer(
         )
     _check_lengths(trainer.train_dataset, config, model.config.comet_config.chunk_size, say)
     return trainer
+
+
+@torch.no_grad()
+def start_like(model: CometForCausalLM, tokenizer: Any, start: Start) -> None:
+    """Give compression and readout tokens the embeddings of a text's tokens.
+
+    Raises:
+        ValueError: a text without tokens.
+    """
+    comet, embed = model.model.comet, model.model.embed_tokens
+    for name, rows in (("compression", comet.compression), ("readout", comet.readout)):
+        text = getattr(start, name)
+        if text is None or rows is None:
+            continue
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"start.{name} must be a text with tokens, got {text!r}")
+        like = torch.tensor([ids[i % len(ids)] for i in range(len(rows))])
+        rows.copy_(embed(like.to(rows.device)))
 
 
 def check_same(output: Path, config: TrainConfig) -> None:
