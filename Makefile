@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 #
-#   make demo        a real model reads 300,000 tokens in flat memory (DEMO="--file book.txt")
+#   make demo        a real model looks for a number in 300,000 tokens (DEMO="--file book.txt")
 #   make test        the offline suite
 #   make test-slow   real backbones
 #   make lint        ruff, mypy
@@ -42,6 +42,8 @@ bench: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/train.py --promises
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cometlm.data.hay import FileHay, FillerHay, MixedHay, WordHay, encode
+from cometlm.data.hay import FileHay, FillerHay, MixedHay, NumberHay, WordHay, encode
 from cometlm.data.passkey import MEASURING, TRAINING, PasskeyTask
 from tests.real import tokenizer
 
@@ -28,11 +28,11 @@ def files(tmp_path_factory):
 
 
 def hays(words, files):
-    own = [FileHay(words, files), WordHay(words), FillerHay(words)]
-    return [*own, MixedHay(own, [1, 1, 1])]
+    own = [FileHay(words, files), WordHay(words), FillerHay(words), NumberHay(words)]
+    return [*own, MixedHay(own, [1, 1, 1, 1])]
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 @given(tokens=st.integers(0, 400), seed=st.integers(0, 5))
 def test_hay_is_as_long_as_asked_and_drawn_from_its_generator_alone(
     which, words, files, tokens, seed
@@ -98,6 +98,15 @@ def test_too_few_tokens_say_how_many_are_needed(words):
         task.draw(random.Random(0), 10)
     least = int(str(caught.value).split("at least ")[1].split()[0])
     assert len(task.draw(random.Random(0), least).input_ids) == least
+
+
+def test_the_first_wordings_need_no_owner(words):
+    few = TRAINING.first(2)
+    assert (len(few.hidden), len(few.asked), len(few.whats)) == (2, 2, 2)
+    assert TRAINING.first(None) is TRAINING
+    task = PasskeyTask(words, FillerHay(words), TRAINING.first(1))
+    texts = [words.decode(task.draw(random.Random(i), 200).input_ids) for i in range(9)]
+    assert all("The pass key is" in text and "What is the pass key?" in text for text in texts)
 
 
 def test_what_is_measured_with_is_no_sentence_of_the_training():

@@ -1,6 +1,7 @@
 """From a name to a model: built-in ones out of installed packages, and directories."""
 
 import hashlib
+import json
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -13,6 +14,7 @@ from transformers import LlamaForCausalLM
 import cometlm
 from cometlm import loading
 from cometlm.device import default_device, default_dtype, peak_memory, readable_bytes
+from cometlm.session_file import read_document
 from tests import real
 from tests.tiny import error, random_ids, tiny_backbone
 
@@ -179,6 +181,61 @@ def test_converting_without_gguf_says_what_to_install(built_in, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
         cometlm.load("tiny")
+
+
+@pytest.fixture
+def trained(built_in, convert, tmp_path):
+    """A memory that ships for the tiny model, unlike any that `attach` makes."""
+    model, _ = cometlm.load("tiny", device="cpu", dtype=torch.float64)
+    with torch.no_grad():
+        model.model.comet.readout.add_(1.0)
+    model.save_pretrained(tmp_path / "trained")
+    built_in(trained=tmp_path / "trained")
+    return model
+
+
+def memory_of(**sizes):
+    model, _ = cometlm.load("tiny", device="cpu", dtype=torch.float64, **sizes)
+    return model, model.model.comet.readout
+
+
+def test_a_trained_memory_that_ships_is_loaded_by_name(trained):
+    model, readout = memory_of()
+    assert torch.equal(readout, trained.model.comet.readout)
+    assert model.config.name_or_path == "tiny"
+    assert not model.training
+
+
+def test_sizes_that_change_no_weight_keep_the_trained_memory(trained):
+    model, readout = memory_of(chunk_size=20, stride=5, capacity=9, readout_tokens=3)
+    assert torch.equal(readout, trained.model.comet.readout)
+    sizes = model.config.comet_config
+    assert (sizes.chunk_size, sizes.stride, sizes.capacity, sizes.rank) == (20, 5, 9, 2)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"readout_tokens": 4}, {"rank": 3}, {"gate": False}, {"seed": 0}]
+)
+def test_other_sizes_and_a_seed_ask_for_an_untrained_memory(trained, sizes):
+    model, readout = memory_of(**sizes)
+    assert not torch.equal(readout[:3], trained.model.comet.readout)
+    assert not model.config.name_or_path
+
+
+def test_a_session_of_a_trained_memory_knows_how_to_get_it_again(trained, tmp_path):
+    model, _ = memory_of(chunk_size=20)
+    session = model.session(real.tokenizer("smollm2"))
+    session.read(list(range(50)))
+    session.save(tmp_path / "s")
+    made = read_document(tmp_path / "s")["model"]
+    again, _ = memory_of(**json.loads(made["sizes"]))
+    assert made["name"] == "tiny"
+    assert cometlm.Session.load(tmp_path / "s", again).stats() == session.stats()
+
+
+def test_a_name_that_is_no_size_is_refused(trained):
+    with pytest.raises(ValueError, match="unknown CometConfig field 'chunks'"):
+        cometlm.load("tiny", chunks=3)
 
 
 def test_cache_folder(monkeypatch, tmp_path):

@@ -147,6 +147,23 @@ def test_another_configuration_is_not_resumed(settings, tmp_path):
     quietly(changed, restart=True)
 
 
+def test_stages_that_have_not_begun_may_change(settings, tmp_path):
+    config = read_config(as_config(settings, tmp_path))
+    quietly(config)
+    (Path(config.output) / "checkpoint-8" / "trainer_state.json").unlink()  # stopped at step 6
+    stages = settings["generated"]["stages"]
+
+    def changed(first, last):
+        generated = {**settings["generated"], "stages": [first, *last]}
+        return read_config(as_config(settings, tmp_path, generated=generated))
+
+    with pytest.raises(ValueError, match="generated: was"):
+        quietly(changed({**stages[0], "passkey": 0.25}, stages[1:]))
+    longer = [{**stages[1], "steps": 3}, {**stages[1], "steps": 2, "passkey": 1.0}]
+    quietly(changed(stages[0], longer))
+    assert sorted(losses(config.output)) == list(range(1, 10))
+
+
 def test_records_are_trained_with_the_assistants_words_only(settings, tmp_path):
     talk = [{"role": "user", "content": WORDS}, {"role": "assistant", "content": "Salt."}]
     rows = [{"uniq_id": i, "messages": json.dumps(talk)} for i in range(4)]

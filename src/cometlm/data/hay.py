@@ -96,14 +96,19 @@ class NumberHay(Hay):
 
 
 class FillerHay(Hay):
-    """A few sentences over and over: the usual filler of passkey tests."""
+    """A few sentences over and over: the usual filler of passkey tests.
 
-    def __init__(self, tokenizer: Any, text: str = FILLER) -> None:
+    Args:
+        anywhere: begin at any token; else at the first, so that every draw is the same text.
+    """
+
+    def __init__(self, tokenizer: Any, text: str = FILLER, anywhere: bool = True) -> None:
         self._ids = encode(tokenizer, text)
+        self._anywhere = anywhere
 
     def draw(self, rng: random.Random, tokens: int) -> list[int]:
         """See `Hay.draw`."""
-        start = rng.randrange(len(self._ids))
+        start = rng.randrange(len(self._ids)) if self._anywhere else 0
         repeats = (start + tokens) // len(self._ids) + 1
         return (self._ids * repeats)[start : start + tokens]
 

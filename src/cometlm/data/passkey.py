@@ -8,7 +8,7 @@ to measure with are kept apart, so that a measurement never repeats a sentence o
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cometlm.data.hay import Hay, encode
@@ -47,6 +47,16 @@ class Wording:
     asked: tuple[str, ...]
     answered: tuple[str, ...] = ("{key}",)
     whats: tuple[str, ...] = ("number",)
+
+    def first(self, count: int | None) -> Wording:
+        """The first so many sentences, questions and names of those without an owner, or all."""
+        if count is None:
+            return self
+        hidden, asked = (
+            tuple(s for s in sentences if "{owner}" not in s)[:count]
+            for sentences in (self.hidden, self.asked)
+        )
+        return replace(self, hidden=hidden, asked=asked, whats=self.whats[:count])
 
 
 TRAINING = Wording(
@@ -170,7 +180,8 @@ class PasskeyTask:
         """
         count = rng.randint(*self.keys)
         owners = rng.sample(_NAMES + _THINGS, count)
-        if count == 1 and rng.random() < 0.5:
+        owned = any("{owner}" in sentence for sentence in self.wording.hidden)
+        if count == 1 and (not owned or rng.random() < 0.5):
             owners = [""]
         whats = rng.choices(self.wording.whats, k=count)
         keys = [key or self._key(rng), *(self._key(rng) for _ in owners[1:])]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from cometlm.chunking import Chunking, sentence_ends
-from cometlm.data.hay import FileHay, FillerHay, Hay, MixedHay, NumberHay, WordHay, encode
-from cometlm.data.passkey import PasskeyTask
+from cometlm.data.hay import FileHay, FillerHay, MixedHay, NumberHay, WordHay, encode
+from cometlm.data.passkey import TRAINING, PasskeyTask
 from cometlm.data.texts import text_files
-from cometlm.train.config import ChunkSettings, Generated, Stage
+from cometlm.train.config import ChunkSettings, Generated, HayShares, Stage
 
 AGAIN = "\n\nOnce more, word for word:\n\n"
 
@@ -28,17 +28,20 @@ class GeneratedBatches:
         self._stages = settings.stages
         self._seed = seed
         texts = FileHay(tokenizer, [f for name in settings.texts for f in text_files(name)])
-        sources: list[Hay] = [texts, WordHay(tokenizer), FillerHay(tokenizer)]
-        weights = [settings.hay[0], *settings.hay[2:]]
-        if settings.code and settings.hay[1]:
-            code = FileHay(tokenizer, [f for name in settings.code for f in text_files(name)])
-            sources.append(code)
-            weights.append(settings.hay[1])
+        code = [f for name in settings.code for f in text_files(name)]
         self._texts = texts
+        self._hay = {
+            "texts": texts,
+            "code": FileHay(tokenizer, code) if code else texts,
+            "words": WordHay(tokenizer),
+            "filler": FillerHay(tokenizer),
+            "same": FillerHay(tokenizer, anywhere=False),
+        }
+        self._shares = settings.hay
+        self._task = PasskeyTask(tokenizer, texts, digits=settings.digits)
         # No random words: their loss, five times that of digits, would drown everything else.
         self._repeated = MixedHay([NumberHay(tokenizer), texts], [3, 1])
         self._again = encode(tokenizer, AGAIN)
-        self._task = PasskeyTask(tokenizer, MixedHay(sources, weights), digits=settings.digits)
 
     def __len__(self) -> int:
         return sum(stage.steps for stage in self._stages)
@@ -59,8 +62,14 @@ class GeneratedBatches:
         length = chance.randint(*stage.tokens)
         rows = max(1, stage.batch_tokens // length)
         if kind < stage.passkey:
-            task = replace(self._task, keys=stage.keys)
-            made = [task.draw(chance, length) for _ in range(rows)]
+            task = replace(
+                self._task,
+                hay=self._mixed(stage.hay or self._shares),
+                keys=stage.keys,
+                wording=TRAINING.first(stage.wordings),
+            )
+            depths = [chance.uniform(*stage.depth) for _ in range(rows)]
+            made = [task.draw(chance, length, depth=depth) for depth in depths]
             pairs = [(sample.input_ids, sample.labels) for sample in made]
         elif kind < stage.passkey + stage.repeat:
             pairs = [self._twice(chance, length) for _ in range(rows)]
@@ -69,6 +78,9 @@ class GeneratedBatches:
             pairs = [(ids, ids) for ids in texts]
         ids, labels = map(list, zip(*pairs, strict=True))
         return {"input_ids": ids, "labels": labels}
+
+    def _mixed(self, shares: HayShares) -> MixedHay:
+        return MixedHay(list(self._hay.values()), [getattr(shares, name) for name in self._hay])
 
     def _twice(self, chance: random.Random, length: int) -> tuple[list[int], list[int]]:
         """A text, and the same again to learn; one token longer the first time if need be."""

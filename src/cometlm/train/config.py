@@ -62,6 +62,24 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HayShares:
+    """How often keys hide in each kind of hay, relative to the others.
+
+    Attributes:
+        texts, code: running text of either.
+        words: random words.
+        filler: the usual sentences over and over, from any word on.
+        same: the filler from its first word on, so that nothing but the key varies.
+    """
+
+    texts: float = 0.0
+    code: float = 0.0
+    words: float = 0.0
+    filler: float = 0.0
+    same: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """Some steps on generated samples of certain lengths.
 
@@ -75,6 +93,10 @@ class Stage:
             an answer of six tokens teaches little, this teaches to read the memory with every
             token. All other batches are plain text.
         keys: fewest and most keys in one sample.
+        depth: where the key that is asked for is hidden, between 0 (start of the text) and 1.
+        wordings: use only so many of the sentences and questions; all if None. Few of them, in
+            plain hay, are learned first.
+        hay: as in `Generated`, for these steps.
         chunks: as in the run, for these steps; the run's own if None.
     """
 
@@ -85,6 +107,9 @@ class Stage:
     passkey: float = 0.85
     repeat: float = 0.0
     keys: tuple[int, int] = (1, 1)
+    depth: tuple[float, float] = (0.0, 1.0)
+    wordings: int | None = None
+    hay: HayShares | None = None
     chunks: ChunkSettings | None = None
 
 
@@ -96,14 +121,14 @@ class Generated:
         stages: one after the other; together they are the run.
         texts: names in `data.texts`, files or directories: what is read and hidden in.
         code: the same, of program text.
-        hay: how often keys hide in texts, code, random words and the usual filler.
+        hay: how often keys hide in each kind of hay.
         digits: shortest and longest key.
     """
 
     stages: tuple[Stage, ...]
     texts: tuple[str, ...] = ("anarchism", "austen", "perl")
     code: tuple[str, ...] = ("transformers",)
-    hay: tuple[float, float, float, float] = (5.0, 2.0, 1.0, 1.0)
+    hay: HayShares = HayShares(texts=5.0, code=2.0, words=1.0, filler=1.0)
     digits: tuple[int, int] = (5, 5)
 
 
@@ -174,6 +199,11 @@ def _check_stage(stage: Stage) -> None:
         raise ValueError(
             f"stages.passkey and stages.repeat must be shares that add up to at most 1, got "
             f"{stage.passkey} and {stage.repeat}"
+        )
+    least, most = stage.depth
+    if not 0 <= least <= most <= 1:
+        raise ValueError(
+            f"stages.depth must be [least, most] between 0 and 1, got {list(stage.depth)}"
         )
     if stage.steps < 1:
         raise ValueError(f"stages.steps must be at least 1, got {stage.steps}")

@@ -21,7 +21,7 @@ from cometlm.train.batches import GeneratedBatches, chunking_of, collate
 from cometlm.train.config import Start, TrainConfig
 from cometlm.train.lora import lora_config, set_trainable
 from cometlm.train.templates import generation_template
-from cometlm.train.trainer import CometTrainer, last_checkpoint
+from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
 SETTINGS = "train.json"
 # What may differ between a run and its resumption without changing what is learned.
@@ -50,7 +50,7 @@ def train(
     output = Path(config.output)
     checkpoint = None if restart else last_checkpoint(output)
     if checkpoint is not None:
-        check_same(output, config)
+        check_same(output, config, checkpoint)
         say(f"going on from {checkpoint}")
     sizes = {"seed": config.seed, **config.comet} if config.comet else {}
     model, tokenizer = load(config.model, device=device, **sizes)
@@ -127,8 +127,10 @@ def start_like(model: CometForCausalLM, tokenizer: Any, start: Start) -> None:
         rows.copy_(embed(like.to(rows.device)))
 
 
-def check_same(output: Path, config: TrainConfig) -> None:
-    """Refuse to go on from the checkpoints of another configuration.
+def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint of another configuration.
+
+    Stages that have not begun, and the steps that one has left, may be others.
 
     Raises:
         ValueError: names the fields that differ, with both values.
@@ -138,6 +140,10 @@ def check_same(output: Path, config: TrainConfig) -> None:
     except FileNotFoundError:
         return
     now = json.loads(json.dumps(config.to_dict()))
+    done = steps_done(checkpoint)
+    for settings in (before, now):
+        if settings.get("generated"):
+            settings["generated"]["stages"] = _begun(settings["generated"]["stages"], done)
     differing = [
         f"{name}: was {before.get(name)!r}, is {now[name]!r}"
         for name in now
@@ -148,6 +154,17 @@ def check_same(output: Path, config: TrainConfig) -> None:
             f"{output} holds checkpoints of another configuration ({'; '.join(differing)}); "
             "use --restart to begin anew, or another output"
         )
+
+
+def _begun(stages: list[dict[str, Any]], done: int) -> list[dict[str, Any]]:
+    """The stages of the first `done` steps, the last of them as far as it went."""
+    begun = []
+    for stage in stages:
+        if done <= 0:
+            break
+        begun.append({**stage, "steps": min(stage["steps"], done)})
+        done -= stage["steps"]
+    return begun
 
 
 def describe_trained(model: CometForCausalLM) -> str:

@@ -8,6 +8,7 @@ everything that was trained.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -187,9 +188,16 @@ def last_checkpoint(output: str | Path | None) -> Path | None:
     """The newest whole checkpoint of a run; one that a crash cut short is passed over."""
     found: list[tuple[int, Path]] = []
     for folder in Path(output or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        found.append((int(state["global_step"]), folder))
+        with contextlib.suppress(OSError, ValueError):
+            found.append((steps_done(folder), folder))
     return max(found)[1] if found else None
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Optimiser steps of a whole checkpoint.
+
+    Raises:
+        OSError, ValueError: it is not whole.
+    """
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return int(state["global_step"])

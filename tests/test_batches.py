@@ -1,0 +1,96 @@
+"""Generated batches: made from their number alone, stage after stage."""
+
+from dataclasses import replace
+
+import pytest
+
+from cometlm.train.batches import AGAIN, GeneratedBatches, collate
+from cometlm.train.config import Generated, HayShares, Stage, TrainConfig
+from tests.real import tokenizer
+
+PROSE = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters.\n"
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer("smollm2")
+
+
+@pytest.fixture
+def generated(tmp_path):
+    (tmp_path / "text.txt").write_text(PROSE * 60)
+
+    def make(*stages, **changes):
+        return Generated(stages=stages, texts=(f"{tmp_path}/text.txt",), code=(), **changes)
+
+    return make
+
+
+STAGE = Stage(steps=3, tokens=(120, 160), batch_tokens=400)
+
+
+def test_a_batch_depends_on_its_number_and_the_seed_alone(generated, words):
+    settings = generated(STAGE, replace(STAGE, steps=4, passkey=0.5))
+    made = [GeneratedBatches(settings, words, seed) for seed in (0, 0, 1)]
+    assert len(made[0]) == 7
+    backwards = [made[1][i] for i in reversed(range(7))][::-1]
+    assert [made[0][i] for i in range(7)] == backwards
+    assert made[0][2] != made[2][2]
+
+
+@pytest.mark.parametrize(("passkey", "repeat"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_rows_of_one_length_that_fit(generated, words, passkey, repeat):
+    stage = replace(STAGE, passkey=passkey, repeat=repeat, steps=8)
+    batches = GeneratedBatches(generated(stage), words, 0)
+    for number in range(8):
+        batch = collate([batches[number]])
+        rows, length = batch["input_ids"].shape
+        assert batch["labels"].shape == (rows, length)
+        assert 120 <= length <= 160
+        assert rows == 400 // length
+        learned = batch["labels"] != -100
+        assert (batch["labels"] == batch["input_ids"])[learned].all()
+        assert learned.any(dim=1).all()
+
+
+def test_what_is_read_twice_is_learned_the_second_time(generated, words):
+    batches = GeneratedBatches(generated(replace(STAGE, passkey=0.0, repeat=1.0)), words, 0)
+    batch = batches[0]
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        first, again, second = words.decode(ids).partition(AGAIN)
+        assert again
+        assert words.decode([label for label in labels if label != -100]) == second
+        assert first.startswith(second[:20])
+
+
+def test_a_longer_row_than_the_batch_is_one_row(generated, words):
+    stage = replace(STAGE, tokens=(500, 500))
+    assert len(GeneratedBatches(generated(stage), words, 0)[0]["input_ids"]) == 1
+
+
+def test_stages_have_their_own_wording_depth_and_hay(generated, words):
+    plain = replace(
+        STAGE, passkey=1.0, wordings=1, depth=(0.0, 0.0), hay=HayShares(same=1), steps=1
+    )
+    batches = GeneratedBatches(generated(plain, replace(STAGE, passkey=1.0)), words, 0)
+    for ids in batches[0]["input_ids"]:
+        text = words.decode(ids)
+        assert text.lstrip().startswith("The pass key is ")
+        assert "What is the pass key?" in text
+        assert "The grass is green" in text
+    assert batches.stage(0) is not batches.stage(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens": (20, 10)}, "tokens must be"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"passkey": 0.8, "repeat": 0.3}, "add up to at most 1, got 0.8 and 0.3"),
+        ({"depth": (0.5, 1.5)}, r"depth must be \[least, most\] between 0 and 1"),
+    ],
+)
+def test_impossible_stages(generated, changes, said):
+    stage = replace(STAGE, **changes)
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(model="m", output="o", generated=generated(stage))
