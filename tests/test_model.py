@@ -479,11 +479,6 @@ def test_other_dtypes(family, dtype):
     assert step.logits.isfinite().all()
 
 
-def test_gradient_checkpointing_is_not_supported():
-    with pytest.raises(ValueError, match="does not support"):
-        tiny_comet("qwen3").activation_checkpointing_enable()  # and so its older names
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_attach_keeps_the_mode(training):
     backbone = tiny_backbone("qwen3").train(training)

@@ -172,11 +172,24 @@ def test_load_prefers_the_checkpoint_s_own_tokenizer(saved):
     assert len(tokenizer) == len(real.tokenizer("smollm2"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_memory_follows_the_dtype_asked_for(saved, dtype):
-    loaded = CometForCausalLM.from_pretrained(saved, dtype=dtype)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+def dtypes(model):
+    memory = {p.dtype for p in model.model.comet.parameters()}
+    return memory, {p.dtype for name, p in model.named_parameters() if ".comet." not in name}
+
+
+def test_the_memory_follows_a_wider_dtype(saved):
+    loaded = CometForCausalLM.from_pretrained(saved, dtype=torch.float64)
+    assert dtypes(loaded) == ({torch.float64}, {torch.float64})
+
+
+def test_a_memory_trained_in_float32_is_not_rounded(saved, tmp_path):
+    loaded = CometForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    assert dtypes(loaded) == ({torch.float32}, {torch.bfloat16})
     assert torch.isfinite(logits(loaded)).all()
+    loaded.model.comet.bfloat16()
+    loaded.save_pretrained(tmp_path / "half")
+    again = CometForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    assert dtypes(again) == ({torch.bfloat16}, {torch.bfloat16})
 
 
 def test_a_backbone_object_takes_the_place_of_the_named_one(named, model, saved):

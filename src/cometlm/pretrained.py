@@ -94,7 +94,8 @@ def load_model(
 
     Args:
         backbone: use this model, or load this name or path, instead of the one named.
-        dtype, device_map: of the backbone; the memory follows it.
+        dtype, device_map: of the backbone; the memory follows it, but one that was saved in
+            float32 is not rounded.
         options: hub options (revision, token, cache_dir, local_files_only, force_download).
 
     Raises:
