@@ -5,7 +5,7 @@
 
 SmolLM2 with LoRA and, but for `full`, its memory; one row, forward and backward, each in a process
 of its own. `full` is the plain backbone with transformers' own gradient checkpointing; `plain`
-keeps the whole graph of CoMeT; `recompute` keeps every chunk's border, `every` every 16th. A cell
+keeps the whole graph of CoMeT; `recompute` keeps every chunk's border, `every` every 64th. A cell
 predicted, from the two shorter ones, to need over 20 GiB or 10 minutes is skipped, and recorded
 with its prediction. Everything is written to out/train.json as it comes; the same command goes on.
 """
@@ -29,7 +29,7 @@ from cometlm.train.lora import lora_config, set_trainable
 from common import OUT, machine
 
 SIZES = {"chunk_size": 256, "readout_tokens": 32, "stride": 8, "capacity": 64}
-EVERY = 16
+EVERY = 64
 WAYS = ("full", "plain", "recompute", "every")
 MOST_BYTES, MOST_SECONDS = 20 * 2**30, 600.0
 Cell = dict[str, Any]
