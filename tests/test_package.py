@@ -158,6 +158,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.grid"],
     ["cometlm.recompute"],
     ["cometlm.cache"],
+    ["cometlm.call"],
     ["cometlm.generation", "cometlm.model"],
     ["cometlm.causal_lm"],
     ["cometlm.attachment", "cometlm.reference", "cometlm.session_file"],

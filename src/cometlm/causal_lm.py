@@ -24,8 +24,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from cometlm.backbone import take_apart
 from cometlm.batch import check_shape, next_labels
 from cometlm.cache import CometCache
+from cometlm.call import Scored
 from cometlm.generation import MemoryGenerationMixin
-from cometlm.model import CometModel, CometPreTrainedModel, Scored
+from cometlm.model import CometModel, CometPreTrainedModel
 from cometlm.model_config import CometModelConfig
 
 if TYPE_CHECKING:

@@ -8,11 +8,10 @@ Footguns:
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,31 +27,16 @@ from cometlm.backbone import (
 )
 from cometlm.batch import TextBatch, check_shape, documents
 from cometlm.cache import CometCache
+from cometlm.call import Call, Scored, checked, finished
 from cometlm.chunking import Chunking
 from cometlm.config import CometConfig
-from cometlm.device import return_freed_memory
 from cometlm.grid import Cell, Grid, States, through_layers
-from cometlm.layout import ChunkLayout, Step, plan, plan_cuts, take
+from cometlm.layout import ChunkLayout, plan, plan_cuts, take
 from cometlm.memory import Comet, LayerMemoryWeights
 from cometlm.model_config import CometModelConfig
 from cometlm.recompute import Recomputation, read_on, read_recomputed
 
 _TABLES_KEPT = 4
-
-
-class Scored(NamedTuple):
-    """What a caller wants of the hidden states instead of the hidden states themselves.
-
-    Attributes:
-        score: from one chunk's last hidden states [B, n, D] and labels [B, n] to a few numbers,
-            which are summed over all chunks. It is run again where chunks are.
-        labels: [B, N], -100 where there is nothing to score.
-        parameters: what `score` uses.
-    """
-
-    score: Callable[[Tensor, Tensor], Tensor]
-    labels: Tensor
-    parameters: Sequence[nn.Parameter]
 
 
 @dataclass
@@ -206,7 +190,7 @@ class CometModel(CometPreTrainedModel):
         sizes = self._sizes(stride, capacity)
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
-        call = _Call(
+        call = Call(
             text=text,
             cache=cache,
             steps=plan_cuts(cuts)
@@ -343,7 +327,7 @@ class CometModel(CometPreTrainedModel):
             )
         return reach
 
-    def _walk(self, call: _Call) -> tuple[list[Tensor], CometCache]:
+    def _walk(self, call: Call) -> tuple[list[Tensor], CometCache]:
         """What each step leaves, in order, and the cache after all of them."""
         grid = self._grid(call.reach)
         text, scored = call.text, call.scored
@@ -363,13 +347,13 @@ class CometModel(CometPreTrainedModel):
         states: States = call.cache.layers
         args = (read, layouts, states)
         cut = self.truncate_after if self._learning else 0
-        finished = _checked if self._learning else _finished
+        after_step = checked if self._learning else finished
         if self._learning and self.recomputation is not None:
             own = [*self.parameters(), *(scored.parameters if scored else ())]
             wanted = list(dict.fromkeys(p for p in own if p.requires_grad))
-            kept, states = read_recomputed(*args, wanted, self.recomputation, finished, cut)
+            kept, states = read_recomputed(*args, wanted, self.recomputation, after_step, cut)
         else:
-            kept, states = read_on(*args, finished, cut)
+            kept, states = read_on(*args, after_step, cut)
         columns = call.cache.columns + text.width
         return kept, CometCache(states, call.rows, call.sizes, call.reach, columns)
 
@@ -421,75 +405,10 @@ class CometModel(CometPreTrainedModel):
         return self._tables[key]
 
 
-@dataclass
-class _Call:
-    """One call of `forward`, checked and planned.
-
-    Attributes:
-        first: the first column whose hidden states are wanted.
-        rows: each row's counts after the layouts made so far.
-    """
-
-    text: TextBatch
-    cache: CometCache
-    steps: list[Step]
-    sizes: CometConfig
-    reach: int
-    first: int
-    use_cache: bool
-    scored: Scored | None
-
-    def __post_init__(self) -> None:
-        self.rows = self.cache.rows
-
-    def layouts(self) -> Iterator[ChunkLayout]:
-        """Each step's layout, made when its turn comes."""
-        for step in self.steps:
-            layout = ChunkLayout(self.sizes, self.rows, step, self.reach, self.text.ids.device)
-            self.rows = layout.counts_after()
-            yield layout
-
-    def wants(self, step: Step) -> bool:
-        """Whether a step's hidden states are wanted."""
-        return step is self.steps[-1] or self.text.reaches(step, self.first)
-
-
 def position_limit(config: Any) -> int | None:
     """Positions that a backbone was made for, or None if its config does not say."""
     limit = getattr(config, "max_position_embeddings", None)
     return int(limit) if limit else None
-
-
-def _finished(layout: ChunkLayout, states: States) -> None:
-    """What follows every step of reading."""
-    _checked(layout, states)
-    if layout.closes:
-        return_freed_memory(layout.device)
-
-
-def _checked(layout: ChunkLayout, states: States) -> None:
-    """What follows every step of training, where freed memory is wanted again at once."""
-    if layout.closes and states:
-        _check_finite(states, layout)
-
-
-def _check_finite(states: States, layout: ChunkLayout) -> None:
-    """Stop at the first layer whose memory is not finite; looks at what this chunk wrote."""
-    checks: list[Tensor] = []
-    for state in states:
-        written = (state.memory.state, *state.memory.entries[-1:])
-        # A sum is not finite where a term is not: one pass, nothing of the memory's size is made.
-        checks.extend(x.detach().sum(dtype=torch.float32) for x in written if x is not None)
-    if not checks:
-        return
-    per_layer = len(checks) // len(states)
-    sums = torch.stack([check.to(checks[0].device) for check in checks])  # one wait for the device
-    for i, total in enumerate(sums.tolist()):
-        if not math.isfinite(total):
-            raise FloatingPointError(
-                f"the memory of layer {i // per_layer} is not finite (NaN or infinite) after chunk "
-                f"{max(row.folds for row in layout.rows)}; the cache given to this call is unharmed"
-            )
 
 
 def _new_comet(parts: Parts, sizes: CometConfig) -> Comet:
