@@ -231,9 +231,9 @@ def borders(monkeypatch, model, length):
     kept = []
     forward = _Span.forward
 
-    def noting(ctx, work, *tensors):
-        kept.append(tensors[: len(tensors) - len(work.parameters)])
-        return forward(ctx, work, *tensors)
+    def noting(ctx, work, token, *border):
+        kept.append(border)
+        return forward(ctx, work, token, *border)
 
     monkeypatch.setattr(_Span, "forward", staticmethod(noting))
     ids = batch_of(1, length)
@@ -254,6 +254,7 @@ def test_a_border_holds_only_what_is_new(monkeypatch):
     state = 3 * 32 * wide  # readout tokens × width
     entries = 3 * 16 * wide  # a chunk's compression tokens × width of a key and a value
     assert sum(storages.values()) == 9 * 3 * (state + entries)  # borders with memory × layers
+    assert len(storages) == 9  # each in one block, so that it leaves no holes among activations
 
 
 def test_every_third_border(monkeypatch):
@@ -297,6 +298,41 @@ def test_a_graph_is_used_once():
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_graph_that_is_kept_gives_the_same_again(every):
+    model = tiny_comet("llama").train()
+    model.activation_checkpointing_enable({"every": every})
+    ids = batch_of(1, 60)
+    loss = model(ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in once:
+            assert error(parameter.grad, 2 * once[name]) < 1e-12, name
+
+
+def test_gradients_of_some_parameters_only():
+    model = tiny_comet("llama").train()
+    model.activation_checkpointing_enable()
+    ids = batch_of(1, 60)
+    wanted = gradients(model, ids)[1]["model.comet.readout"]
+    loss = model(ids, labels=ids).loss
+    (got,) = torch.autograd.grad(loss, [model.model.comet.readout])
+    assert error(got, wanted) < 1e-12
+
+
+def test_hooks_of_a_parameter_fire_once_a_pass():
+    model = tiny_comet("llama").train()
+    model.activation_checkpointing_enable({"every": 2})
+    fired = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
+    ids = batch_of(1, 60)
+    model(ids, labels=ids).loss.backward()
+    assert len(fired) == len(set(fired)) > 50
 
 
 # --- switches -----------------------------------------------------------------------------------

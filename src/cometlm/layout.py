@@ -121,6 +121,10 @@ class ChunkLayout:
         default_factory=dict, repr=False, compare=False
     )
 
+    def bare(self) -> ChunkLayout:
+        """The same without any index or mask made yet: small enough to keep by the thousand."""
+        return replace(self, _masks={})
+
     # --- counts -----------------------------------------------------------------------------
 
     @cached_property

@@ -5,9 +5,10 @@ its *border*: the memory that went in. Backward it runs again from the border, n
 and hands its gradients on. Memories share their tensors (the FIFO is a tuple of blocks), so what a
 border adds is only what is new: each layer's state and one chunk's entries.
 
-Parameters go into every node as inputs, so autograd sums their gradients and a parameter's hooks
-fire once a backward pass, also for a parameter that no chunk used: what data-parallel training
-counts on.
+Parameters go into one node that all spans hang on. Spans sum their gradients beside the graph, and
+that node hands the sums on when the last of them is done: a parameter's hooks fire once a backward
+pass, also for a parameter that no chunk used, which is what data-parallel training counts on. As
+inputs of every span they would cost a chunk more memory than its border where a model is small.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,14 +88,15 @@ def read_recomputed(
         parameters: every parameter that `read` uses and that wants a gradient.
         finished: called after each step, in the forward pass only.
     """
-    vault = _Vault() if how.offload else None
+    run = _Run(read, _Sums(parameters), finished, _Vault() if how.offload else None)
+    token = _Join.apply(run.sums, *parameters)
     kept: list[Tensor] = []
     for span in _spans(layouts, how.every, truncate):
         if truncate and _folds(span[0]) % truncate == 0:
             states = map_tensors(states, Tensor.detach)
-        work = _Work(read, span, states, parameters, finished, vault)
+        work = _Work(run, span, states)
         border = tensors_of(states)
-        outs = _Span.apply(work, *border, *parameters)
+        outs = _Span.apply(work, token, *border)
         kept.extend(outs[: len(span)])
         states = work.assemble(border, outs[len(span) :])
     return kept, states
@@ -113,39 +116,106 @@ def _spans(
     yield span
 
 
+class _Sums:
+    """Sums of parameters' gradients over the spans that one backward pass has done so far."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = tuple(parameters)
+        self._pass = -1
+        self._sums: list[Tensor | None] = []
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add one span's gradients, one for each parameter."""
+        self._begin()
+        for i, (old, new) in enumerate(zip(self._sums, grads, strict=True)):
+            if new is not None:
+                self._sums[i] = new.clone() if old is None else old.add_(new)
+
+    def take(self) -> list[Tensor | None]:
+        """The sums, which are handed on once."""
+        self._begin()
+        self._pass = -1
+        return self._sums
+
+    def _begin(self) -> None:
+        """Forget what a pass left that broke off, or that did not want parameters' gradients."""
+        now = torch._C._current_graph_task_id()
+        if now != self._pass:
+            self._pass, self._sums = now, [None] * len(self.parameters)
+
+
+class _Join(torch.autograd.Function):
+    """The node that all spans hang on: parameters in, an empty tensor out."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: _Sums, *parameters: Tensor) -> Tensor:
+        ctx.sums = sums
+        return parameters[0].new_empty(0) if parameters else torch.empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.sums.take()
+
+
+@dataclass
+class _Run:
+    """What the spans of one call share."""
+
+    read: Read
+    sums: _Sums
+    finished: Finished
+    vault: _Vault | None
+    surroundings: _Surroundings | None = None
+    structure: States = ()
+
+    def structure_of(self, states: States) -> States:
+        """States without their tensors; from chunk to chunk mostly the same object."""
+        found = map_tensors(states, lambda _: _PLACE)
+        if found != self.structure:
+            self.structure = found
+        return self.structure
+
+    def look_round(self, border: Sequence[Tensor]) -> _Surroundings:
+        """What surrounds a span; as long as nothing changes all of them hold the same object."""
+        now = _Surroundings.of(border, self.sums.parameters)
+        if self.surroundings is None or not now.same(self.surroundings):
+            self.surroundings = now
+        return self.surroundings
+
+
 @dataclass
 class _Work:
     """What one span does, apart from the tensors that autograd sees."""
 
-    read: Read
+    shared: _Run
     layouts: Sequence[ChunkLayout]
     before: States  # only its structure is used; holding the tensors would keep them alive
-    parameters: Sequence[nn.Parameter]
-    finished: Finished
-    vault: _Vault | None
     after: States = ()
     sources: list[int | None] = field(default_factory=list)  # which border tensor, or None: new
 
     def __post_init__(self) -> None:
-        self.before = map_tensors(self.before, _structure)
+        self.before = self.shared.structure_of(self.before)
 
     def run(self, border: Sequence[Tensor]) -> list[Tensor]:
         """Kept outputs of all steps, then the tensors of the states after them that are new."""
         states = with_tensors(self.before, border)
+        read, parameters = self.shared.read, self.shared.sums.parameters
         if not torch.is_grad_enabled():
-            kept, states = read_on(self.read, self.layouts, states, self.finished, 0)
+            kept, states = read_on(read, self.layouts, states, self.shared.finished, 0)
+            self.layouts = [layout.bare() for layout in self.layouts]
         elif len(self.layouts) == 1:
-            kept, states = read_on(self.read, self.layouts, states, _nothing, 0)
+            kept, states = read_on(read, self.layouts, states, _nothing, 0)
         else:
             one = Recomputation(every=1)
-            args = (self.parameters, one, _nothing, 0)
-            kept, states = read_recomputed(self.read, self.layouts, states, *args)
+            args = (parameters, one, _nothing, 0)
+            kept, states = read_recomputed(read, self.layouts, states, *args)
         given = {id(tensor): i for i, tensor in enumerate(border)}
         after = tensors_of(states)
         self.sources = [given.get(id(tensor)) for tensor in after]
-        self.after = map_tensors(states, _structure)
+        self.after = self.shared.structure_of(states)
         new = [x for x, source in zip(after, self.sources, strict=True) if source is None]
-        return kept + new
+        return kept + (new if torch.is_grad_enabled() else _side_by_side(new))
 
     def assemble(self, border: Sequence[Tensor], new: Sequence[Tensor]) -> States:
         """The states after the span, made of what came in and what is new."""
@@ -155,16 +225,15 @@ class _Work:
 
 
 class _Span(torch.autograd.Function):
-    """A span of steps as one node: border and parameters in, outputs and new memory out."""
+    """A span of steps as one node: `_Join`'s token and the border in, outputs and memory out."""
 
     @staticmethod
-    def forward(ctx: Any, work: _Work, *tensors: Tensor) -> tuple[Tensor, ...]:
-        border = tensors[: len(tensors) - len(work.parameters)]
+    def forward(ctx: Any, work: _Work, token: Tensor, *border: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.work = work
-        ctx.surroundings = _Surroundings.of(border, work.parameters)
+        ctx.surroundings = work.shared.look_round(border)
         ctx.devices = [x.device for x in border]
-        vault = work.vault
+        vault = work.shared.vault
         ctx.save_for_backward(*(border if vault is None else map(vault.put, border)))
         return tuple(work.run(border))
 
@@ -172,10 +241,12 @@ class _Span(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         work: _Work = ctx.work
-        needed = ctx.needs_input_grad[1 : 1 + len(ctx.devices)]
+        sums = work.shared.sums
         border = [
             x.detach().to(device).requires_grad_(need)
-            for x, device, need in zip(ctx.saved_tensors, ctx.devices, needed, strict=True)
+            for x, device, need in zip(
+                ctx.saved_tensors, ctx.devices, ctx.needs_input_grad[2:], strict=True
+            )
         ]
         with torch.enable_grad(), ctx.surroundings.restored():
             outs = work.run(border)
@@ -184,13 +255,16 @@ class _Span(torch.autograd.Function):
             for out, grad in zip(outs, grads, strict=True)
             if grad is not None and out.requires_grad
         ]
-        wanted = [x for x in border if x.requires_grad] + list(work.parameters)
+        wanted = [x for x in border if x.requires_grad]
         got: Sequence[Tensor | None] = [None] * len(wanted)
-        if pairs and wanted:
+        if pairs and (wanted or sums.parameters):
             ends, given = zip(*pairs, strict=True)
-            got = torch.autograd.grad(ends, wanted, given, allow_unused=True)
+            both = (*wanted, *sums.parameters)
+            got = torch.autograd.grad(ends, both, given, allow_unused=True)
+            sums.add(got[len(wanted) :])
         following = iter(got)
-        return None, *(next(following) if x.requires_grad else None for x in border), *following
+        token = torch.empty(0) if not sums.parameters else sums.parameters[0].new_empty(0)
+        return None, token, *(next(following) if x.requires_grad else None for x in border)
 
 
 @dataclass(frozen=True)
@@ -214,6 +288,13 @@ class _Surroundings:
             for kind in types
         )
         return cls(torch.get_rng_state(), devices, states, types[-1], autocast)
+
+    def same(self, other: _Surroundings) -> bool:
+        """Whether a run in these is a run in the other's."""
+        if (self.devices, self.device_type) != (other.devices, other.device_type):
+            return False
+        mine, others = ([x.random, *x.device_random] for x in (self, other))
+        return self.autocast == other.autocast and all(map(torch.equal, mine, others))
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -256,12 +337,29 @@ class _Vault:
         self._held.pop(key, None)
 
 
-_PLACE = torch.empty(0)
+_ALIGNED = 64  # bytes
 
 
-def _structure(_: Tensor) -> Tensor:
-    """A stand-in for a tensor, where only the structure around it counts."""
-    return _PLACE
+def _side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in one block of memory per device and dtype.
+
+    A border outlives the activations that it was made among. Left there, tensor by tensor, it would
+    keep what they free from being used again.
+    """
+    blocks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for x in tensors:
+        blocks.setdefault((x.device, x.dtype), []).append(x)
+    copies: dict[int, Tensor] = {}
+    for (device, dtype), parts in blocks.items():
+        step = max(1, _ALIGNED // dtype.itemsize)
+        starts = list(accumulate((-(-x.numel() // step) * step for x in parts), initial=0))
+        block = torch.empty(starts[-1], device=device, dtype=dtype)
+        for x, start in zip(parts, starts, strict=False):
+            copies[id(x)] = block[start : start + x.numel()].view(x.shape).copy_(x)
+    return [copies[id(x)] for x in tensors]
+
+
+_PLACE = torch.empty(0)  # stands for a tensor where only the structure around it counts
 
 
 def _folds(layout: ChunkLayout) -> int:
