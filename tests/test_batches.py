@@ -85,6 +85,8 @@ def test_stages_have_their_own_wording_depth_and_hay(generated, words):
     ("changes", "said"),
     [
         ({"tokens": (20, 10)}, "tokens must be"),
+        ({"distinct": (1, 4)}, "distinct must be"),
+        ({"distinct": (4, 11)}, "distinct must be"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"passkey": 0.8, "repeat": 0.3}, "add up to at most 1, got 0.8 and 0.3"),
         ({"depth": (0.5, 1.5)}, r"depth must be \[least, most\] between 0 and 1"),

@@ -92,6 +92,16 @@ def test_a_key_is_where_its_depth_says(words, depth, seed):
     assert (sample.key, sample.depth) == ("31415", depth)
 
 
+@given(few=st.integers(2, 9), more=st.integers(0, 7), seed=st.integers(0, 1000))
+def test_keys_of_few_digits(words, few, more, seed):
+    most = min(9, few + more)
+    task = PasskeyTask(words, FillerHay(words), digits=(6, 9), distinct=(few, most))
+    key = task.draw(random.Random(seed), 200).key
+    assert 6 <= len(key) <= 9
+    assert len(set(key)) <= most
+    assert key[0] != "0"
+
+
 def test_too_few_tokens_say_how_many_are_needed(words):
     task = PasskeyTask(words, FillerHay(words))
     with pytest.raises(ValueError, match=r"tokens must be at least (\d+) .* got 10") as caught:

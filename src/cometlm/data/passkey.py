@@ -154,6 +154,8 @@ class PasskeyTask:
         hay: what keys are hidden in.
         wording: how.
         digits: shortest and longest key.
+        distinct: fewest and most different digits in a key. With few, it is their order that has to
+            be remembered: which digit followed which does not say it.
         keys: fewest and most keys in one text; with more than one each has an owner.
         questions: ask for so many of them at most, one after the other.
     """
@@ -162,6 +164,7 @@ class PasskeyTask:
     hay: Hay
     wording: Wording = TRAINING
     digits: tuple[int, int] = (5, 5)
+    distinct: tuple[int, int] = (10, 10)
     keys: tuple[int, int] = (1, 1)
     questions: int = 1
     _boundaries: list[set[int]] = field(default_factory=list, repr=False, compare=False)
@@ -204,7 +207,11 @@ class PasskeyTask:
 
     def _key(self, rng: random.Random) -> str:
         digits = rng.randint(*self.digits)
-        return str(rng.randrange(10 ** (digits - 1), 10**digits))
+        if self.distinct == (10, 10):
+            return str(rng.randrange(10 ** (digits - 1), 10**digits))
+        drawn = rng.sample("0123456789", rng.randint(*self.distinct))
+        first = rng.choice([digit for digit in drawn if digit != "0"])
+        return first + "".join(rng.choices(drawn, k=digits - 1))
 
     def _needle(self, rng: random.Random, names: dict[str, str]) -> list[int]:
         hidden = _fitting(rng, self.wording.hidden, names)

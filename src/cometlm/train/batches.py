@@ -66,6 +66,7 @@ class GeneratedBatches:
                 self._task,
                 hay=self._mixed(stage.hay or self._shares),
                 keys=stage.keys,
+                distinct=stage.distinct,
                 wording=TRAINING.first(stage.wordings),
             )
             depths = [chance.uniform(*stage.depth) for _ in range(rows)]

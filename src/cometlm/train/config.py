@@ -94,6 +94,7 @@ class Stage:
             token. All other batches are plain text.
         keys: fewest and most keys in one sample.
         depth: where the key that is asked for is hidden, between 0 (start of the text) and 1.
+        distinct: fewest and most different digits in a key, 2 to 10.
         wordings: use only so many of the sentences and questions; all if None. Few of them, in
             plain hay, are learned first.
         hay: as in `Generated`, for these steps.
@@ -108,6 +109,7 @@ class Stage:
     repeat: float = 0.0
     keys: tuple[int, int] = (1, 1)
     depth: tuple[float, float] = (0.0, 1.0)
+    distinct: tuple[int, int] = (10, 10)
     wordings: int | None = None
     hay: HayShares | None = None
     chunks: ChunkSettings | None = None
@@ -199,6 +201,11 @@ def _check_stage(stage: Stage) -> None:
         raise ValueError(
             f"stages.passkey and stages.repeat must be shares that add up to at most 1, got "
             f"{stage.passkey} and {stage.repeat}"
+        )
+    fewest, many = stage.distinct
+    if not 2 <= fewest <= many <= 10:
+        raise ValueError(
+            f"stages.distinct must be [fewest, most] between 2 and 10, got {list(stage.distinct)}"
         )
     least, most = stage.depth
     if not 0 <= least <= most <= 1:
