@@ -67,8 +67,10 @@ def quietly(config, **options):
 
 
 def losses(folder):
+    """What each step logged: its loss, and how many tokens had been read."""
     state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    return {row["step"]: row["loss"] for row in state["log_history"] if "loss" in row}
+    rows = [row for row in state["log_history"] if "loss" in row]
+    return {row["step"]: (row["loss"], row["num_tokens"]) for row in rows}
 
 
 def records_run(settings, folder, rows, **changes):

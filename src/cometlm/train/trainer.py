@@ -168,6 +168,7 @@ class CometTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self._comet, resume_from_checkpoint, whole=self._whole)
+        self._total_train_tokens = tokens_seen(Path(resume_from_checkpoint))
 
 
 def restore(model: CometForCausalLM, checkpoint: str | Path, whole: bool) -> None:
@@ -201,3 +202,10 @@ def steps_done(checkpoint: Path) -> int:
     """
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return int(state["global_step"])
+
+
+def tokens_seen(checkpoint: Path) -> int:
+    """Tokens that a run had trained on when it last logged before a checkpoint."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    counts = [entry["num_tokens"] for entry in state["log_history"] if "num_tokens" in entry]
+    return int(counts[-1]) if counts else 0
