@@ -304,11 +304,11 @@ def test_demo_hides_a_number_where_it_is_told_to(command, monkeypatch, tmp_path,
     assert "answer  31415\nfound in" in out
 
 
-@pytest.mark.parametrize("key", ["123", "1234567", "12a45", "１２３４５"])
+@pytest.mark.parametrize("key", ["123", "1234567", "12a45", "01234", "１２３４５"])
 def test_demo_hides_numbers_only(command, text_file, key):
     code, _, err = command("demo", "--file", text_file, "--passkey", key)
     assert code == 1
-    assert "--passkey must be a number of 4 to 6 digits" in err
+    assert "--passkey must be a number of 5 digits" in err
 
 
 def test_demo_stops_after_so_many_tokens(command, text_file):

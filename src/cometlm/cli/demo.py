@@ -28,7 +28,7 @@ from cometlm.text import read_blocks
 
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key?"
-_DIGITS = (4, 6)  # the keys that the shipped memory was trained with
+_DIGITS = 5  # of the keys that the shipped memory was trained with
 _PIECE = 2048  # characters between two looks at how far the reading is
 
 
@@ -38,7 +38,7 @@ def demo(
     ] = None,
     tokens: Annotated[int, typer.Option(min=10, help="Stop after this many tokens.")] = 300_000,
     passkey: Annotated[
-        str | None, typer.Option(help="The number to hide, 4 to 6 digits. Default: a random one.")
+        str | None, typer.Option(help="The number to hide, 5 digits. Default: a random one.")
     ] = None,
     depth: Annotated[
         float | None,
@@ -89,9 +89,8 @@ def demo(
 
 
 def _check_key(key: str) -> None:
-    low, high = _DIGITS
-    if not (key.isascii() and key.isdigit() and low <= len(key) <= high):
-        raise ValueError(f"--passkey must be a number of {low} to {high} digits, got {key!r}")
+    if not (key.isascii() and key.isdigit() and len(key) == _DIGITS and key[0] != "0"):
+        raise ValueError(f"--passkey must be a number of {_DIGITS} digits, got {key!r}")
 
 
 class Haystack:
