@@ -6,7 +6,7 @@ from peft import LoraConfig
 
 import cometlm
 from cometlm.grid import Cell
-from cometlm.recompute import Recomputation, _Span, _Vault
+from cometlm.recompute import Recomputation, _Run, _Span, _Vault
 from tests.tiny import FAMILIES, error, random_ids, tiny_backbone, tiny_comet
 
 EVERY = [1, 2, 3, 100]
@@ -263,6 +263,17 @@ def test_every_third_border(monkeypatch):
     kept = borders(monkeypatch, model, 120)
     # Four spans; in the backward pass each chunk once more, but where a span is a single one.
     assert len(kept) == 4 + 9
+
+
+def test_structures_are_kept_once():
+    model = tiny_comet("llama", capacity=3)
+    with torch.no_grad():
+        caches = [model(batch_of(1, n), use_cache=True).past_key_values for n in (25, 37, 1)]
+    run = _Run(None, None, None, None)
+    first, same, other = (run.structure_of(cache.layers) for cache in caches)
+    assert first is same
+    assert other is not same
+    assert first[0].memory.state == same[0].memory.state  # a plain truth, as dataclasses need it
 
 
 def test_the_vault_copies_a_block_once():

@@ -8,7 +8,7 @@ border adds is only what is new: each layer's state and one chunk's entries.
 Parameters go into one node that all spans hang on. Spans sum their gradients beside the graph, and
 that node hands the sums on when the last of them is done: a parameter's hooks fire once a backward
 pass, also for a parameter that no chunk used, which is what data-parallel training counts on. As
-inputs of every span they would cost a chunk more memory than its border where a model is small.
+inputs of every span they would cost each chunk as many edges and records of autograd's.
 """
 
 from __future__ import annotations
@@ -359,7 +359,9 @@ def _side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [copies[id(x)] for x in tensors]
 
 
-_PLACE = torch.empty(0)  # stands for a tensor where only the structure around it counts
+# Stands for a tensor where only structure counts; one number, so that == says it is itself (the
+# fields of dataclasses are compared one by one from Python 3.13 on, and not by identity first).
+_PLACE = torch.zeros(())
 
 
 def _folds(layout: ChunkLayout) -> int:

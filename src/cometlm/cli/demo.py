@@ -28,7 +28,7 @@ from cometlm.text import read_blocks
 
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key?"
-_DIGITS = 5  # of the keys that the shipped memory was trained with
+_DIGITS = 5  # of the keys that the recipe trains with
 _PIECE = 2048  # characters between two looks at how far the reading is
 
 
@@ -90,7 +90,9 @@ def demo(
 
 def _check_key(key: str) -> None:
     if not (key.isascii() and key.isdigit() and len(key) == _DIGITS and key[0] != "0"):
-        raise ValueError(f"--passkey must be a number of {_DIGITS} digits, got {key!r}")
+        raise ValueError(
+            f"--passkey must be a number of {_DIGITS} digits, the first not 0, got {key!r}"
+        )
 
 
 class Haystack:

@@ -200,12 +200,16 @@ def steps_done(checkpoint: Path) -> int:
     Raises:
         OSError, ValueError: it is not whole.
     """
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    return int(state["global_step"])
+    return int(_state(checkpoint)["global_step"])
 
 
 def tokens_seen(checkpoint: Path) -> int:
     """Tokens that a run had trained on when it last logged before a checkpoint."""
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    counts = [entry["num_tokens"] for entry in state["log_history"] if "num_tokens" in entry]
+    log = _state(checkpoint)["log_history"]
+    counts = [entry["num_tokens"] for entry in log if "num_tokens" in entry]
     return int(counts[-1]) if counts else 0
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state
