@@ -70,7 +70,7 @@ def measure(device: torch.device, dtype: torch.dtype, layers: int, rounds: int) 
     inner, sizes = model.model, model.config.comet_config
     cache = filled(model, device)
     (step,) = plan(cache.rows, (sizes.chunk_size,), sizes.chunk_size, more=True)
-    grid = inner._grid(cache.reach)
+    grid = inner.grid(cache.reach)
     items = torch.randn(1, sizes.chunk_items, config.hidden_size, device=device).to(dtype)
 
     def layout() -> ChunkLayout:  # new each time, since its indices are part of the work

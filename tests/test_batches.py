@@ -96,3 +96,30 @@ def test_impossible_stages(generated, changes, said):
     stage = replace(STAGE, **changes)
     with pytest.raises(ValueError, match=said):
         TrainConfig(model="m", output="o", generated=generated(stage))
+
+
+def test_questions_on_the_way(generated, words):
+    """The text holds the key and no question; the aside asks for it, once it has been said."""
+    stage = replace(STAGE, passkey=1.0, ask="borders", depth=(0.0, 0.4), answer_weight=2.0)
+    batches = GeneratedBatches(generated(stage), words, 0)
+    for number in range(3):
+        batch = collate([batches[number]])
+        assert batch["aside_weight"].tolist() == [2.0]
+        rows = zip(
+            *(
+                batch[name]
+                for name in ("input_ids", "labels", "aside_ids", "aside_labels", "aside_since")
+            ),
+            strict=True,
+        )
+        for ids, labels, aside, answer, since in rows:
+            learned = labels != -100
+            assert 0.2 < learned.float().mean() < 0.3
+            assert (labels == ids)[learned].all()
+            told = aside[answer != -100]
+            assert (aside[-len(told) :] == told).all()
+            key = words.decode(told[:-1])
+            assert key.isdecimal()
+            assert key in words.decode(ids[:since])
+            assert key not in words.decode(ids[since:])
+            assert words.decode(aside).count(key) == 1

@@ -166,7 +166,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.checkpoint", "cometlm.train"],
     ["cometlm.train.config", "cometlm.train.lora", "cometlm.train.templates"],
     ["cometlm"],
-    ["cometlm.train.batches", "cometlm.train.trainer"],
+    ["cometlm.train.batches", "cometlm.train.start", "cometlm.train.trainer"],
     ["cometlm.train.run"],
     ["cometlm.eval"],
     ["cometlm.eval.passkey"],

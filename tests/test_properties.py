@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from cometlm.batch import TextBatch
 from cometlm.cache import CometCache
+from cometlm.call import Call
 from cometlm.grid import walk_by_layer
-from cometlm.layout import ChunkLayout, plan, take
+from cometlm.layout import plan, take
 from cometlm.reference import reference_logits
 from tests.tiny import FAMILIES, error, random_ids, tiny_comet
 
@@ -100,21 +101,21 @@ def test_ragged_pieces_equal_rows_alone(model, batch, data):
 
 
 @settings(max_examples=40)
-@given(models(), st.integers(2, 40), st.integers(1, 2))
-def test_layer_by_layer_equals_chunk_by_chunk(model, length, batch):
+@given(models(), st.integers(2, 40), st.integers(1, 2), st.booleans())
+def test_layer_by_layer_equals_chunk_by_chunk(model, length, batch, again):
     """Both walks of the grid give the same numbers and the same gradients."""
     ids = torch.stack([random_ids(length, seed=b) for b in range(batch)])
     inner = model.model
     sizes = inner.config.comet_config
     cache = CometCache.empty(len(inner.cells), batch, sizes)
-    rows, chunks = cache.rows, []
     text = TextBatch.of(ids, None, 96)
-    for step in plan(rows, text.lengths, sizes.chunk_size):
-        layout = ChunkLayout(sizes, rows, step, cache.reach, ids.device)
-        rows = layout.counts_after()
-        chunks.append((inner._embed(text, layout), layout))
-    outputs, _ = walk_by_layer(inner._grid(cache.reach), chunks, cache.layers)
-    texts = [take(out, layout.text_index) for out, (_, layout) in zip(outputs, chunks, strict=True)]
+    steps = plan(cache.rows, text.lengths, sizes.chunk_size)
+    call = Call(text, cache, steps, sizes, cache.reach, first=0, use_cache=False, scored=None)
+    layouts = list(call.layouts())
+    hidden = [inner.embedded(call, layout) for layout in layouts]
+    grid = inner.grid(cache.reach)
+    outputs, _ = walk_by_layer(grid, hidden, layouts, cache.layers, recompute=again)
+    texts = [take(out, one.text_index) for out, one in zip(outputs, layouts, strict=True)]
     by_layer = inner.norm(torch.cat(texts, 1))
     by_chunk = inner(ids).last_hidden_state
     assert error(by_layer, by_chunk) < 1e-12

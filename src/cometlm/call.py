@@ -15,7 +15,7 @@ from cometlm.cache import CometCache
 from cometlm.config import CometConfig
 from cometlm.device import return_freed_memory
 from cometlm.grid import States
-from cometlm.layout import ChunkLayout, Step
+from cometlm.layout import ChunkLayout, Piece, Step
 
 
 class Scored(NamedTuple):
@@ -33,12 +33,87 @@ class Scored(NamedTuple):
     parameters: Sequence[nn.Parameter]
 
 
+class Aside(NamedTuple):
+    """Text that is read from forks of the memory, as a question is that is asked and forgotten.
+
+    Attributes:
+        ids: [B, A] text tokens, no more than a chunk.
+        labels: [B, A], -100 where there is nothing to score.
+        since: [B] text tokens; asides follow those chunks by whose ends every row has read so many.
+            They grow rarer the further on: after the 1st of those chunks, the 2nd, 4th, 8th and so
+            on, and after the last.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    since: Tensor
+
+    def check(self, batch: int, chunk_size: int) -> None:
+        """Refuse an aside that does not fit a batch.
+
+        Raises:
+            ValueError: other shapes, or more tokens than a chunk.
+        """
+        shapes = [tuple(x.shape) for x in self]
+        width = shapes[0][-1]
+        if shapes != [(batch, width), (batch, width), (batch,)]:
+            raise ValueError(
+                f"an aside to {batch} rows needs ids and labels [{batch}, A] and since [{batch}], "
+                f"got {shapes}"
+            )
+        if width > chunk_size:
+            raise ValueError(
+                f"an aside must fit into one chunk of chunk_size={chunk_size}, got {width} tokens"
+            )
+
+
+class Told(NamedTuple):
+    """What readout tokens are to say, at the end of the chunk that holds a part of the text.
+
+    Attributes:
+        labels: [B, M], -100 where nothing is asked of a readout token.
+        places: [B, 2] where in its text each row's part begins and ends. Where a border cuts it,
+            nothing is asked.
+    """
+
+    labels: Tensor
+    places: Tensor
+
+    def check(self, batch: int, readout_tokens: int) -> None:
+        """Refuse labels and places of other shapes.
+
+        Raises:
+            ValueError: they do not fit the batch and the readout tokens.
+        """
+        shapes = [tuple(x.shape) for x in self]
+        if shapes != [(batch, readout_tokens), (batch, 2)]:
+            raise ValueError(
+                f"{readout_tokens} readout tokens and {batch} rows need labels "
+                f"[{batch}, {readout_tokens}] and places [{batch}, 2], got {shapes}"
+            )
+
+    def of(self, layout: ChunkLayout) -> Tensor:
+        """Labels [B, M] of one step."""
+        holds = []
+        for (begin, end), row, piece in zip(
+            self.places.tolist(), layout.rows, layout.step, strict=True
+        ):
+            first = row.tokens - row.text
+            holds.append(piece.close and first <= begin and end <= row.tokens + piece.text)
+        where = torch.tensor(holds, device=self.labels.device)
+        return self.labels.masked_fill(~where[:, None], -100)
+
+
 @dataclass
 class Call:
     """One call of `forward`, checked and planned.
 
     Attributes:
         first: the first column whose hidden states are wanted.
+        aside: what is read beside the text, `aside_text` its tokens.
+        told: what is asked of readout tokens; each step's score is then followed by their summed
+            loss and their number.
+        asides: for each layout made so far, whether it was of the aside.
         rows: each row's counts after the layouts made so far.
     """
 
@@ -50,16 +125,51 @@ class Call:
     first: int
     use_cache: bool
     scored: Scored | None
+    aside: Aside | None = None
+    aside_text: TextBatch | None = None
+    told: Told | None = None
 
     def __post_init__(self) -> None:
         self.rows = self.cache.rows
+        self.asides: list[bool] = []
+        self._aside_step: Step = ()
+        if self.aside is not None:
+            batch, width = self.aside.ids.shape
+            self._aside_step = (Piece(0, width, close=False),) * batch
 
     def layouts(self) -> Iterator[ChunkLayout]:
-        """Each step's layout, made when its turn comes."""
+        """Each step's layout, made when its turn comes; after some steps the aside's."""
+        passed = 0
         for step in self.steps:
-            layout = ChunkLayout(self.sizes, self.rows, step, self.reach, self.text.ids.device)
+            layout = self._layout(step)
             self.rows = layout.counts_after()
+            self.asides.append(False)
             yield layout
+            if self.aside is None or not layout.closes or not self._due(self.aside):
+                continue
+            passed += 1
+            if passed.bit_count() == 1 or step is self.steps[-1]:
+                self.asides.append(True)
+                yield self._layout(self._aside_step)
+
+    def _layout(self, step: Step) -> ChunkLayout:
+        return ChunkLayout(self.sizes, self.rows, step, self.reach, self.text.ids.device)
+
+    def _due(self, aside: Aside) -> bool:
+        since = aside.since.tolist()
+        return all(row.tokens >= least for row, least in zip(self.rows, since, strict=True))
+
+    def is_aside(self, layout: ChunkLayout) -> bool:
+        """Whether a layout is of the aside; its memory is then forgotten."""
+        return self.aside is not None and layout.step is self._aside_step
+
+    def text_of(self, layout: ChunkLayout) -> tuple[TextBatch, Tensor | None]:
+        """The text that a layout reads, and its labels if it is scored."""
+        if self.is_aside(layout):
+            assert self.aside is not None
+            assert self.aside_text is not None
+            return self.aside_text, self.aside.labels
+        return self.text, self.scored and self.scored.labels
 
     def wants(self, step: Step) -> bool:
         """Whether a step's hidden states are wanted."""

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from cometlm.backbone import take_apart
 from cometlm.batch import check_shape, next_labels
 from cometlm.cache import CometCache
-from cometlm.call import Scored
+from cometlm.call import Aside, Scored, Told
 from cometlm.generation import MemoryGenerationMixin
 from cometlm.model import CometModel, CometPreTrainedModel
 from cometlm.model_config import CometModelConfig
@@ -35,9 +35,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class CometCausalOutput(CausalLMOutputWithPast):
-    """transformers' output, and `right`: how many labels were the likeliest token (a scalar)."""
+    """transformers' output, and what labels and asides add.
+
+    Attributes:
+        right: how many labels were the likeliest token (a scalar).
+        aside_loss: mean over the labels of all asides (a scalar), not contained in `loss`.
+        aside_right: the share of those labels that were the likeliest token.
+        told_loss: mean over the labels of readout tokens (a scalar), not contained in `loss`.
+    """
 
     right: Tensor | None = None
+    aside_loss: Tensor | None = None
+    aside_right: Tensor | None = None
+    told_loss: Tensor | None = None
 
 
 class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
@@ -77,6 +87,11 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         stride: int | None = None,
         capacity: int | None = None,
+        aside_ids: Tensor | None = None,
+        aside_labels: Tensor | None = None,
+        aside_since: Tensor | None = None,
+        told_labels: Tensor | None = None,
+        told_places: Tensor | None = None,
         **kwargs: Any,
     ) -> CometCausalOutput:
         """Read text of any length; like any Hugging Face causal language model.
@@ -89,9 +104,15 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
             logits_to_keep: how many last positions get logits, or which; 0 is all. Default: all,
                 but none when there are labels, since the loss needs only one chunk's at a time.
             num_items_in_batch: divide the summed loss by this instead of by the labels counted.
+            aside_ids, aside_labels, aside_since: with labels, a text that is also read from forks
+                of the memory after some chunks and then forgotten, like a question about what was
+                read so far; see `call.Aside`.
+            told_labels, told_places: with labels, what readout tokens are to say in training;
+                see `call.Told`.
 
         Returns:
-            `loss` (a scalar), `logits` [B, kept, V], `past_key_values`, and with labels `right`.
+            `loss` (a scalar), `logits` [B, kept, V], `past_key_values`, with labels `right`, and
+            with an aside `aside_loss` and `aside_right`, and `told_loss`.
 
         Raises:
             ValueError, FloatingPointError: as `CometModel.forward`; also labels of another shape.
@@ -104,16 +125,31 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
                 f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
                 "they must be the same"
             )
+        if aside_ids is not None and (labels is None or logits_to_keep is not None):
+            raise ValueError("aside_ids needs labels, and no logits_to_keep")
         budget = {"stride": stride, "capacity": capacity}
         common = (input_ids, attention_mask, past_key_values, use_cache)
         if labels is not None and logits_to_keep is None:
             targets = next_labels(labels, attention_mask)
             scored = Scored(self._loss_of_chunk, targets, list(self.lm_head.parameters()))
+            if aside_ids is not None:
+                kwargs |= {"aside": _aside(aside_ids, aside_labels, aside_since), "more_text": True}
+            if told_labels is not None and told_places is not None:
+                kwargs["told"] = Told(told_labels, told_places)
             out = self.model(*common, **budget, scored=scored, **kwargs)
-            summed, right = out.summed.unbind()
-            loss = summed / _items(targets, num_items_in_batch)
-            right = right.detach()
-            return CometCausalOutput(loss=loss, past_key_values=out.past_key_values, right=right)
+            summed, right, *told = out.summed.unbind()
+            result = CometCausalOutput(
+                loss=summed / _items(targets, num_items_in_batch),
+                past_key_values=out.past_key_values,
+                right=right.detach(),
+            )
+            if told:
+                result.told_loss = told[0] / told[1].clamp(min=1)
+            if out.aside_summed is not None:
+                count = out.asides * _items(kwargs["aside"].labels, None)
+                result.aside_loss, right = (out.aside_summed / count).unbind()
+                result.aside_right = right.detach()
+            return result
         keep = 0 if logits_to_keep is None else logits_to_keep
         only_last = keep if labels is None and isinstance(keep, int) else 0
         out = self.model(*common, **budget, hidden_to_keep=only_last, **kwargs)
@@ -224,6 +260,14 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
 def _items(labels: Tensor, given: Tensor | int | None) -> Tensor | int:
     """What a summed loss is divided by."""
     return (labels != -100).sum().clamp(min=1) if given is None else given
+
+
+def _aside(ids: Tensor, labels: Tensor | None, since: Tensor | None) -> Aside:
+    if labels is None:
+        raise ValueError("aside_ids needs aside_labels")
+    if since is None:
+        since = torch.zeros(len(ids), dtype=torch.long)
+    return Aside(ids, next_labels(labels, None), since)
 
 
 def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:

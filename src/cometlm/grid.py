@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cometlm.attention import CellCall, KeyValue
 from cometlm.backbone import Family, RotaryTable, rotate_keys
@@ -149,6 +150,35 @@ class Cell(nn.Module):
         entries = max(row.compressions for row in after.rows)
         kept = tuple(block[:, :entries] for block in pending)
         return out, LayerState(folded, OpenChunk(slots(folded, after), chunk, kept))
+
+    def along(
+        self,
+        hidden: Sequence[Tensor],
+        state: LayerState,
+        layouts: Sequence[ChunkLayout],
+        rotary: RotaryTable,
+        weights: LayerMemoryWeights,
+        recompute: bool = False,
+    ) -> tuple[list[Tensor], LayerState]:
+        """The cells of one layer along a block of chunks: one call, however many they are.
+
+        Args:
+            hidden: of each step, [B, I, D]; none is allowed, and leaves the state as it is.
+            layouts: of each step.
+            recompute: keep what goes into a cell, and run it again in the backward pass.
+
+        Returns:
+            Outputs of each step, and the state after the last.
+        """
+        outs = []
+        for x, layout in zip(hidden, layouts, strict=True):
+            args = (x, state, layout, rotary, weights)
+            if recompute:
+                out, state = checkpoint(self.forward, *args, use_reentrant=False)
+            else:
+                out, state = self.forward(*args)
+            outs.append(out)
+        return outs, state
 
     # --- reading memory ---------------------------------------------------------------------
 
@@ -289,7 +319,6 @@ class Grid:
     rotary: Sequence[RotaryTable]
 
 
-Chunk = tuple[Tensor, ChunkLayout]
 States = tuple[LayerState, ...]
 
 
@@ -315,22 +344,33 @@ def through_layers(
 
 
 def walk_by_layer(
-    grid: Grid, chunks: Iterable[Chunk], states: States
+    grid: Grid,
+    hidden: Sequence[Tensor],
+    layouts: Sequence[ChunkLayout],
+    states: Iterable[LayerState],
+    leave: Callable[[LayerState], LayerState] = lambda state: state,
+    recompute: bool = False,
 ) -> tuple[list[Tensor], States]:
     """Layer after layer over a whole block of chunks: the order of the layer-level pipeline.
 
+    Args:
+        hidden: embedded items of each step, [B, I, D].
+        layouts: of each step.
+        states: each layer's state before the block; taken only when that layer's turn comes.
+        leave: given each layer's state after the block as soon as it is there.
+        recompute: as in `Cell.along`.
+
     Returns:
-        The last layer's outputs of every step, and all layers' states after the last step.
+        The last layer's outputs of every step, and what `leave` made of all layers' states.
     """
-    hidden, layouts = map(list, zip(*chunks, strict=True))
+    hidden = list(hidden)
     after = []
     for cell, weights, rotary, state in zip(
         grid.cells, grid.weights, grid.rotary, states, strict=True
     ):
-        for t, layout in enumerate(layouts):
-            moved = hidden[t].to(rotary[0].device)
-            hidden[t], state = cell(moved, state, layout, rotary, weights)
-        after.append(state)
+        moved = [x.to(rotary[0].device) for x in hidden]
+        hidden, state = cell.along(moved, state, layouts, rotary, weights, recompute)
+        after.append(leave(state))
     return hidden, tuple(after)
 
 

@@ -85,17 +85,17 @@ def plan(
         steps.append(tuple(step))
 
 
-def plan_cuts(cuts: Sequence[Sequence[int]]) -> list[Step]:
+def plan_cuts(cuts: Sequence[Sequence[int]], more: bool = False) -> list[Step]:
     """Steps of rows without a past whose chunks hold `cuts[b][t]` text tokens each.
 
-    Every chunk but a row's last is closed.
+    Every chunk but a row's last is closed; with `more` that one too.
     """
     starts = [list(accumulate(row, initial=0)) for row in cuts]
 
     def piece(b: int, t: int) -> Piece:
         if t >= len(cuts[b]):
             return Piece(starts[b][-1], 0, False)
-        return Piece(starts[b][t], cuts[b][t], t + 1 < len(cuts[b]))
+        return Piece(starts[b][t], cuts[b][t], more or t + 1 < len(cuts[b]))
 
     return [tuple(piece(b, t) for b in range(len(cuts))) for t in range(max(map(len, cuts)))]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from cometlm.backbone import (
 )
 from cometlm.batch import TextBatch, check_shape, documents
 from cometlm.cache import CometCache
-from cometlm.call import Call, Scored, checked, finished
+from cometlm.call import Aside, Call, Scored, Told, checked, finished
 from cometlm.chunking import Chunking
 from cometlm.config import CometConfig
 from cometlm.grid import Cell, Grid, States, through_layers
@@ -39,11 +39,25 @@ from cometlm.recompute import Recomputation, read_on, read_recomputed
 _TABLES_KEPT = 4
 
 
+class SharedReading(Protocol):
+    """A way of reading a call together with other ranks."""
+
+    def read(self, model: CometModel, call: Call) -> tuple[list[Tensor], States]:
+        """What the steps leave that this rank has read, and the states after them."""
+
+
 @dataclass
 class CometOutput(BaseModelOutputWithPast):
-    """What `CometModel` returns; with `Scored`, `summed` in place of `last_hidden_state`."""
+    """What `CometModel` returns; with `Scored`, `summed` in place of `last_hidden_state`.
+
+    Attributes:
+        summed: of the text.
+        aside_summed: of all asides; `asides` is how often the aside was read.
+    """
 
     summed: Tensor | None = None
+    aside_summed: Tensor | None = None
+    asides: int | None = None
 
 
 class CometPreTrainedModel(PreTrainedModel):
@@ -100,6 +114,7 @@ class CometModel(CometPreTrainedModel):
             `activation_checkpointing_enable()` sets.
         truncate_after: while training, gradients reach back at most this many chunks; 0 is all.
         chunking: where training samples are cut; None cuts them as reading does.
+        pipeline: reads each sample together with other ranks; see `parallel.pipeline`.
         memory_frozen: train without the memory's weights; otherwise that is an error.
     """
 
@@ -117,6 +132,7 @@ class CometModel(CometPreTrainedModel):
         self.truncate_after = 0
         self.chunking: Chunking | None = None
         self.memory_frozen = False
+        self.pipeline: SharedReading | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -140,6 +156,8 @@ class CometModel(CometPreTrainedModel):
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         scored: Scored | None = None,
+        aside: Aside | None = None,
+        told: Told | None = None,
         **kwargs: Any,
     ) -> CometOutput:
         """Read text, folding every full chunk into memory.
@@ -159,6 +177,8 @@ class CometModel(CometPreTrainedModel):
                 each, and so does the memory. With an `attention_mask` they are not looked at.
             cu_seq_lens_q: [documents + 1] where those documents begin and the last one ends.
             scored: reduce each chunk's hidden states at once instead of returning them all.
+            aside: with `scored`: also read and score this from forks of the memory.
+            told: with `scored`: also score what readout tokens say.
 
         Returns:
             `last_hidden_state` [B, N or fewer, D] aligned with (the end of) `input_ids`, or
@@ -178,6 +198,10 @@ class CometModel(CometPreTrainedModel):
             position_ids = None
         if position_ids is not None or cu_seq_lens_q is not None:
             _refuse_past(past_key_values)
+            if aside is not None or told is not None:
+                raise ValueError(
+                    "forward() takes no aside, and nothing told, with packed documents"
+                )
             found = documents(position_ids, cu_seq_lens_q, input_ids)
             if len(found) > 1:
                 return self._read_packed(input_ids, found, stride, capacity, scored)
@@ -188,12 +212,16 @@ class CometModel(CometPreTrainedModel):
             drawn = self.chunking.draw(text.rows(), self.config.comet_config.chunk_size)
             cuts, stride, capacity = drawn.cuts, drawn.stride or stride, drawn.capacity or capacity
         sizes = self._sizes(stride, capacity)
+        if aside is not None:
+            aside.check(text.batch, sizes.chunk_size)
+        if told is not None:
+            told.check(text.batch, sizes.global_slots)
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
         call = Call(
             text=text,
             cache=cache,
-            steps=plan_cuts(cuts)
+            steps=plan_cuts(cuts, more_text)
             if cuts
             else plan(cache.rows, text.lengths, sizes.chunk_size, more_text),
             sizes=sizes,
@@ -201,11 +229,14 @@ class CometModel(CometPreTrainedModel):
             first=max(0, text.width - hidden_to_keep) if hidden_to_keep else 0,
             use_cache=use_cache,
             scored=scored,
+            aside=aside,
+            told=told,
+            aside_text=aside and TextBatch.of(aside.ids, None, self.config.vocab_size),
         )
         kept, after = self._walk(call)
         past = cast("Any", after if use_cache else None)
         if scored is not None:
-            return CometOutput(summed=torch.stack(kept).sum(0), past_key_values=past)
+            return _summed(kept, call.asides, past)
         wanted = [
             (step, out) for step, out in zip(call.steps, kept, strict=True) if call.wants(step)
         ]
@@ -329,19 +360,21 @@ class CometModel(CometPreTrainedModel):
 
     def _walk(self, call: Call) -> tuple[list[Tensor], CometCache]:
         """What each step leaves, in order, and the cache after all of them."""
-        grid = self._grid(call.reach)
-        text, scored = call.text, call.scored
+        columns = call.cache.columns + call.text.width
+        if self.pipeline is not None:
+            kept, after = self.pipeline.read(self, call)
+            return kept, CometCache(after, call.rows, call.sizes, call.reach, columns)
+        grid, scored = self.grid(call.reach), call.scored
 
         def read(layout: ChunkLayout, states: States) -> tuple[Tensor, States]:
-            out, after = through_layers(grid, self._embed(text, layout), layout, states)
-            if layout.step is call.steps[-1] and not call.use_cache:
+            out, after = through_layers(grid, self.embedded(call, layout), layout, states)
+            if call.is_aside(layout):
+                after = states
+            elif layout.step is call.steps[-1] and not call.use_cache and call.aside is None:
                 after = ()  # nobody looks at it
-            if not call.wants(layout.step):
+            elif not call.wants(layout.step):
                 return out.new_zeros(()), after
-            hidden: Tensor = self.norm(take(out, layout.text_index.to(out.device)))
-            if scored is not None:
-                hidden = scored.score(hidden, text.labels(scored.labels, layout))
-            return hidden, after
+            return self.scored(call, layout, out), after
 
         layouts = call.layouts()
         states: States = call.cache.layers
@@ -354,11 +387,11 @@ class CometModel(CometPreTrainedModel):
             kept, states = read_recomputed(*args, wanted, self.recomputation, after_step, cut)
         else:
             kept, states = read_on(*args, after_step, cut)
-        columns = call.cache.columns + text.width
         return kept, CometCache(states, call.rows, call.sizes, call.reach, columns)
 
-    def _embed(self, text: TextBatch, layout: ChunkLayout) -> Tensor:
+    def embedded(self, call: Call, layout: ChunkLayout) -> Tensor:
         """Items [B, I, D] of one step: text, compression and readout tokens in their order."""
+        text, _ = call.text_of(layout)
         embedded: Tensor = self.embed_tokens(text.piece(layout))
         if not (any(layout.compressions) or layout.closes):
             return embedded
@@ -370,11 +403,29 @@ class CometModel(CometPreTrainedModel):
             parts.append(rows[None].expand(batch, -1, -1))
         return take(torch.cat(parts, dim=1), layout.order)
 
+    def scored(self, call: Call, layout: ChunkLayout, out: Tensor) -> Tensor:
+        """The last layer's outputs [B, I, D] of a step as what is wanted: text, or its score."""
+        hidden: Tensor = self.norm(take(out, layout.text_index.to(out.device)))
+        text, labels = call.text_of(layout)
+        if call.scored is None or labels is None:
+            return hidden
+        score = call.scored.score(hidden, text.labels(labels, layout))
+        if call.told is None or call.is_aside(layout):
+            return score
+        wanted = call.told.of(layout).to(score.device)
+        count = (wanted != -100).sum().to(score.dtype)
+        loss = score.new_zeros(())
+        if count:
+            said: Tensor = self.norm(take(out, layout.readout_index.to(out.device)))
+            loss = call.scored.score(said, wanted)[0]
+        return torch.cat([score, torch.stack([loss, count])])
+
     @property
     def _width(self) -> int:
         return int(self.config.hidden_size)
 
-    def _grid(self, reach: int) -> Grid:
+    def grid(self, reach: int) -> Grid:
+        """The layers, with rotary tables for rows of `reach` items."""
         return Grid(
             cells=cast("Sequence[Cell]", self.cells),
             weights=cast("Sequence[LayerMemoryWeights]", self.comet.layers),
@@ -431,6 +482,17 @@ def _refuse_past(past: CometCache | None) -> None:
             "forward() does not take position_ids or cu_seq_lens_q with past_key_values: packed "
             "documents begin with an empty memory"
         )
+
+
+def _summed(kept: Sequence[Tensor], asides: Sequence[bool], past: Any) -> CometOutput:
+    """Scores of the text's steps and of the asides among them, each summed."""
+    parts: dict[bool, list[Tensor]] = {False: [], True: []}
+    for score, is_aside in zip(kept, asides, strict=True):
+        parts[is_aside].append(score)
+    summed, beside = (torch.stack(part).sum(0) if part else None for part in parts.values())
+    return CometOutput(
+        summed=summed, aside_summed=beside, asides=len(parts[True]), past_key_values=past
+    )
 
 
 # What callers pass along that says nothing new: `return_dict` is transformers' habit, the others

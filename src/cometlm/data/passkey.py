@@ -73,6 +73,17 @@ TRAINING = Wording(
         "The number that belongs to {owner} is {key}.",
         "{owner}: {what} {key}. Do not forget it.",
         "As for {owner}, the {what} is {key}.",
+        "Write this down: {key}.",
+        "Do not tell anyone, but the {what} is {key}.",
+        "She whispered it twice so that nobody would forget: {key}.",
+        "Whoever asks for the {what} should be told {key}.",
+        "The {what}, as everybody here knows, is {key}; nothing else will do.",
+        "Use {key} to get in.",
+        "{key} - that is the {what}, in case it is needed.",
+        "The only figure of any importance here is {key}.",
+        "If they want the {what}, say {key}.",
+        "You can reach {owner} under {key}.",
+        "They gave {owner} the {what} {key}.",
     ),
     asked=(
         "What is the {what}?",
@@ -85,6 +96,13 @@ TRAINING = Wording(
         "Which number belongs to {owner}?",
         "What is the {what} of {owner}? Answer with the number only.",
         "Please repeat the number of {owner}.",
+        "What was the {what} again?",
+        "I forgot the {what}. What was it?",
+        "Can you tell me the {what}?",
+        "Give me the number from the text.",
+        "Which digits were you told to keep?",
+        "What did the text say about {owner}?",
+        "Can you tell me the number of {owner}?",
     ),
     whats=_WHATS,
 )
@@ -114,12 +132,14 @@ class PasskeySample:
             token that ends it.
         key: what the first question asks for.
         depth: where that was hidden, 0 (start of the text) … 1 (end).
+        said: where in the text the sentence stands that says so.
     """
 
     text: list[int]
     turns: list[tuple[list[int], list[int]]]
     key: str
     depth: float
+    said: range
 
     @property
     def prompt(self) -> list[int]:
@@ -170,13 +190,19 @@ class PasskeyTask:
     _boundaries: list[set[int]] = field(default_factory=list, repr=False, compare=False)
 
     def draw(
-        self, rng: random.Random, tokens: int, depth: float | None = None, key: str | None = None
+        self,
+        rng: random.Random,
+        tokens: int,
+        depth: float | None = None,
+        key: str | None = None,
+        asked: bool = True,
     ) -> PasskeySample:
         """A sample of exactly `tokens` tokens, its answers among them.
 
         Args:
             depth: where to hide the key that is asked for first; drawn if None.
             key: what to hide there; drawn if None.
+            asked: count the questions and answers among the tokens.
 
         Raises:
             ValueError: `tokens` is too few for the keys, questions and answers.
@@ -195,15 +221,15 @@ class PasskeyTask:
         ]
         needles = [self._needle(rng, one) for one in names]
         turns = [self._turn(rng, one, first=not i) for i, one in enumerate(names[: self.questions])]
-        said = sum(len(part) for turn in turns for part in turn)
+        said = sum(len(part) for turn in turns for part in turn) if asked else 0
         left = tokens - said - sum(map(len, needles))
         if left < 0:
             raise ValueError(
                 f"tokens must be at least {tokens - left} for the keys, questions and answers, "
                 f"got {tokens}"
             )
-        text = self._hide(self.hay.draw(rng, left), needles, depths)
-        return PasskeySample(text, turns, keys[0], depths[0])
+        text, places = self._hide(self.hay.draw(rng, left), needles, depths)
+        return PasskeySample(text, turns, keys[0], depths[0], places[0])
 
     def _key(self, rng: random.Random) -> str:
         digits = rng.randint(*self.digits)
@@ -230,15 +256,19 @@ class PasskeyTask:
         answered = rng.choice(self.wording.answered).format(**names)
         return question, [*encode(self.tokenizer, answered), end]
 
-    def _hide(self, hay: list[int], needles: list[list[int]], depths: list[float]) -> list[int]:
-        """Needles put into the hay at their depths, where words begin."""
+    def _hide(
+        self, hay: list[int], needles: list[list[int]], depths: list[float]
+    ) -> tuple[list[int], list[range]]:
+        """Needles put into the hay at their depths, where words begin, and where each stands."""
         places = [self._word_start(hay, round(depth * len(hay))) for depth in depths]
+        said = [range(0)] * len(needles)
         text: list[int] = []
         done = 0
-        for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
-            text += hay[done:place] + needle
-            done = place
-        return text + hay[done:]
+        for i in sorted(range(len(needles)), key=places.__getitem__):
+            text += hay[done : places[i]] + needles[i]
+            said[i] = range(len(text) - len(needles[i]), len(text))
+            done = places[i]
+        return text + hay[done:], said
 
     def _word_start(self, hay: list[int], place: int) -> int:
         for near in range(place, min(place + 16, len(hay))):

@@ -7,6 +7,7 @@ anywhere sees the same batches as one that never stopped.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +15,23 @@ import torch
 
 from cometlm.chunking import Chunking, sentence_ends
 from cometlm.data.hay import FileHay, FillerHay, MixedHay, NumberHay, WordHay, encode
-from cometlm.data.passkey import TRAINING, PasskeyTask
+from cometlm.data.passkey import TRAINING, PasskeySample, PasskeyTask
 from cometlm.data.texts import text_files
-from cometlm.train.config import ChunkSettings, Generated, HayShares, Stage
+from cometlm.train.config import ChunkSettings, Gates, Generated, HayShares, Stage
 
+_TEXTS_AT_ONCE = 4
+_BEFORE_QUESTION = 8  # tokens of text at most that stand in front of an aside's question
+_LEARNED = 0.25  # share of a text that is learned beside the answers about it
 AGAIN = "\n\nOnce more, word for word:\n\n"
 
 
 class GeneratedBatches:
     """Passkey samples, texts read twice and plain texts, stage after stage."""
 
-    def __init__(self, settings: Generated, tokenizer: Any, seed: int) -> None:
+    def __init__(
+        self, settings: Generated, tokenizer: Any, seed: int, readout_tokens: int = 0
+    ) -> None:
+        self._readout_tokens = readout_tokens
         self._stages = settings.stages
         self._seed = seed
         texts = FileHay(tokenizer, [f for name in settings.texts for f in text_files(name)])
@@ -59,17 +66,13 @@ class GeneratedBatches:
         chance = random.Random(f"{self._seed}/{number}")
         stage = self.stage(number)
         kind = chance.random()
-        length = chance.randint(*stage.tokens)
+        length = _drawn_length(chance, stage)
         rows = max(1, stage.batch_tokens // length)
         if kind < stage.passkey:
-            task = replace(
-                self._task,
-                hay=self._mixed(stage.hay or self._shares),
-                keys=stage.keys,
-                distinct=stage.distinct,
-                wording=TRAINING.first(stage.wordings),
-            )
+            task = self._task_of(stage)
             depths = [chance.uniform(*stage.depth) for _ in range(rows)]
+            if stage.ask == "borders":
+                return self._asked_on_the_way(stage, chance, length, depths)
             made = [task.draw(chance, length, depth=depth) for depth in depths]
             pairs = [(sample.input_ids, sample.labels) for sample in made]
         elif kind < stage.passkey + stage.repeat:
@@ -79,6 +82,58 @@ class GeneratedBatches:
             pairs = [(ids, ids) for ids in texts]
         ids, labels = map(list, zip(*pairs, strict=True))
         return {"input_ids": ids, "labels": labels}
+
+    def hidden_keys(self, number: int) -> Iterator[list[PasskeySample]]:
+        """Texts with keys in them to fit gates to, as the stage of batch `number` hides them."""
+        stage = self.stage(number)
+        gates = stage.gates or Gates()
+        chance = random.Random(f"{self._seed}/gates/{number}")
+        task = self._task_of(stage)
+        for _ in range(gates.texts // _TEXTS_AT_ONCE):
+            yield [
+                task.draw(chance, gates.tokens, depth=chance.random(), asked=False)
+                for _ in range(_TEXTS_AT_ONCE)
+            ]
+
+    def _task_of(self, stage: Stage) -> PasskeyTask:
+        return replace(
+            self._task,
+            hay=self._mixed(stage.hay or self._shares),
+            keys=stage.keys,
+            distinct=stage.distinct,
+            wording=TRAINING.first(stage.wordings),
+        )
+
+    def _asked_on_the_way(
+        self, stage: Stage, chance: random.Random, length: int, depths: list[float]
+    ) -> dict[str, list[Any]]:
+        """Texts to learn, and their questions as asides, behind some text to have one length."""
+        task = self._task_of(stage)
+        made = [task.draw(chance, length, depth=depth, asked=False) for depth in depths]
+        turns = [sample.turns[0] for sample in made]
+        width = max(sum(map(len, turn)) for turn in turns) + chance.randrange(_BEFORE_QUESTION)
+        hay = [task.hay.draw(chance, width - sum(map(len, turn))) for turn in turns]
+        texts = [sample.text for sample in made]
+        told: dict[str, list[Any]] = {
+            "told_labels": [self._spelled(sample.key) for sample in made],
+            "told_places": [[sample.said.start, sample.said.stop] for sample in made],
+            "told_weight": [stage.told_weight],
+        }
+        return {
+            "input_ids": texts,
+            "labels": [_some(text, chance) for text in texts],
+            "aside_ids": [h + q + a for h, (q, a) in zip(hay, turns, strict=True)],
+            "aside_labels": [[-100] * (width - len(a)) + a for _, a in turns],
+            "aside_since": [sample.said.stop for sample in made],
+            "aside_weight": [stage.answer_weight],
+            **(told if stage.told_weight else {}),
+        }
+
+    def _spelled(self, key: str) -> list[int]:
+        """A key's tokens over and over, as often as they fit into the readout tokens."""
+        ids = encode(self._task.tokenizer, key)
+        often = self._readout_tokens // len(ids)
+        return ids * often + [-100] * (self._readout_tokens - often * len(ids))
 
     def _mixed(self, shares: HayShares) -> MixedHay:
         return MixedHay(list(self._hay.values()), [getattr(shares, name) for name in self._hay])
@@ -91,10 +146,25 @@ class GeneratedBatches:
         return head + text[:half], [-100] * len(head) + text[:half]
 
 
+def _drawn_length(chance: random.Random, stage: Stage) -> int:
+    """Tokens of a batch's rows; with questions on the way, each octave is as likely as any."""
+    if stage.ask == "end":
+        return chance.randint(*stage.tokens)
+    shortest, longest = stage.tokens
+    return round(shortest * (longest / shortest) ** chance.random())
+
+
+def _some(text: list[int], chance: random.Random) -> list[int]:
+    """Labels of a part of a text: the head is wide, and answers are what is taught here."""
+    length = round(len(text) * _LEARNED)
+    start = chance.randrange(len(text) - length + 1)
+    return [-100] * start + text[start : start + length] + [-100] * (len(text) - start - length)
+
+
 def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """One generated batch, which comes as the only feature, as tensors [rows, length]."""
     (feature,) = features
-    return {name: torch.tensor(feature[name]) for name in ("input_ids", "labels")}
+    return {name: torch.tensor(values) for name, values in feature.items() if values is not None}
 
 
 def chunking_of(settings: ChunkSettings, tokenizer: Any, seed: int) -> Chunking:

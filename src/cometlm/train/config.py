@@ -80,6 +80,25 @@ class HayShares:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gates:
+    """What gates are fitted to before a stage; see `start.fit_gates`.
+
+    Attributes:
+        keep: the share of the state that is kept at a chunk of hay.
+        keep_at_key: the same where a key is said. With both alike, gates look at nothing.
+        chunk_size: of the texts that they are fitted to; the model's own if None.
+        texts: how many; four are read at once.
+        tokens: of each.
+    """
+
+    keep: float = 0.998
+    keep_at_key: float = 0.3
+    chunk_size: int | None = None
+    texts: int = 144
+    tokens: int = 768
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """Some steps on generated samples of certain lengths.
 
@@ -95,10 +114,17 @@ class Stage:
         keys: fewest and most keys in one sample.
         depth: where the key that is asked for is hidden, between 0 (start of the text) and 1.
         distinct: fewest and most different digits in a key, 2 to 10.
+        ask: "end" puts the question at the end of the text. "borders" asks it again and again on
+            the way, each time of a fork of the memory that is then forgotten, and learns the text
+            too: many answers for one reading, from one border away to as many as the text has.
+        answer_weight: with "borders", what the answers' loss counts beside the text's.
+        told_weight: with "borders", what it counts that readout tokens say the key, digit by digit
+            and over again, at the end of the chunk that holds it; 0 asks nothing of them.
         wordings: use only so many of the sentences and questions; all if None. Few of them, in
             plain hay, are learned first.
         hay: as in `Generated`, for these steps.
         chunks: as in the run, for these steps; the run's own if None.
+        gates: set the gates before the first of these steps.
     """
 
     steps: int
@@ -110,9 +136,13 @@ class Stage:
     keys: tuple[int, int] = (1, 1)
     depth: tuple[float, float] = (0.0, 1.0)
     distinct: tuple[int, int] = (10, 10)
+    ask: Literal["end", "borders"] = "end"
+    answer_weight: float = 1.0
+    told_weight: float = 0.0
     wordings: int | None = None
     hay: HayShares | None = None
     chunks: ChunkSettings | None = None
+    gates: Gates | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +181,8 @@ class TrainConfig:
         compile: put cells through `torch.compile`, where it works.
         learning_rate: of everything but the memory.
         memory_factor: the memory's learning rate, as a multiple of that.
+        gate_factor: the gates' learning rate, as a multiple of the memory's. What a gate looks at
+            has a long mean, so that each step moves all that it does at once.
         warmup: steps over which the rate rises from 0.
         max_length: longest sample in tokens; None is any. Longer ones are an error, unless
         cut: is set, which drops what is too long from their ends.
@@ -172,6 +204,7 @@ class TrainConfig:
     seed: int = 0
     learning_rate: float = 5e-5
     memory_factor: float = 5.0
+    gate_factor: float = 1.0
     warmup: int = 10
     max_length: int | None = None
     cut: bool = False
@@ -181,7 +214,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.records is None) == (self.generated is None):
             raise ValueError("a run needs either records or generated, and not both")
-        for name in ("learning_rate", "memory_factor"):
+        for name in ("learning_rate", "memory_factor", "gate_factor"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
         if self.generated is not None:
@@ -212,6 +245,11 @@ def _check_stage(stage: Stage) -> None:
         raise ValueError(
             f"stages.depth must be [least, most] between 0 and 1, got {list(stage.depth)}"
         )
+    if stage.gates is not None:
+        for name in ("keep", "keep_at_key"):
+            share = getattr(stage.gates, name)
+            if not 0 < share < 1:
+                raise ValueError(f"stages.gates.{name} must be between 0 and 1, got {share}")
     if stage.steps < 1:
         raise ValueError(f"stages.steps must be at least 1, got {stage.steps}")
 
@@ -235,6 +273,15 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         if not equals:
             raise ValueError(f"a change must look like key=value, got {change!r}")
         _set(values, name.strip().split("."), yaml.safe_load(value))
+    return config_of(values)
+
+
+def config_of(values: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from plain values; fields that are missing have their defaults.
+
+    Raises:
+        ValueError: as `read_config`.
+    """
     config: TrainConfig = _build(TrainConfig, values, "")
     return config
 

@@ -81,15 +81,26 @@ def set_trainable(model: CometForCausalLM, mode: str, lora: LoraConfig | None = 
 
 
 def parameter_groups(
-    model: torch.nn.Module, learning_rate: float, memory_factor: float, weight_decay: float = 0.0
+    model: torch.nn.Module,
+    learning_rate: float,
+    memory_factor: float,
+    weight_decay: float = 0.0,
+    gate_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Trained parameters for an optimiser: the memory's learn faster (SPEC §5: five times).
 
     Args:
         model: wrapped by peft or not.
+        gate_factor: the gates' learning rate as a multiple of the memory's.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    memory = [p for name, p in named if ".comet." in f".{name}"]
+    memory = [p for name, p in named if ".comet." in f".{name}" and not name.endswith(".gate")]
+    gates = [p for name, p in named if ".comet." in f".{name}" and name.endswith(".gate")]
     others = [p for name, p in named if ".comet." not in f".{name}"]
-    groups = [(others, learning_rate, weight_decay), (memory, learning_rate * memory_factor, 0.0)]
+    faster = learning_rate * memory_factor
+    groups = [
+        (others, learning_rate, weight_decay),
+        (memory, faster, 0.0),
+        (gates, faster * gate_factor, 0.0),
+    ]
     return [{"params": ps, "lr": lr, "weight_decay": wd} for ps, lr, wd in groups if ps]

@@ -18,8 +18,9 @@ from cometlm.data.records import read_records
 from cometlm.files import write_whole
 from cometlm.pretrained import load
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
-from cometlm.train.config import Start, TrainConfig
+from cometlm.train.config import TrainConfig, config_of
 from cometlm.train.lora import lora_config, set_trainable
+from cometlm.train.start import fit_gates, said_in, start_like
 from cometlm.train.templates import generation_template
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
@@ -28,6 +29,7 @@ SETTINGS = "train.json"
 _FREE = ("output", "save_steps", "trainer", "recompute", "compile")
 
 Say = Callable[[str], None]
+BeforeStep = Callable[[int], None]
 
 
 def train(
@@ -76,9 +78,15 @@ def make_trainer(
     config: TrainConfig, model: CometForCausalLM, tokenizer: Any, say: Say = print
 ) -> CometTrainer:
     """The trainer of a run, ready to start."""
-    common = {"model": model, "processing_class": tokenizer, "memory_factor": config.memory_factor}
+    common = {
+        "model": model,
+        "processing_class": tokenizer,
+        "memory_factor": config.memory_factor,
+        "gate_factor": config.gate_factor,
+    }
     if config.generated is not None:
-        batches = GeneratedBatches(config.generated, tokenizer, config.seed)
+        slots = model.config.comet_config.global_slots
+        batches = GeneratedBatches(config.generated, tokenizer, config.seed, slots)
         return CometTrainer(
             **common,
             args=_arguments(config, steps=len(batches)),
@@ -86,6 +94,7 @@ def make_trainer(
             data_collator=collate,
             chunking=_stage_chunking(config, batches, tokenizer),
             rates=_stage_rates(config, batches),
+            before_step=_stage_gates(model, batches, say),
             in_order=True,
             whole=config.mode == "full",
         )
@@ -108,25 +117,6 @@ def make_trainer(
     return trainer
 
 
-@torch.no_grad()
-def start_like(model: CometForCausalLM, tokenizer: Any, start: Start) -> None:
-    """Give compression and readout tokens the embeddings of a text's tokens.
-
-    Raises:
-        ValueError: a text without tokens.
-    """
-    comet, embed = model.model.comet, model.model.embed_tokens
-    for name, rows in (("compression", comet.compression), ("readout", comet.readout)):
-        text = getattr(start, name)
-        if text is None or rows is None:
-            continue
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if not ids:
-            raise ValueError(f"start.{name} must be a text with tokens, got {text!r}")
-        like = torch.tensor([ids[i % len(ids)] for i in range(len(rows))])
-        rows.copy_(embed(like.to(rows.device)))
-
-
 def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
     """Refuse to go on from a checkpoint of another configuration.
 
@@ -136,7 +126,9 @@ def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
         ValueError: names the fields that differ, with both values.
     """
     try:
-        before = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+        # Through the class, so that fields that are newer than the file have their defaults.
+        values = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+        before = json.loads(json.dumps(config_of(values).to_dict()))
     except FileNotFoundError:
         return
     now = json.loads(json.dumps(config.to_dict()))
@@ -235,9 +227,22 @@ def _as_dataset(batches: GeneratedBatches) -> Dataset:
 
     def make(columns: dict[str, list[int]]) -> dict[str, list[Any]]:
         made = [batches[number] for number in columns["batch"]]
-        return {name: [one[name] for one in made] for name in ("input_ids", "labels")}
+        names = dict.fromkeys(name for one in made for name in one)
+        return {name: [one.get(name) for one in made] for name in names}
 
     return Dataset.from_dict({"batch": list(range(len(batches)))}).with_transform(make)
+
+
+def _stage_gates(model: CometForCausalLM, batches: GeneratedBatches, say: Say) -> BeforeStep:
+    """Fits the gates before the first step of a stage that says so."""
+
+    def fit(step: int) -> None:
+        gates = batches.stage(step).gates
+        if gates is not None and (step == 0 or batches.stage(step - 1).gates is not gates):
+            say(f"fitting the gates to {gates.texts} texts, before step {step + 1}")
+            fit_gates(model, map(said_in, batches.hidden_keys(step)), gates)
+
+    return fit
 
 
 def _stage_chunking(

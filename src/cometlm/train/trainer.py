@@ -36,9 +36,11 @@ class CometTrainer(SFTTrainer):
 
     Args:
         memory_factor: the memory's learning rate as a multiple of the others'.
+        gate_factor: the gates' learning rate as a multiple of the memory's.
         chunking: from a step's number to the chunk plans of that step, or None for the model's.
         rates: from a step's number to the learning rate as a share of `args.learning_rate`;
             None for the schedule that `args` names.
+        before_step: called with each step's number before its first batch.
         in_order: take the samples in their order.
         whole: save the backbone too, since it is trained.
         others: `SFTTrainer`'s own.
@@ -48,18 +50,21 @@ class CometTrainer(SFTTrainer):
         self,
         *,
         memory_factor: float = 5.0,
+        gate_factor: float = 1.0,
         chunking: Callable[[int], Chunking] | None = None,
         rates: Callable[[int], float] | None = None,
+        before_step: Callable[[int], None] | None = None,
         in_order: bool = False,
         whole: bool = False,
         **others: Any,
     ) -> None:
-        self._memory_factor = memory_factor
+        self._factors = (memory_factor, gate_factor)
         self._chunking = chunking
         self._rates = rates
+        self._before_step = before_step
         self._in_order = in_order
         self._whole = whole
-        self._micro_steps = (-1, 0)  # the step, and how many batches of it were seen
+        self._micro_steps = (-1, 0)  # the step, and how many of its batches came before this one
         super().__init__(**others)
 
     @property
@@ -74,7 +79,8 @@ class CometTrainer(SFTTrainer):
             model = cast("PreTrainedModel", self.model if model is None else model)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             rate, decay = self.args.learning_rate, self.args.weight_decay
-            groups = parameter_groups(model, rate, self._memory_factor, decay)
+            memory, gate = self._factors
+            groups = parameter_groups(model, rate, memory, decay, gate)
             self.optimizer = kind(groups, **options)
         return cast("torch.optim.Optimizer", self.optimizer)
 
@@ -101,6 +107,10 @@ class CometTrainer(SFTTrainer):
         Raises:
             FloatingPointError: the loss is not finite; names the step and the sample.
         """
+        step = self.state.global_step
+        self._micro_steps = (step, self._micro_steps[1] + 1 if self._micro_steps[0] == step else 0)
+        if self._before_step is not None and not self._micro_steps[1]:
+            self._before_step(step)
         self._place_plans()
         try:
             loss = cast("Tensor", super().training_step(model, inputs, *args))
@@ -115,9 +125,7 @@ class CometTrainer(SFTTrainer):
         """Draw as a run would that came here without a stop."""
         if self._chunking is None:
             return
-        step = self.state.global_step
-        seen = self._micro_steps[1] + 1 if self._micro_steps[0] == step else 0
-        self._micro_steps = (step, seen)
+        step, seen = self._micro_steps
         chunking = self._chunking(step)
         accumulated, ranks = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         chunking.batches = (step * accumulated + seen) * ranks + self.accelerator.process_index
@@ -132,8 +140,19 @@ class CometTrainer(SFTTrainer):
     ) -> Any:
         """The model's own loss, which holds one chunk's logits, and its accuracy for the log."""
         mode = "train" if model.training else "eval"
+        inputs = dict(inputs)
+        weight, told_weight = (inputs.pop(f"{name}_weight", None) for name in ("aside", "told"))
         out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
         loss = out.loss
+        if out.aside_loss is not None:
+            self._metrics[mode]["text_loss"].append(float(loss.detach()))
+            self._metrics[mode]["answer_loss"].append(float(out.aside_loss.detach()))
+            self._metrics[mode]["answers_right"].append(float(out.aside_right))
+            shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + float(weight) * out.aside_loss / shares
+            if out.told_loss is not None:
+                self._metrics[mode]["told_loss"].append(float(out.told_loss.detach()))
+                loss = loss + float(told_weight) * out.told_loss / shares
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
         counted = (inputs["labels"][:, 1:] != -100).sum()

@@ -1,0 +1,133 @@
+"""What a memory's weights are set to without training: its tokens' embeddings, and its gates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cometlm.causal_lm import CometForCausalLM
+from cometlm.data.passkey import PasskeySample
+from cometlm.memory import GlobalMemory, LayerMemoryWeights
+from cometlm.train.config import Gates, Start
+
+_RIDGE = 5e-4  # of the mean square of what gates look at: keeps what is fitted small
+_ENOUGH = 20  # tokens of a key's sentence in a chunk, for the chunk to be one that holds a key
+Said = tuple[Tensor, Sequence[range]]  # texts [B, N], and where each says its key
+
+
+@torch.no_grad()
+def start_like(model: CometForCausalLM, tokenizer: Any, start: Start) -> None:
+    """Give compression and readout tokens the embeddings of a text's tokens.
+
+    Raises:
+        ValueError: a text without tokens.
+    """
+    comet, embed = model.model.comet, model.model.embed_tokens
+    for name, rows in (("compression", comet.compression), ("readout", comet.readout)):
+        text = getattr(start, name)
+        if text is None or rows is None:
+            continue
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"start.{name} must be a text with tokens, got {text!r}")
+        like = torch.tensor([ids[i % len(ids)] for i in range(len(rows))])
+        rows.copy_(embed(like.to(rows.device)))
+
+
+@torch.no_grad()
+def fit_gates(model: CometForCausalLM, texts: Iterable[Said], gates: Gates) -> None:
+    """Fit every gate to keep the state at chunks of hay, and to let go of it where a key is said.
+
+    What a gate looks at, [candidate ; state], has a mean that is far longer than what differs from
+    chunk to chunk, so gates that are learned from nothing soon keep the same whatever is read:
+    some all of the first chunk, others nothing for long. Whether a chunk holds a key can be seen
+    there all the same. The fit is a weighted ridge regression of the gate's logit, layer by layer;
+    what is learned afterwards goes on from it.
+
+    Raises:
+        ValueError: texts of less than three chunks, or without a key in a chunk that has a past.
+    """
+    layers = [cast("LayerMemoryWeights", one).global_memory for one in model.model.comet.layers]
+    memories = [one for one in layers if one is not None and one.gate is not None]
+    own = model.config.comet_config
+    model.config.comet = own.replace(chunk_size=gates.chunk_size or own.chunk_size).to_dict()
+    holds: list[Tensor] = []
+    try:
+        with _seen(memories) as seen:
+            for ids, said in texts:
+                model.model(ids.to(model.device), use_cache=False, more_text=True)
+                holds.append(_holding(model, ids.shape[1], said))
+    finally:
+        model.config.comet = own.to_dict()
+    if not memories:
+        return
+    where = torch.cat(holds)
+    if not ((where == 1).any() and (where == 0).any()):
+        raise ValueError(
+            "gates are fitted to chunks with a key and chunks without, of texts of three chunks "
+            f"and more, got {int((where == 1).sum())} with and {int((where == 0).sum())} without"
+        )
+    for memory, inputs in zip(memories, seen, strict=True):
+        fitted = _fitted(torch.cat(inputs), where, gates)
+        assert memory.gate is not None
+        memory.gate.copy_(fitted[None])
+
+
+def _fitted(x: Tensor, holds: Tensor, gates: Gates) -> Tensor:
+    """Weights [2D] that make of x [samples, 2D] the logits wanted."""
+    wanted = torch.full_like(x[:, 0], _logit(gates.keep))
+    wanted[holds == 1] = _logit(gates.keep_at_key)
+    weights = torch.zeros_like(wanted)
+    for kind in (0, 1):  # both kinds count the same, however many there are
+        weights[holds == kind] = 0.5 / (holds == kind).sum()
+    square = (x * weights[:, None]).T @ x
+    ridge = _RIDGE * square.diagonal().mean()
+    return torch.linalg.solve(
+        square + ridge * torch.eye(len(square), dtype=x.dtype), x.T @ (weights * wanted)
+    )
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
+def _holding(model: CometForCausalLM, tokens: int, said: Sequence[range]) -> Tensor:
+    """Whether a key stands in what each sample of `_seen` saw: 1, 0, or -1 for a part of it."""
+    sizes = model.config.comet_config
+    kinds = []
+    for begin in range(sizes.chunk_size, tokens, sizes.chunk_size):  # the first has no state yet
+        for place in said:
+            end = min(begin + sizes.chunk_size, tokens)
+            inside = len(range(max(begin, place.start), min(end, place.stop)))
+            part = -1 if inside < min(_ENOUGH, len(place)) else 1
+            kinds += [part if inside else 0] * sizes.readout_tokens
+    return torch.tensor(kinds)
+
+
+@contextmanager
+def _seen(memories: list[GlobalMemory]) -> Iterator[list[list[Tensor]]]:
+    """What each gate looks at while the context is open: chunk after chunk, [B · M, 2D]."""
+    seen: list[list[Tensor]] = [[] for _ in memories]
+    own = GlobalMemory.update
+
+    def noting(self: GlobalMemory, state: Tensor | None, readout: Tensor) -> Tensor:
+        if state is not None and self.gate is not None:
+            both = torch.cat([self.norm(readout), state], dim=-1)
+            seen[memories.index(self)].append(both.flatten(0, 1).double().cpu())
+        return own(self, state, readout)
+
+    GlobalMemory.update = noting  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        GlobalMemory.update = own  # type: ignore[method-assign]
+
+
+def said_in(samples: Sequence[PasskeySample]) -> Said:
+    """Texts of one length, and where each says its key."""
+    return torch.tensor([sample.text for sample in samples]), [sample.said for sample in samples]
