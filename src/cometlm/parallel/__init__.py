@@ -1,0 +1,1 @@
+"""One sample across many devices: the layer-level pipeline (SPEC §6)."""

@@ -1,0 +1,36 @@
+"""Which ranks share one sample, and which have samples of their own.
+
+A job of `data × chunk` ranks: those of one row of the mesh share a sample, chunk by chunk; those
+of one column hold the same place in different samples, and may shard the weights between them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+DATA, CHUNK = "data", "chunk"
+
+
+def make_mesh(chunk_parallel: int, device: torch.device | None = None) -> DeviceMesh:
+    """A mesh (data, chunk) over all ranks of a job that `torchrun` started.
+
+    Args:
+        chunk_parallel: ranks that share a sample.
+        device: what the ranks compute on; default the accelerator, or the CPU.
+
+    Raises:
+        ValueError: a number of ranks that it does not divide.
+    """
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group(dist.get_default_backend_for_device(device))
+    ranks = dist.get_world_size()
+    if chunk_parallel < 1 or ranks % chunk_parallel:
+        raise ValueError(
+            f"chunk_parallel must divide the number of ranks, {ranks}, got {chunk_parallel}"
+        )
+    shape = (ranks // chunk_parallel, chunk_parallel)
+    return init_device_mesh(device.type, shape, mesh_dim_names=(DATA, CHUNK))

@@ -1,0 +1,166 @@
+"""Tensors that go to another rank, and their gradients that come back: nodes of autograd's graph.
+
+`send` and `receive` work without a graph too. With one, each `send` leaves a token that `join` ties
+to the loss, so that its backward pass, in which it waits for the gradient, is run whatever the loss
+is made of; and `join` ties what was received, so that its gradient is sent even where it is zero.
+
+Autograd runs the nodes that were made last first. So the backward pass goes through layers in
+reverse order on every rank, and each waits only for what the other has been sending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class PipelineError(RuntimeError):
+    """A rank waited in vain for another; says which, and for what."""
+
+
+class Like(NamedTuple):
+    """What a tensor that is to come looks like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Neighbour:
+    """The way to one other rank and back.
+
+    Args:
+        group: the ranks that share a sample.
+        place: the other's place in it.
+        timeout: how long to wait for a message.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, place: int, timeout: timedelta) -> None:
+        self._group = group
+        self._rank = dist.get_global_rank(group, place)
+        self._timeout = timeout
+        self._under_way: list[tuple[dist.Work, Tensor, str]] = []
+
+    def post(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Begin to send; `what` names it in errors."""
+        for x in tensors:
+            held = x.detach().contiguous()  # kept until it has been sent
+            work = self._begin(dist.isend, held, what)
+            self._under_way.append((work, held, what))
+
+    def fetch(self, likes: Sequence[Like], what: str) -> list[Tensor]:
+        """Wait for tensors that the other posts, in the same order.
+
+        Raises:
+            PipelineError: they do not come.
+        """
+        got = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in likes]
+        works = [self._begin(dist.irecv, x, what) for x in got]
+        for work in works:
+            self._finish(work, what)
+        return got
+
+    def flush(self) -> None:
+        """Wait until everything posted has been sent.
+
+        Raises:
+            PipelineError: the other does not take it.
+        """
+        while self._under_way:
+            work, _, what = self._under_way.pop(0)
+            self._finish(work, what)
+
+    def _begin(self, start: Any, tensor: Tensor, what: str) -> dist.Work:
+        try:
+            work: dist.Work = start(tensor, self._rank, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(what, error) from error
+        return work
+
+    def _finish(self, work: dist.Work, what: str) -> None:
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            raise self._lost(what, error) from error
+
+    def _lost(self, what: str, error: RuntimeError) -> PipelineError:
+        reason = " ".join(str(error).split())[:200]
+        return PipelineError(
+            f"rank {dist.get_rank()} lost rank {self._rank} at {what}, after "
+            f"{self._timeout.total_seconds():.0f} s at most: {reason}"
+        )
+
+
+def send(neighbour: Neighbour, tensors: Sequence[Tensor], what: str) -> Tensor | None:
+    """Post tensors; returns a token for `join` where their gradients are to come back."""
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        neighbour.post(tensors, what)
+        return None
+    token: Tensor = _Send.apply(neighbour, what, *tensors)
+    return token
+
+
+def receive(
+    neighbour: Neighbour, likes: Sequence[Like], what: str, learning: bool
+) -> tuple[Tensor, ...]:
+    """Wait for tensors.
+
+    Args:
+        learning: send their gradients back; whether the other waits for them is not seen from here.
+    """
+    if not learning:
+        return tuple(neighbour.fetch(likes, what))
+    anchor = torch.zeros((), requires_grad=True)
+    got: tuple[Tensor, ...] = _Receive.apply(neighbour, what, list(likes), anchor)
+    return got
+
+
+def join(value: Tensor, ties: Sequence[Tensor]) -> Tensor:
+    """`value`, whose backward pass also runs those of `ties`, without a gradient for them."""
+    if not torch.is_grad_enabled() or not ties:
+        return value
+    joined: Tensor = _Join.apply(value, *ties)
+    return joined
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, neighbour: Neighbour, what: str, *tensors: Tensor) -> Tensor:
+        ctx.neighbour, ctx.what = neighbour, what
+        ctx.likes = [Like(tuple(x.shape), x.dtype, x.device) for x in tensors]
+        neighbour.post(tensors, what)
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.neighbour.fetch(ctx.likes, f"the gradient of {ctx.what}")
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, neighbour: Neighbour, what: str, likes: list[Like], anchor: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.neighbour, ctx.what = neighbour, what
+        return tuple(neighbour.fetch(likes, what))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ctx.neighbour.post(grads, f"the gradient of {ctx.what}")
+        return None, None, None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *ties: Tensor) -> Tensor:
+        ctx.ties = len(ties)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * ctx.ties

@@ -1,0 +1,211 @@
+"""The wave: one sample's chunks on several ranks, each walked layer by layer (SPEC §6).
+
+Each rank owns a block of consecutive chunks. Layer i's memory is received just before layer i is
+walked and sent on as soon as it is there, while the next layer is already being worked on. The
+backward pass is the same wave in reverse. Losses are parts of one sum: add them over the ranks of
+the group, and the gradients too (`sum_gradients`).
+
+Legend: B batch, M readout tokens, D width, E width of an entry, P ranks of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cometlm.grid import Cell, LayerState, States, walk_by_layer
+from cometlm.layout import ChunkLayout
+from cometlm.memory import LayerMemory
+from cometlm.parallel.p2p import Like, Neighbour, join, receive, send
+
+if TYPE_CHECKING:
+    from cometlm.call import Call
+    from cometlm.model import CometModel
+
+TIMEOUT = timedelta(minutes=10)
+
+
+class Pipeline:
+    """One rank's part in reading samples together; `CometModel.pipeline`.
+
+    Args:
+        group: the ranks that share a sample.
+        timeout: how long to wait for another rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta = TIMEOUT) -> None:
+        self.group = group
+        self.place, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._left = Neighbour(group, self.place - 1, timeout) if self.place else None
+        last = self.place + 1 == self.ranks
+        self._right = None if last else Neighbour(group, self.place + 1, timeout)
+
+    def read(self, model: CometModel, call: Call) -> tuple[list[Tensor], States]:
+        """This rank's block of a call.
+
+        Returns:
+            One score, the sum over the block's steps, and all layers' states after the block.
+
+        Raises:
+            ValueError: a call that wants hidden states or an aside.
+            PipelineError: another rank is lost.
+        """
+        if call.scored is None or call.aside is not None:
+            raise ValueError(
+                "ranks that share a sample each see a block of it: they take labels, return the "
+                "loss and no hidden states, and read no aside"
+            )
+        layouts = list(call.layouts())
+        call.asides[1:] = []  # one score stands for all steps
+        own, onward = self._block(layouts)
+        reads_on = bool(own) and own.start > 0
+        wave = _Wave(model, call, layouts[own.start :], self._left)
+        hidden = [model.embedded(call, layouts[t]) for t in own]
+        mine = [layouts[t] for t in own]
+        outs, states = walk_by_layer(
+            model.grid(call.reach),
+            hidden,
+            mine,
+            wave.incoming() if reads_on else call.cache.layers,
+            wave.outgoing(self._right) if onward else _stays,
+            recompute=model.recomputation is not None and torch.is_grad_enabled(),
+        )
+        scores = [model.scored(call, one, out) for one, out in zip(mine, outs, strict=True)]
+        wide = torch.promote_types(model.dtype, torch.float32)
+        nothing = torch.zeros(2, dtype=wide, requires_grad=True)
+        total = torch.stack(scores).sum(0) if scores else nothing
+        return [join(total, wave.ties)], states
+
+    def flush(self) -> None:
+        """Wait until all that this rank sent has arrived."""
+        for neighbour in (self._left, self._right):
+            if neighbour is not None:
+                neighbour.flush()
+
+    def _block(self, layouts: Sequence[ChunkLayout]) -> tuple[range, bool]:
+        """This rank's steps, and whether the next rank has any."""
+        # What a step costs: its items go through the layer, its memory is attended to only.
+        costs = [max(one.items) + max(one.items) * one.memory_width / 4096 for one in layouts]
+        places = balanced(costs, self.ranks)
+        following = places[self.place + 1] if self.place + 1 < self.ranks else range(0)
+        return places[self.place], len(following) > 0
+
+
+@dataclass
+class _Wave:
+    """What passes a rank in one call.
+
+    Attributes:
+        layouts: of the block and all that follows it.
+        left: where memory comes from.
+        ties: what the loss has to be joined with.
+    """
+
+    model: CometModel
+    call: Call
+    layouts: Sequence[ChunkLayout]
+    left: Neighbour | None
+    ties: list[Tensor] = field(default_factory=list)
+
+    def incoming(self) -> Iterator[LayerState]:
+        """Each layer's memory before the block, when its turn comes."""
+        assert self.left is not None
+        learning = self.model.training and torch.is_grad_enabled()
+        for i, cell in enumerate(self.model.cells):
+            likes = self._likes(cast("Cell", cell), i)
+            got = receive(self.left, likes, f"the memory of layer {i}", learning)
+            self.ties.extend(x for x in got if x.requires_grad)
+            parts = list(got)
+            state = parts.pop(0) if self.call.sizes.global_memory else None
+            yield LayerState(LayerMemory(state, tuple(parts)))
+
+    def outgoing(self, right: Neighbour | None) -> Callable[[LayerState], LayerState]:
+        """What sends each layer's memory on, one after the other."""
+        assert right is not None
+        numbers = iter(range(len(self.model.cells)))
+
+        def leave(after: LayerState) -> LayerState:
+            memory = after.memory
+            tensors = [] if memory.state is None else [memory.state]
+            if memory.entries:
+                tensors.append(torch.cat(memory.entries, dim=1))
+            token = send(right, tensors, f"the memory of layer {next(numbers)}")
+            if token is not None:
+                self.ties.append(token)
+            return after
+
+        return leave
+
+    def _likes(self, cell: Cell, i: int) -> list[Like]:
+        """What layer i's memory looks like before the block."""
+        first, sizes = self.layouts[0], self.call.sizes
+        batch, width = len(first.rows), int(self.model.config.hidden_size)
+        weights = self.model.comet.layers[i]
+        likes = []
+        if sizes.global_memory:
+            norm: Tensor = weights.global_memory.norm.weight  # type: ignore[union-attr, assignment]
+            likes.append(Like((batch, sizes.readout_tokens, width), norm.dtype, norm.device))
+        if first.temporary_width:
+            shape = (batch, first.temporary_width, cell.entry_width)
+            like: Tensor = self.model.norm.weight  # type: ignore[assignment]
+            place = next(cell.parameters()).device
+            likes.append(Like(shape, like.dtype, place))
+        return likes
+
+
+def _stays(state: LayerState) -> LayerState:
+    """The last block's memory goes nowhere."""
+    return state
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[range]:
+    """Consecutive blocks of steps of which the most expensive is as cheap as can be.
+
+    Args:
+        costs: of each step, more than 0.
+        parts: blocks wanted; with fewer steps the last ones are empty.
+    """
+    low, high = max(costs), sum(costs)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if len(_filled(costs, middle)) <= parts:
+            high = middle
+        else:
+            low = middle
+    sizes = _filled(costs, high)
+    sizes += [0] * (parts - len(sizes))
+    return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
+
+
+def _filled(costs: Sequence[float], most: float) -> list[int]:
+    """Sizes of blocks that are filled in turn as long as none costs more than `most`."""
+    sizes, spent = [0], 0.0
+    for cost in costs:
+        if sizes[-1] and spent + cost > most:
+            sizes.append(0)
+            spent = 0.0
+        sizes[-1] += 1
+        spent += cost
+    return sizes
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Add gradients over the ranks that share a sample; a parameter without one counts as zeros.
+
+    Sharded gradients are added shard by shard.
+    """
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grad = parameter.grad
+        local = grad.to_local() if hasattr(grad, "to_local") else grad
+        dist.all_reduce(local, group=group)

@@ -1,0 +1,40 @@
+"""Several gloo ranks on this machine, for tests of what they do together."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(count: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """`work(*args)` on each of `count` ranks; what they return, in order.
+
+    Raises:
+        AssertionError: one of them failed; with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (count, folder, work, args), nprocs=count)
+        results = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(count)]
+    failures = [f"rank {rank}:\n{what}" for rank, (failed, what) in enumerate(results) if failed]
+    assert not failures, "\n".join(failures)
+    return [result for _, result in results]
+
+
+def _rank(
+    rank: int, count: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
+    try:
+        result = (False, work(*args))
+    except Exception:  # noqa: BLE001 (whatever it is, the test that waits shows it)
+        result = (True, traceback.format_exc())
+    torch.save(result, Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""The wave: what several ranks compute together is what one process computes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cometlm.parallel.mesh import make_mesh
+from cometlm.parallel.pipeline import Pipeline, balanced, sum_gradients
+from tests.ranks import run_ranks
+from tests.tiny import error, random_ids, tiny_comet
+
+CHUNK = 12
+# Name: family, sizes, tokens of each row, first label.
+CASES = {
+    "even": ("llama", {}, [4 * CHUNK], 0),
+    "uneven, an open chunk last": ("qwen3", {}, [7 * CHUNK + 5] * 2, 0),
+    "fewer chunks than ranks": ("llama", {}, [CHUNK + 3], 0),
+    "a single chunk": ("llama", {}, [CHUNK - 2], 0),
+    "labels in the first chunk only": ("llama", {}, [5 * CHUNK], -10),
+    "labels in the last chunk only": ("llama", {}, [5 * CHUNK], 5 * CHUNK - 3),
+    "ragged": ("llama", {}, [6 * CHUNK + 1, 2 * CHUNK, 5], 0),
+    "no global memory": ("llama", {"global_memory": False}, [5 * CHUNK], 0),
+    "no temporary memory": ("llama", {"temporary_memory": False}, [5 * CHUNK], 0),
+    "entries of several ranks": ("gemma3_text", {"capacity": 14}, [6 * CHUNK], 0),
+}
+
+
+def batch(lengths, first):
+    width = max(lengths)
+    ids = torch.stack([random_ids(width, seed=b) for b in range(len(lengths))])
+    mask = torch.tensor([[int(i < n) for i in range(width)] for n in lengths])
+    labels = ids.masked_fill(mask == 0, -100)
+    if first < 0:
+        labels[:, -first:] = -100
+    else:
+        labels[:, :first] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model):
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+
+
+def compare(name, recompute):
+    """Largest errors of loss and gradients of one case, on this rank."""
+    family, sizes, lengths, first = CASES[name]
+    model = tiny_comet(family, **sizes).train()
+    inputs = batch(lengths, first)
+    alone = model(**inputs).loss
+    alone.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    if recompute:
+        model.activation_checkpointing_enable()
+    group = dist.group.WORLD
+    model.model.pipeline = Pipeline(group)
+    part = model(**inputs).loss
+    part.backward()
+    model.model.pipeline.flush()
+    sum_gradients(list(model.parameters()), group)
+    loss = part.detach()
+    dist.all_reduce(loss)
+    got = gradients(model)
+    worst = max(error(got[n], wanted[n]) for n in wanted if wanted[n].abs().max() > 0)
+    zeros = [float(got[n].abs().max()) for n in wanted if wanted[n].abs().max() == 0]
+    return float(error(loss, alone.detach())), float(worst), max(zeros, default=0.0)
+
+
+def compare_all():
+    return {
+        (name, recompute): compare(name, recompute) for name in CASES for recompute in (False, True)
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_loss_and_gradients_are_the_single_processs(ranks):
+    for results in run_ranks(ranks, compare_all):
+        for case, (loss, gradient, zeros) in results.items():
+            assert loss < 1e-9, case
+            assert gradient < 1e-6, case  # norms of float32 sum in another order
+            assert zeros < 1e-12, case
+
+
+def refusals():
+    said = []
+    model = tiny_comet("llama")
+    model.model.pipeline = Pipeline(dist.group.WORLD)
+    for ask in (lambda: model(random_ids(30)[None]), lambda: make_mesh(3)):
+        try:
+            ask()
+        except ValueError as error:
+            said.append(str(error))
+    mesh = make_mesh(2)
+    return said, mesh.mesh_dim_names, tuple(mesh.shape)
+
+
+def test_what_ranks_cannot_do():
+    for said, names, shape in run_ranks(2, refusals):
+        assert "take labels, return the loss and no hidden states" in said[0]
+        assert said[1] == "chunk_parallel must divide the number of ranks, 2, got 3"
+        assert (names, shape) == (("data", "chunk"), (1, 2))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 6))
+def test_blocks_are_as_even_as_can_be(costs, parts):
+    found = balanced(costs, parts)
+    assert len(found) == parts
+    assert [t for block in found for t in block] == list(range(len(costs)))
+    worst = max(sum(costs[t] for t in block) for block in found)
+    assert worst == best(tuple(costs), parts)
+
+
+def best(costs, parts):
+    """The cheapest most expensive block, by trying everything."""
+    if parts == 1 or len(costs) <= 1:
+        return sum(costs)
+    return min(max(sum(costs[:n]), best(costs[n:], parts - 1)) for n in range(1, len(costs) + 1))
