@@ -17,6 +17,12 @@ from typing import Any
 from cometlm.train.trainer import STATE, last_checkpoint
 from common import OUT
 
+PLAIN = {"loss": "loss", "mean_token_accuracy": "right answer tokens"}
+SHOWN = {  # of runs that ask on the way
+    "answer_loss": "loss of answers",
+    "answers_right": "right answer tokens",
+    "text_loss": "loss of the text",
+}
 NEAR = 4  # logged values on each side that a median is taken of
 
 
@@ -48,10 +54,11 @@ def picture(run: Path, path: Path) -> None:
 
     rows = logged(run)
     steps = [row["step"] for row in rows]
-    figure, panels = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
-    for axes, name, label in zip(
-        panels, ("loss", "mean_token_accuracy"), ("loss", "right answer tokens"), strict=True
-    ):
+    shown = SHOWN if all(name in row for name in SHOWN for row in rows) else PLAIN
+    figure, panels = plt.subplots(
+        len(shown), 1, figsize=(8, 2.5 * len(shown)), sharex=True, layout="constrained"
+    )
+    for axes, (name, label) in zip(panels, shown.items(), strict=True):
         values = [float(row[name]) for row in rows]
         axes.plot(steps, values, color="C0", alpha=0.3, lw=0.8)
         axes.plot(steps, median(values), color="C0")

@@ -1,4 +1,4 @@
-"""The half-trained memory of the recipe: it is read, and is the one that its card describes."""
+"""The trained memory that ships: loaded by name, small, and answering from its global half."""
 
 import random
 from pathlib import Path
@@ -10,13 +10,15 @@ from cometlm import Session
 from cometlm.data.hay import FillerHay
 from cometlm.data.passkey import MEASURING, PasskeyTask
 from cometlm.eval.passkey import said
+from cometlm.loading import BUILT_IN
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "smollm2-halfway"
+FOLDER = BUILT_IN["smollm2"].trained
+LIMIT = 20_000_000  # bytes
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return cometlm.load(str(FOLDER), device="cpu")
+    return cometlm.load("smollm2", device="cpu")
 
 
 def digits(answers):
@@ -27,25 +29,37 @@ def digits(answers):
 
 
 @pytest.mark.slow
-def test_it_finds_keys_in_chunks_that_are_closed(loaded):
-    """And the digits come from the memory: without it they are guessed."""
+def test_it_finds_keys_far_behind_its_temporary_memory(loaded):
+    """In hay and wordings that it was not trained with; without the global half it guesses."""
     model, tokenizer = loaded
     task = PasskeyTask(tokenizer, FillerHay(tokenizer), MEASURING)
-    with_memory, without = [], []
+    whole, without_global = [], []
     for seed in range(10):
-        sample = task.draw(random.Random(seed), 480, depth=0.2)
+        sample = task.draw(random.Random(seed), 1800, depth=0.2)
         session = Session(model, tokenizer)
         session.read(sample.text)
-        assert session.stats().chunks == 1
-        with_memory.append((sample.key, said(session, sample)))
-        without.append((sample.key, said(session, sample, ("global", "temporary"))))
-    assert digits(with_memory) > 0.6
-    assert digits(without) < 0.35
+        assert session.stats().chunks == 6
+        whole.append((sample.key, said(session, sample)))
+        without_global.append((sample.key, said(session, sample, ("global",))))
+    assert digits(whole) > 0.85
+    assert digits(without_global) < 0.4
 
 
-def test_sizes_are_those_of_the_card(loaded):
+def test_it_comes_with_the_name_and_takes_other_sizes(loaded):
     model, _ = loaded
-    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert any(".lora_" in name for name, _ in model.named_parameters())
+    other, _ = cometlm.load("smollm2", device="cpu", chunk_size=512, capacity=128)
+    assert other.config.comet_config.chunk_size == 512
+    assert any(".lora_" in name for name, _ in other.named_parameters())
+    untrained, _ = cometlm.load("smollm2", device="cpu", seed=0)
+    assert not any(".lora_" in name for name, _ in untrained.named_parameters())
+
+
+def test_it_is_small_and_what_its_card_says(loaded):
+    model, _ = loaded
+    assert FOLDER is not None
+    assert sum(p.stat().st_size for p in Path(FOLDER).rglob("*")) < LIMIT
+    card = (Path(FOLDER) / "README.md").read_text(encoding="utf-8")
     sizes = model.config.comet_config
     memory = sum(p.numel() for p in model.model.comet.parameters())
     assert f"{memory:,} memory weights" in card

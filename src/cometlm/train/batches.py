@@ -20,7 +20,6 @@ from cometlm.data.texts import text_files
 from cometlm.train.config import ChunkSettings, Gates, Generated, HayShares, Stage
 
 _TEXTS_AT_ONCE = 4
-_BEFORE_QUESTION = 8  # tokens of text at most that stand in front of an aside's question
 _LEARNED = 0.25  # share of a text that is learned beside the answers about it
 AGAIN = "\n\nOnce more, word for word:\n\n"
 
@@ -111,7 +110,9 @@ class GeneratedBatches:
         task = self._task_of(stage)
         made = [task.draw(chance, length, depth=depth, asked=False) for depth in depths]
         turns = [sample.turns[0] for sample in made]
-        width = max(sum(map(len, turn)) for turn in turns) + chance.randrange(_BEFORE_QUESTION)
+        width = max(sum(map(len, turn)) for turn in turns) + chance.randint(
+            0, stage.before_question
+        )
         hay = [task.hay.draw(chance, width - sum(map(len, turn))) for turn in turns]
         texts = [sample.text for sample in made]
         told: dict[str, list[Any]] = {

@@ -117,6 +117,8 @@ class Stage:
         ask: "end" puts the question at the end of the text. "borders" asks it again and again on
             the way, each time of a fork of the memory that is then forgotten, and learns the text
             too: many answers for one reading, from one border away to as many as the text has.
+        before_question: with "borders", most tokens of text between the border and the question. A
+            session is asked anywhere in a chunk, so before the end this should come near its size.
         answer_weight: with "borders", what the answers' loss counts beside the text's.
         told_weight: with "borders", what it counts that readout tokens say the key, digit by digit
             and over again, at the end of the chunk that holds it; 0 asks nothing of them.
@@ -137,6 +139,7 @@ class Stage:
     depth: tuple[float, float] = (0.0, 1.0)
     distinct: tuple[int, int] = (10, 10)
     ask: Literal["end", "borders"] = "end"
+    before_question: int = 8
     answer_weight: float = 1.0
     told_weight: float = 0.0
     wordings: int | None = None
