@@ -11,7 +11,7 @@ Legend: B batch, M readout tokens, D width, E width of an entry, P ranks of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, cast
@@ -69,6 +69,7 @@ class Pipeline:
         wave = _Wave(model, call, layouts[own.start :], self._left)
         hidden = [model.embedded(call, layouts[t]) for t in own]
         mine = [layouts[t] for t in own]
+        mine = _without_ended(mine) if reads_on else mine
         outs, states = walk_by_layer(
             model.grid(call.reach),
             hidden,
@@ -158,6 +159,20 @@ class _Wave:
             place = next(cell.parameters()).device
             likes.append(Like(shape, like.dtype, place))
         return likes
+
+
+def _without_ended(layouts: Sequence[ChunkLayout]) -> list[ChunkLayout]:
+    """A block's layouts without open chunks of rows that ended before it: those do not travel."""
+    ended = [row.items > 0 for row in layouts[0].rows]
+
+    def cleared(layout: ChunkLayout) -> ChunkLayout:
+        rows = tuple(
+            replace(row, text=0, items=0) if over else row
+            for row, over in zip(layout.rows, ended, strict=True)
+        )
+        return replace(layout, rows=rows, _masks={})
+
+    return [cleared(layout) for layout in layouts]
 
 
 def _stays(state: LayerState) -> LayerState:
