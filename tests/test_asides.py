@@ -77,10 +77,12 @@ def test_asides_of_wrong_shapes(asked):
         loss_of(model, ids, wide, wide)
     with pytest.raises(ValueError, match=r"an aside to 2 rows needs .* got \[\(1, 9\)"):
         loss_of(model, ids, beside[:1], labels[:1])
-    with pytest.raises(ValueError, match="aside_ids needs aside_labels"):
+    with pytest.raises(ValueError, match="aside_ids and aside_labels need each other"):
         model(ids, labels=ids, aside_ids=beside)
-    with pytest.raises(ValueError, match="aside_ids needs labels"):
+    with pytest.raises(ValueError, match="aside_ids and told_labels need labels"):
         model(ids, aside_ids=beside, aside_labels=labels)
+    with pytest.raises(ValueError, match="told_labels and told_places need each other"):
+        model(ids, labels=ids, told_labels=torch.zeros(2, 3, dtype=torch.long))
     positions = torch.arange(30).repeat(2)[None]
     with pytest.raises(ValueError, match="packed documents"):
         loss_of(model, ids[:1], beside[:1], labels[:1], position_ids=positions)

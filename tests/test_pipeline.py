@@ -6,8 +6,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cometlm.parallel.blocks import balanced
 from cometlm.parallel.mesh import make_mesh
-from cometlm.parallel.pipeline import Pipeline, balanced, sum_gradients
+from cometlm.parallel.pipeline import Pipeline, sum_gradients
 from tests.ranks import run_ranks
 from tests.tiny import error, random_ids, tiny_comet
 
@@ -22,6 +23,12 @@ CASES = {
     "labels in the last chunk only": ("llama", {}, [5 * CHUNK], 5 * CHUNK - 3),
     "ragged": ("llama", {}, [6 * CHUNK + 1, 2 * CHUNK, 5], 0),
     "no global memory": ("llama", {"global_memory": False}, [5 * CHUNK], 0),
+    "no memory at all": (
+        "llama",
+        {"global_memory": False, "temporary_memory": False},
+        [5 * CHUNK],
+        0,
+    ),
     "no temporary memory": ("llama", {"temporary_memory": False}, [5 * CHUNK], 0),
     "entries of several ranks": ("gemma3_text", {"capacity": 14}, [6 * CHUNK], 0),
 }
@@ -44,10 +51,14 @@ def gradients(model):
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
 
 
-def compare(name, recompute):
+def compare(name, recompute, evaluating=False, frozen=()):
     """Largest errors of loss and gradients of one case, on this rank."""
     family, sizes, lengths, first = CASES[name]
     model = tiny_comet(family, **sizes).train()
+    for part, parameter in model.named_parameters():
+        if part.startswith(frozen):
+            parameter.requires_grad_(False)
+    model.model.memory_frozen = True
     inputs = batch(lengths, first)
     alone = model(**inputs).loss
     alone.backward()
@@ -55,9 +66,11 @@ def compare(name, recompute):
     model.zero_grad()
     if recompute:
         model.activation_checkpointing_enable()
+    if evaluating:  # gradients without training, as sensitivity maps want them
+        model.eval()
     group = dist.group.WORLD
     model.model.pipeline = Pipeline(group)
-    part = model(**inputs).loss
+    part = model(**inputs, use_cache=False).loss
     part.backward()
     model.model.pipeline.flush()
     sum_gradients(list(model.parameters()), group)
@@ -73,6 +86,23 @@ def compare_all():
     return {
         (name, recompute): compare(name, recompute) for name in CASES for recompute in (False, True)
     }
+
+
+def compare_odd_modes():
+    """Ranks do not see of each other what is trained; the memory of layer 0 wants no gradient."""
+    early = ("model.embed_tokens", "model.cells.0", "model.comet.layers.0")
+    early += ("model.comet.readout", "model.comet.compression")
+    return {
+        "evaluating": compare("even", recompute=False, evaluating=True),
+        "frozen below": compare("even", recompute=False, frozen=early),
+    }
+
+
+def test_what_wants_no_gradient_and_what_is_not_trained():
+    for results in run_ranks(2, compare_odd_modes):
+        for case, (loss, gradient, _) in results.items():
+            assert loss < 1e-9, case
+            assert gradient < 1e-6, case
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -99,7 +129,7 @@ def refusals():
 
 def test_what_ranks_cannot_do():
     for said, names, shape in run_ranks(2, refusals):
-        assert "take labels, return the loss and no hidden states" in said[0]
+        assert "take labels, return the loss, no hidden states and no cache" in said[0]
         assert said[1] == "chunk_parallel must divide the number of ranks, 2, got 3"
         assert (names, shape) == (("data", "chunk"), (1, 2))
 

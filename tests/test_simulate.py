@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cometlm.parallel.simulate import WAYS, Costs, Job, Link, blocks, simulate
+from cometlm.parallel.simulate import WAYS, Costs, Job, Link, simulate
 
 COSTS = Costs(forward=1.0, backward=2.0, memory_bytes=8.0, hidden_bytes=4.0, kept_bytes=50.0)
 
@@ -86,11 +86,6 @@ def test_nothing_begins_before_what_it_needs(name, chunks, layers, devices, reco
         own = sorted((s for s in got.spans if s.device == device), key=lambda s: s.start)
         assert all(a.end <= b.start + 1e-9 for a, b in itertools.pairwise(own))
     assert 0 <= got.bubble < 1
-
-
-def test_blocks():
-    assert [len(block) for block in blocks(7, 3)] == [3, 2, 2]
-    assert [len(block) for block in blocks(2, 3)] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(

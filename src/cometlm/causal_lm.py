@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cometlm.backbone import take_apart
+from cometlm.base import CometPreTrainedModel
 from cometlm.batch import check_shape, next_labels
 from cometlm.cache import CometCache
 from cometlm.call import Aside, Scored, Told
 from cometlm.generation import MemoryGenerationMixin
-from cometlm.model import CometModel, CometPreTrainedModel
+from cometlm.model import CometModel
 from cometlm.model_config import CometModelConfig
 
 if TYPE_CHECKING:
@@ -125,18 +126,15 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
                 f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
                 "they must be the same"
             )
-        if aside_ids is not None and (labels is None or logits_to_keep is not None):
-            raise ValueError("aside_ids needs labels, and no logits_to_keep")
+        extra = _extra(aside_ids, aside_labels, aside_since, told_labels, told_places)
+        if extra and (labels is None or logits_to_keep is not None):
+            raise ValueError("aside_ids and told_labels need labels, and no logits_to_keep")
         budget = {"stride": stride, "capacity": capacity}
         common = (input_ids, attention_mask, past_key_values, use_cache)
         if labels is not None and logits_to_keep is None:
             targets = next_labels(labels, attention_mask)
             scored = Scored(self._loss_of_chunk, targets, list(self.lm_head.parameters()))
-            if aside_ids is not None:
-                kwargs |= {"aside": _aside(aside_ids, aside_labels, aside_since), "more_text": True}
-            if told_labels is not None and told_places is not None:
-                kwargs["told"] = Told(told_labels, told_places)
-            out = self.model(*common, **budget, scored=scored, **kwargs)
+            out = self.model(*common, **budget, scored=scored, **{**kwargs, **extra})
             summed, right, *told = out.summed.unbind()
             result = CometCausalOutput(
                 loss=summed / _items(targets, num_items_in_batch),
@@ -146,7 +144,7 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
             if told:
                 result.told_loss = told[0] / told[1].clamp(min=1)
             if out.aside_summed is not None:
-                count = out.asides * _items(kwargs["aside"].labels, None)
+                count = out.asides * _items(extra["aside"].labels, None)
                 result.aside_loss, right = (out.aside_summed / count).unbind()
                 result.aside_right = right.detach()
             return result
@@ -262,12 +260,26 @@ def _items(labels: Tensor, given: Tensor | int | None) -> Tensor | int:
     return (labels != -100).sum().clamp(min=1) if given is None else given
 
 
-def _aside(ids: Tensor, labels: Tensor | None, since: Tensor | None) -> Aside:
-    if labels is None:
-        raise ValueError("aside_ids needs aside_labels")
-    if since is None:
-        since = torch.zeros(len(ids), dtype=torch.long)
-    return Aside(ids, next_labels(labels, None), since)
+def _extra(
+    ids: Tensor | None,
+    labels: Tensor | None,
+    since: Tensor | None,
+    told: Tensor | None,
+    places: Tensor | None,
+) -> dict[str, Any]:
+    """What `CometModel.forward` takes for an aside and for what readout tokens are to say."""
+    if (ids is None) != (labels is None):
+        raise ValueError("aside_ids and aside_labels need each other")
+    if (told is None) != (places is None):
+        raise ValueError("told_labels and told_places need each other")
+    extra: dict[str, Any] = {}
+    if ids is not None and labels is not None:
+        if since is None:
+            since = torch.zeros(len(ids), dtype=torch.long)
+        extra |= {"aside": Aside(ids, next_labels(labels, None), since), "more_text": True}
+    if told is not None and places is not None:
+        extra["told"] = Told(told, places)
+    return extra
 
 
 def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cometlm.backbone import (
@@ -25,6 +24,7 @@ from cometlm.backbone import (
     layer_type,
     rotary_tables,
 )
+from cometlm.base import CometPreTrainedModel
 from cometlm.batch import TextBatch, check_shape, documents
 from cometlm.cache import CometCache
 from cometlm.call import Aside, Call, Scored, Told, checked, finished
@@ -58,52 +58,6 @@ class CometOutput(BaseModelOutputWithPast):
     summed: Tensor | None = None
     aside_summed: Tensor | None = None
     asides: int | None = None
-
-
-class CometPreTrainedModel(PreTrainedModel):
-    """What both models share with transformers."""
-
-    config_class = CometModelConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ["Cell"]  # noqa: RUF012 (transformers' own form)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the backbone comes trained and `Comet` initialises itself."""
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the backbone has tied what it ties, whatever its config says."""
-
-    # --- activation checkpointing: transformers' switches for our recomputation -------------
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """Whether chunks are recomputed in the backward pass."""
-        return cast("CometModel", self.base_model).recomputation is not None
-
-    def _activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        options = dict(activation_checkpointing_kwargs or {})
-        options.pop("use_reentrant", None)  # of torch's checkpoint, which is not used
-        every = options.pop("every", 1)
-        truncate = options.pop("truncate_after", 0)
-        if options or every_n_layers != 1:
-            unknown = ", ".join(options) or f"every_n_layers={every_n_layers}"
-            raise ValueError(
-                f"activation checkpointing recomputes chunks and does not take {unknown}; it takes "
-                "every (chunks), truncate_after (chunks) and offload"
-            )
-        model = cast("CometModel", self.base_model)
-        model.recomputation = Recomputation(every, offload)
-        model.truncate_after = truncate
-
-    def _activation_checkpointing_disable(self) -> None:
-        cast("CometModel", self.base_model).recomputation = None
 
 
 class CometModel(CometPreTrainedModel):

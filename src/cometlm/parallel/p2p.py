@@ -97,23 +97,22 @@ class Neighbour:
 
 
 def send(neighbour: Neighbour, tensors: Sequence[Tensor], what: str) -> Tensor | None:
-    """Post tensors; returns a token for `join` where their gradients are to come back."""
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    """Post tensors; returns a token for `join` where their gradients are to come back.
+
+    They come back wherever gradients are on, also of tensors that want none: the other rank cannot
+    see which do.
+    """
+    if not torch.is_grad_enabled() or not tensors:
         neighbour.post(tensors, what)
         return None
-    token: Tensor = _Send.apply(neighbour, what, *tensors)
+    anchor = torch.zeros((), requires_grad=True)
+    token: Tensor = _Send.apply(neighbour, what, anchor, *tensors)
     return token
 
 
-def receive(
-    neighbour: Neighbour, likes: Sequence[Like], what: str, learning: bool
-) -> tuple[Tensor, ...]:
-    """Wait for tensors.
-
-    Args:
-        learning: send their gradients back; whether the other waits for them is not seen from here.
-    """
-    if not learning:
+def receive(neighbour: Neighbour, likes: Sequence[Like], what: str) -> tuple[Tensor, ...]:
+    """Wait for tensors; where gradients are on, theirs are sent back."""
+    if not torch.is_grad_enabled() or not likes:
         return tuple(neighbour.fetch(likes, what))
     anchor = torch.zeros((), requires_grad=True)
     got: tuple[Tensor, ...] = _Receive.apply(neighbour, what, list(likes), anchor)
@@ -130,7 +129,9 @@ def join(value: Tensor, ties: Sequence[Tensor]) -> Tensor:
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, neighbour: Neighbour, what: str, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, neighbour: Neighbour, what: str, anchor: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.neighbour, ctx.what = neighbour, what
         ctx.likes = [Like(tuple(x.shape), x.dtype, x.device) for x in tensors]
         neighbour.post(tensors, what)
@@ -138,7 +139,7 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.neighbour.fetch(ctx.likes, f"the gradient of {ctx.what}")
+        return None, None, None, *ctx.neighbour.fetch(ctx.likes, f"the gradient of {ctx.what}")
 
 
 class _Receive(torch.autograd.Function):

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 
 from cometlm.grid import Cell, LayerState, States, walk_by_layer
 from cometlm.layout import ChunkLayout
-from cometlm.memory import LayerMemory
+from cometlm.memory import LayerMemory, LayerMemoryWeights
+from cometlm.parallel.blocks import balanced
 from cometlm.parallel.p2p import Like, Neighbour, join, receive, send
 
 if TYPE_CHECKING:
@@ -54,14 +54,15 @@ class Pipeline:
             One score, the sum over the block's steps, and all layers' states after the block.
 
         Raises:
-            ValueError: a call that wants hidden states or an aside.
+            ValueError: a call that wants hidden states, a cache, an aside or something told.
             PipelineError: another rank is lost.
         """
-        if call.scored is None or call.aside is not None:
+        if call.scored is None or call.use_cache or call.aside is not None or call.told is not None:
             raise ValueError(
                 "ranks that share a sample each see a block of it: they take labels, return the "
-                "loss and no hidden states, and read no aside"
+                "loss, no hidden states and no cache (use_cache=False), and take no aside"
             )
+        self.flush()  # what the last call sent is there, or this says who is lost
         layouts = list(call.layouts())
         call.asides[1:] = []  # one score stands for all steps
         own, onward = self._block(layouts)
@@ -118,11 +119,10 @@ class _Wave:
     def incoming(self) -> Iterator[LayerState]:
         """Each layer's memory before the block, when its turn comes."""
         assert self.left is not None
-        learning = self.model.training and torch.is_grad_enabled()
         for i, cell in enumerate(self.model.cells):
             likes = self._likes(cast("Cell", cell), i)
-            got = receive(self.left, likes, f"the memory of layer {i}", learning)
-            self.ties.extend(x for x in got if x.requires_grad)
+            got = receive(self.left, likes, f"the memory of layer {i}")
+            self.ties.extend(got)
             parts = list(got)
             state = parts.pop(0) if self.call.sizes.global_memory else None
             yield LayerState(LayerMemory(state, tuple(parts)))
@@ -148,16 +148,15 @@ class _Wave:
         """What layer i's memory looks like before the block."""
         first, sizes = self.layouts[0], self.call.sizes
         batch, width = len(first.rows), int(self.model.config.hidden_size)
-        weights = self.model.comet.layers[i]
+        memory = cast("LayerMemoryWeights", self.model.comet.layers[i]).global_memory
         likes = []
-        if sizes.global_memory:
-            norm: Tensor = weights.global_memory.norm.weight  # type: ignore[union-attr, assignment]
+        if memory is not None:
+            norm = memory.norm.weight
             likes.append(Like((batch, sizes.readout_tokens, width), norm.dtype, norm.device))
         if first.temporary_width:
             shape = (batch, first.temporary_width, cell.entry_width)
-            like: Tensor = self.model.norm.weight  # type: ignore[assignment]
             place = next(cell.parameters()).device
-            likes.append(Like(shape, like.dtype, place))
+            likes.append(Like(shape, self.model.dtype, place))
         return likes
 
 
@@ -178,37 +177,6 @@ def _without_ended(layouts: Sequence[ChunkLayout]) -> list[ChunkLayout]:
 def _stays(state: LayerState) -> LayerState:
     """The last block's memory goes nowhere."""
     return state
-
-
-def balanced(costs: Sequence[float], parts: int) -> list[range]:
-    """Consecutive blocks of steps of which the most expensive is as cheap as can be.
-
-    Args:
-        costs: of each step, more than 0.
-        parts: blocks wanted; with fewer steps the last ones are empty.
-    """
-    low, high = max(costs), sum(costs)
-    for _ in range(60):
-        middle = (low + high) / 2
-        if len(_filled(costs, middle)) <= parts:
-            high = middle
-        else:
-            low = middle
-    sizes = _filled(costs, high)
-    sizes += [0] * (parts - len(sizes))
-    return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
-
-
-def _filled(costs: Sequence[float], most: float) -> list[int]:
-    """Sizes of blocks that are filled in turn as long as none costs more than `most`."""
-    sizes, spent = [0], 0.0
-    for cost in costs:
-        if sizes[-1] and spent + cost > most:
-            sizes.append(0)
-            spent = 0.0
-        sizes[-1] += 1
-        spent += cost
-    return sizes
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

@@ -21,7 +21,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+
+from cometlm.parallel.blocks import balanced
 
 Key = tuple[str, int, int]  # "forward", "head" or "backward"; chunk; layer
 
@@ -108,7 +109,8 @@ class Task:
     """A piece of work on one device.
 
     Attributes:
-        needs: tasks that must be done before; those on another device send `sent` bytes.
+        needs: tasks that must be done before, and the bytes that come from them if they are done on
+            another device.
     """
 
     key: Key
@@ -168,11 +170,9 @@ def simulate(name: str, job: Job, costs: Costs, link: Link = Link()) -> Outcome:
     )
 
 
-def blocks(chunks: int, devices: int) -> list[range]:
-    """Consecutive blocks that differ by one chunk at most; the longer ones come first."""
-    length, longer = divmod(chunks, devices)
-    sizes = [length + (p < longer) for p in range(devices)]
-    return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
+def _blocks(count: int, devices: int) -> list[range]:
+    """Blocks of chunks or layers that cost the same, as the pipeline makes them."""
+    return balanced([1.0] * count, devices)
 
 
 # --- ways of sharing ----------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def blocks(chunks: int, devices: int) -> list[range]:
 
 def _wave(job: Job, costs: Costs) -> Iterator[Task]:
     """Layer by layer over each block; a layer's memory travels at once."""
-    places = blocks(job.chunks, job.devices)
+    places = _blocks(job.chunks, job.devices)
     memory = costs.memory_bytes
     for p, block in enumerate(places):
         for i in range(job.layers):
@@ -199,7 +199,7 @@ def _wave(job: Job, costs: Costs) -> Iterator[Task]:
 
 def _naive(job: Job, costs: Costs) -> Iterator[Task]:
     """Chunk by chunk; all layers' memory travels when a block is done."""
-    places = blocks(job.chunks, job.devices)
+    places = _blocks(job.chunks, job.devices)
     last = job.layers - 1
     memory = costs.memory_bytes * job.layers
     for p, block in enumerate(places):
@@ -223,7 +223,7 @@ def _naive(job: Job, costs: Costs) -> Iterator[Task]:
 
 def _layers(job: Job, costs: Costs) -> Iterator[Task]:
     """Chunk after chunk through blocks of layers; hidden states travel."""
-    places = blocks(job.layers, job.devices)
+    places = _blocks(job.layers, job.devices)
     last = max(p for p, own in enumerate(places) if own)
     for p, own in enumerate(places):
         for t in range(job.chunks):
@@ -262,8 +262,8 @@ WAYS: dict[str, Callable[[Job, Costs], Iterator[Task]]] = {
 def _peak(name: str, job: Job, costs: Costs) -> float:
     """Bytes on the fullest device when its forward pass is done."""
     by_layers = name == "layers"
-    layers = max(map(len, blocks(job.layers, job.devices))) if by_layers else job.layers
-    chunks = job.chunks if by_layers else max(map(len, blocks(job.chunks, job.devices)))
+    layers = max(map(len, _blocks(job.layers, job.devices))) if by_layers else job.layers
+    chunks = job.chunks if by_layers else max(map(len, _blocks(job.chunks, job.devices)))
     border = costs.hidden_bytes + costs.memory_bytes
     cell = border if job.recompute else costs.kept_bytes
     again = costs.kept_bytes if job.recompute else 0.0
