@@ -248,7 +248,12 @@ def _check_stage(stage: Stage) -> None:
         raise ValueError(
             f"stages.depth must be [least, most] between 0 and 1, got {list(stage.depth)}"
         )
+    for name in ("before_question", "answer_weight", "told_weight"):
+        if getattr(stage, name) < 0:
+            raise ValueError(f"stages.{name} must be at least 0, got {getattr(stage, name)}")
     if stage.gates is not None:
+        if stage.gates.texts < 4:
+            raise ValueError(f"stages.gates.texts must be at least 4, got {stage.gates.texts}")
         for name in ("keep", "keep_at_key"):
             share = getattr(stage.gates, name)
             if not 0 < share < 1:

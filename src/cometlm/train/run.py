@@ -131,6 +131,11 @@ def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
         before = json.loads(json.dumps(config_of(values).to_dict()))
     except FileNotFoundError:
         return
+    except ValueError as error:
+        raise ValueError(
+            f"{output / SETTINGS} cannot be compared with this configuration ({error}); use "
+            "--restart to begin anew, or another output"
+        ) from error
     now = json.loads(json.dumps(config.to_dict()))
     done = steps_done(checkpoint)
     for settings in (before, now):

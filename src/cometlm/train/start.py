@@ -110,22 +110,33 @@ def _holding(model: CometForCausalLM, tokens: int, said: Sequence[range]) -> Ten
 
 
 @contextmanager
-def _seen(memories: list[GlobalMemory]) -> Iterator[list[list[Tensor]]]:
-    """What each gate looks at while the context is open: chunk after chunk, [B · M, 2D]."""
+def _seen(memories: Sequence[GlobalMemory]) -> Iterator[list[list[Tensor]]]:
+    """What each gate looks at while the context is open: chunk after chunk, [B · M, 2D].
+
+    A chunk first reads its state, which makes slots of it, and then makes a candidate.
+    """
     seen: list[list[Tensor]] = [[] for _ in memories]
-    own = GlobalMemory.update
+    hooks = []
+    for memory, kept in zip(memories, seen, strict=True):
+        states: list[Tensor] = []
 
-    def noting(self: GlobalMemory, state: Tensor | None, readout: Tensor) -> Tensor:
-        if state is not None and self.gate is not None:
-            both = torch.cat([self.norm(readout), state], dim=-1)
-            seen[memories.index(self)].append(both.flatten(0, 1).double().cpu())
-        return own(self, state, readout)
+        def note_state(_: Any, args: Any, states: list[Tensor] = states) -> None:
+            states[:] = args
 
-    GlobalMemory.update = noting  # type: ignore[method-assign]
+        def note_both(
+            _m: Any, _a: Any, candidate: Tensor, states: Any = states, kept: Any = kept
+        ) -> None:
+            if states:  # none before the first fold
+                both = torch.cat([candidate, states.pop()], dim=-1)
+                kept.append(both.flatten(0, 1).double().cpu())
+
+        hooks.append(memory.register_forward_pre_hook(note_state))
+        hooks.append(memory.norm.register_forward_hook(note_both))
     try:
         yield seen
     finally:
-        GlobalMemory.update = own  # type: ignore[method-assign]
+        for hook in hooks:
+            hook.remove()
 
 
 def said_in(samples: Sequence[PasskeySample]) -> Said:

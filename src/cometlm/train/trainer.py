@@ -144,17 +144,20 @@ class CometTrainer(SFTTrainer):
         weight, told_weight = (inputs.pop(f"{name}_weight", None) for name in ("aside", "told"))
         out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
         loss = out.loss
-        if out.aside_loss is not None:
-            self._metrics[mode]["text_loss"].append(float(loss.detach()))
-            self._metrics[mode]["answer_loss"].append(float(out.aside_loss.detach()))
-            self._metrics[mode]["answers_right"].append(float(out.aside_right))
-            shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + float(weight) * out.aside_loss / shares
-            if out.told_loss is not None:
-                self._metrics[mode]["told_loss"].append(float(out.told_loss.detach()))
-                loss = loss + float(told_weight) * out.told_loss / shares
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
+        if out.aside_loss is not None:
+            self._metrics[mode]["text_loss"].append(float(out.loss.detach()))
+            self._metrics[mode]["answers_right"].append(float(out.aside_right))
+        # Means of this batch, so the gradients' own average over processes is what they need.
+        shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+        for name, more, by in (
+            ("answer_loss", out.aside_loss, weight),
+            ("told_loss", out.told_loss, told_weight),
+        ):
+            if more is not None:
+                self._metrics[mode][name].append(float(more.detach()))
+                loss = loss + (1.0 if by is None else float(by)) * more / shares
         counted = (inputs["labels"][:, 1:] != -100).sum()
         right, counted = self.accelerator.gather_for_metrics(
             torch.stack([out.right.to(counted.device), counted])[None]
