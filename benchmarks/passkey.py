@@ -1,6 +1,6 @@
 """Passkeys at every depth of texts of several lengths, with the whole memory and with half of it.
 
-    python benchmarks/passkey.py [--model smollm2] [--lengths 8192 131072] [--texts 4]
+    python benchmarks/passkey.py [--model smollm2] [--lengths 8000 128000] [--texts 4]
 
 Keys, texts and wordings are none of the training. Every trial is written to out/NAME.json as soon
 as it is done, and the same command goes on where it stopped. The picture is out/NAME.png.
@@ -22,17 +22,19 @@ from cometlm.fingerprint import fingerprint
 from common import OUT, machine
 
 
-def begun(path: Path, model: str) -> list[Trial]:
-    """Trials of an earlier call with the same weights.
+def begun(path: Path, model: str, sizes: dict[str, Any]) -> list[Trial]:
+    """Trials of an earlier call with the same weights, read in the same way.
 
     Raises:
-        ValueError: the file is of other weights.
+        ValueError: the file is of other weights or sizes.
     """
     if not path.exists():
         return []
     kept = json.loads(path.read_text())
-    if kept["model"] != model:
-        raise ValueError(f"{path} was measured with other weights; move it away, or use --name")
+    if (kept["model"], kept["sizes"]) != (model, sizes):
+        raise ValueError(
+            f"{path} was measured with other weights or sizes; move it away, or use --name"
+        )
     return [Trial(**trial) for trial in kept["trials"]]
 
 
@@ -91,7 +93,7 @@ def picture(trials: list[Trial], path: Path) -> None:
             if not np.isnan(value):
                 colour = "black" if value > 0.6 else "white"
                 axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=8)
-        axes.set_xticks(range(len(lengths)), [f"{n / 1024:,.0f}k" for n in lengths])
+        axes.set_xticks(range(len(lengths)), [f"{n / 1000:,.0f}k" for n in lengths])
         axes.set(title=titles[name], xlabel="tokens")
     fields[0].set_yticks(range(DECILES), [f"{d * 10}–{d * 10 + 10}%" for d in range(DECILES)])
     fields[0].set_ylabel("depth of the key")
@@ -103,16 +105,21 @@ def main() -> None:
     """Measure what is missing, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4000, 8000, 32000, 128000])
     parser.add_argument("--texts", type=int, default=4, help="of each length")
     parser.add_argument("--deciles", type=int, nargs="+", default=list(range(DECILES)))
+    parser.add_argument("--chunk-size", type=int, help="default: what the memory came with")
+    parser.add_argument("--capacity", type=int, help="default: what the memory came with")
     parser.add_argument("--name", default="passkey", help="of the files in out/")
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     path = OUT / f"{args.name}.json"
-    model, tokenizer = cometlm.load(args.model)
+    sizes = {"chunk_size": args.chunk_size, "capacity": args.capacity}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    model, tokenizer = cometlm.load(args.model, **given)
     weights = fingerprint(model.state_dict().items())
-    trials = begun(path, weights)
+    read_with = model.config.comet_config.to_dict()
+    trials = begun(path, weights, read_with)
     for length in args.lengths:
         test = PasskeyTest(length, args.texts, args.deciles)
         done = frozenset(trial.cell for trial in trials)
@@ -122,7 +129,7 @@ def main() -> None:
             result = {
                 "name": args.model,
                 "model": weights,
-                "sizes": model.config.comet_config.to_dict(),
+                "sizes": read_with,
                 "machine": machine(),
                 "summary": summary(trials),
                 "trials": [one.to_dict() for one in trials],

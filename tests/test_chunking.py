@@ -185,3 +185,42 @@ def test_steps_of_cuts():
         [(0, 3, True), (0, 4, False)],
         [(3, 2, False), (4, 0, False)],
     ]
+
+
+def test_a_caller_may_cut_the_text():
+    """The cuts of a call are those of training, and a part that is closed is another chunk."""
+    model = tiny_comet("llama")
+    ids = torch.arange(2, 13)[None]
+    cuts = [[5, 2, 4]]
+    with torch.no_grad():
+        got = model(ids, cuts=cuts).logits
+        cache = None
+        for piece, more in zip(ids.split(cuts[0], dim=1), (True, True, False), strict=True):
+            out = model(piece, past_key_values=cache, cuts=[[piece.shape[1]]], more_text=more)
+            cache = out.past_key_values
+            torch.testing.assert_close(out.logits, got[:, : piece.shape[1]], rtol=0, atol=1e-9)
+            got = got[:, piece.shape[1] :]
+    assert cache.chunks_folded == 2
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        ([[5, 5]], r"cuts must add up to the tokens of each row, \[11\]"),
+        ([[11], [11]], "cuts must add up"),
+        ([[6, 0, 5]], "cuts must lie in 1 … chunk_size=6, got 0"),
+        ([[7, 4]], "got 7"),
+    ],
+)
+def test_cuts_of_other_rows_are_refused(cuts, message):
+    model = tiny_comet("llama")
+    model.config.comet = model.config.comet_config.replace(chunk_size=6).to_dict()
+    with pytest.raises(ValueError, match=message):
+        model(torch.arange(2, 13)[None], cuts=cuts)
+
+
+def test_cuts_need_a_closed_chunk():
+    model = tiny_comet("llama")
+    cache = model(torch.arange(2, 5)[None]).past_key_values
+    with pytest.raises(ValueError, match="row 0 has one"):
+        model(torch.arange(2, 5)[None], past_key_values=cache, cuts=[[3]])

@@ -60,7 +60,7 @@ def test_a_forked_trial_is_the_trial_read_whole(test, model, words, monkeypatch)
         whole.read(sample.text)
         assert whole.stats() == stats
         assert ask(whole, sample) == trial.answers["whole"]
-        assert len(sample.input_ids) == trial.length
+        assert trial.length * 3 // 4 <= len(sample.input_ids) <= trial.length
         assert trial.key in words.decode(sample.text)
 
 

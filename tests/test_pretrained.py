@@ -325,9 +325,13 @@ def test_unknown_options_are_refused(saved):
             CometForCausalLM.from_pretrained(saved, **options)
 
 
-def test_a_checkpoint_takes_no_sizes(saved):
-    with pytest.raises(ValueError, match="sizes of its own"):
-        cometlm.load(str(saved), device="cpu", stride=8)
+def test_a_checkpoint_is_read_with_other_sizes_that_change_no_weight(saved):
+    model, _ = cometlm.load(str(saved), device="cpu", stride=8, chunk_size=24)
+    sizes = model.config.comet_config
+    assert (sizes.stride, sizes.chunk_size) == (8, 24)
+    for wrong in ({"readout_tokens": 9}, {"seed": 1}):
+        with pytest.raises(ValueError, match="only chunk_size, stride, capacity may be others"):
+            cometlm.load(str(saved), device="cpu", **wrong)
 
 
 def test_a_missing_checkpoint_is_an_oserror(tmp_path):

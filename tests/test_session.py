@@ -194,3 +194,37 @@ def test_a_memory_that_stops_being_finite_loses_nothing(model):
     assert session.stats().chunks == before.chunks
     assert session.stats().tokens >= before.tokens
     assert torch.isfinite(going_on(session)[1]).all()
+
+
+@settings(max_examples=15)
+@given(before=st.integers(1, 40), question=st.integers(1, 15))
+def test_a_posed_question_is_never_cut(model, before, question):
+    """The chunk that is open ends before it, if and only if the question would not fit."""
+    ids = ids_of(TEXT).tolist()
+    text, asked = ids[:before], ids[before : before + question]
+    session = session_of(model, text)
+    session.pose(asked)
+    room = 12 // 8  # of a chunk of 12
+    left = (before - 1) % 12 + 1
+    cut_early = question + room <= 12 < left + question + room
+    assert session.stats().chunks == (before - 1) // 12 + cut_early + (
+        0 if question + room <= 12 else (left + question - 1) // 12
+    )
+    cuts = [12] * ((before - 1) // 12) + [left] if cut_early else []
+    if cut_early:
+        cache = model.model(torch.tensor([text]), cuts=[cuts], more_text=True).past_key_values
+        with torch.no_grad():
+            wanted = model(torch.tensor([asked]), past_key_values=cache, logits_to_keep=1).logits
+        _, logits = going_on(session, count=1)
+        torch.testing.assert_close(logits, wanted[0], rtol=0, atol=1e-9)
+    else:
+        assert_same(session, session_of(model, text, asked))
+
+
+def test_asking_poses_the_question(model):
+    text = ids_of(TEXT).tolist()[:23]
+    session = session_of(model, text)
+    posed = session.fork()
+    posed.pose(session._ids_of(session._turn("When?").opening))
+    assert session.ask("When?", max_new_tokens=4) == session._decode(posed.continuation(4))
+    assert_same(session, session_of(model, text))

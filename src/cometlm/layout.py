@@ -86,7 +86,7 @@ def plan(
 
 
 def plan_cuts(cuts: Sequence[Sequence[int]], more: bool = False) -> list[Step]:
-    """Steps of rows without a past whose chunks hold `cuts[b][t]` text tokens each.
+    """Steps of rows without an open chunk whose chunks hold `cuts[b][t]` text tokens each.
 
     Every chunk but a row's last is closed; with `more` that one too.
     """
@@ -98,6 +98,25 @@ def plan_cuts(cuts: Sequence[Sequence[int]], more: bool = False) -> list[Step]:
         return Piece(starts[b][t], cuts[b][t], more or t + 1 < len(cuts[b]))
 
     return [tuple(piece(b, t) for b in range(len(cuts))) for t in range(max(map(len, cuts)))]
+
+
+def check_cuts(
+    cuts: Sequence[Sequence[int]], lengths: Sequence[int], rows: Sequence[RowCounts], size: int
+) -> None:
+    """Refuse cuts that do not fit the rows of a batch.
+
+    Raises:
+        ValueError: cuts of other rows, chunks longer than `size` or empty, or an open chunk.
+    """
+    if [sum(row) for row in cuts] != list(lengths):
+        raise ValueError(
+            f"cuts must add up to the tokens of each row, {list(lengths)}, got {list(cuts)}"
+        )
+    wrong = [length for row in cuts for length in row if not 1 <= length <= size]
+    if wrong:
+        raise ValueError(f"cuts must lie in 1 … chunk_size={size}, got {wrong[0]}")
+    if open_rows := [b for b, row in enumerate(rows) if row.text]:
+        raise ValueError(f"cuts need a past without open chunks, but row {open_rows[0]} has one")
 
 
 @dataclass(frozen=True)

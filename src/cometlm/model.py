@@ -31,7 +31,7 @@ from cometlm.call import Aside, Call, Scored, Told, checked, finished
 from cometlm.chunking import Chunking
 from cometlm.config import CometConfig
 from cometlm.grid import Cell, Grid, States, through_layers
-from cometlm.layout import ChunkLayout, plan, plan_cuts, take
+from cometlm.layout import ChunkLayout, check_cuts, plan, plan_cuts, take
 from cometlm.memory import Comet, LayerMemoryWeights
 from cometlm.model_config import CometModelConfig
 from cometlm.recompute import Recomputation, read_on, read_recomputed
@@ -106,6 +106,7 @@ class CometModel(CometPreTrainedModel):
         stride: int | None = None,
         capacity: int | None = None,
         more_text: bool = False,
+        cuts: Sequence[Sequence[int]] | None = None,
         hidden_to_keep: int = 0,
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -124,7 +125,10 @@ class CometModel(CometPreTrainedModel):
             use_cache: return a cache. Default: the config's, but not while training.
             stride: compression stride of this call. Default: the config's.
             capacity: temporary memory slots from the next fold on. Default: the config's.
-            more_text: more text follows, so a chunk that ends full is closed in the same step.
+            more_text: more text follows, so a chunk that ends full is closed in the same step; with
+                `cuts` the last chunk is closed, however short it is.
+            cuts: text tokens of each row's chunks, in order, instead of full ones and a rest
+                (SPEC §5). Only where the past has no open chunk.
             hidden_to_keep: how many last hidden states are wanted; 0 is all. A long prompt of
                 which only the end counts then holds no more than a chunk.
             position_ids: [1, N] where one row holds several documents: they start again at 0 with
@@ -139,9 +143,10 @@ class CometModel(CometPreTrainedModel):
             `summed`; and `past_key_values`.
 
         Raises:
-            ValueError: no tokens, ids outside the vocabulary, a mask with holes, a cache of
-                another batch, a budget that exceeds the backbone's positions, positions that are
-                not those of packed documents, training with a frozen memory.
+            ValueError: no tokens, ids outside the vocabulary, a mask with holes, cuts that are not
+                of these rows, a cache of another batch, a budget that exceeds the backbone's
+                positions, positions that are not those of packed documents, training with a
+                frozen memory.
             FloatingPointError: a memory is not finite; names layer and chunk.
         """
         _refuse_unknown(kwargs)
@@ -161,8 +166,9 @@ class CometModel(CometPreTrainedModel):
                 return self._read_packed(input_ids, found, stride, capacity, scored)
         text = TextBatch.of(input_ids, attention_mask, self.config.vocab_size)
         cache = self.cache_for(past_key_values, text.batch)
-        cuts = None
-        if self._learning and self.chunking is not None and past_key_values is None:
+        if cuts is not None:
+            check_cuts(cuts, text.lengths, cache.rows, self.config.comet_config.chunk_size)
+        elif self._learning and self.chunking is not None and past_key_values is None:
             drawn = self.chunking.draw(text.rows(), self.config.comet_config.chunk_size)
             cuts, stride, capacity = drawn.cuts, drawn.stride or stride, drawn.capacity or capacity
         sizes = self._sizes(stride, capacity)

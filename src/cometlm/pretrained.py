@@ -205,16 +205,16 @@ def load(
             there is one, else the CPU.
         dtype: default bfloat16, but float32 on CPUs without bfloat16 products.
         sizes: `CometConfig` fields and `seed` for a backbone; default the built-in model's own, or
-            the paper's. For a trained memory that ships, `chunk_size`, `stride` and `capacity` may
-            be others than it was trained with; sizes that change its weights, or a `seed`, ask for
-            an untrained memory instead.
+            the paper's. A trained memory may be read with another `chunk_size`, `stride` and
+            `capacity` than it was trained with. Where one ships with a built-in model, sizes that
+            change its weights, or a `seed`, ask for an untrained memory instead.
 
     Returns:
         The model in evaluation mode, and the tokenizer.
 
     Raises:
-        ValueError: a built-in model that is not installed or not the one expected; sizes for a
-            checkpoint; what `attach` raises.
+        ValueError: a built-in model that is not installed or not the one expected; other sizes
+            for a checkpoint; what `attach` raises.
         OSError: a directory or hub id that cannot be read.
     """
     built_in = BUILT_IN.get(name)
@@ -229,8 +229,9 @@ def load(
     except OSError as error:
         raise not_found(name, error) from error
     if isinstance(config, CometModelConfig):
-        if sizes:
-            raise ValueError(f"{name} is a checkpoint with sizes of its own, got {sizes}")
+        if not _resized(config, sizes):
+            free = ", ".join(RUNTIME_SIZES)
+            raise ValueError(f"{name} is a checkpoint: only {free} may be others, got {sizes}")
         model = load_model(name, config=config, **where)
     else:
         trained = _trained_config(built_in, sizes) if built_in else None
@@ -247,15 +248,22 @@ def load(
 
 def _trained_config(model: BuiltIn, sizes: Mapping[str, Any]) -> CometModelConfig | None:
     """The config of the trained memory that ships for a model, if it can have these sizes."""
-    if model.trained is None or "seed" in sizes or not (model.trained / WEIGHTS).exists():
+    if model.trained is None or not (model.trained / WEIGHTS).exists():
         return None
     config: CometModelConfig = CometModelConfig.from_pretrained(str(model.trained))
+    return config if _resized(config, sizes) else None
+
+
+def _resized(config: CometModelConfig, sizes: Mapping[str, Any]) -> bool:
+    """Put sizes into a trained memory's config, if it can have them."""
+    if "seed" in sizes:
+        return False
     own = config.comet_config
     wanted = own.replace(**known_sizes(sizes))
     if wanted.replace(**{name: getattr(own, name) for name in RUNTIME_SIZES}) != own:
-        return None
+        return False
     config.comet = wanted.to_dict()
-    return config
+    return True
 
 
 def _load_tokenizer(name: str, config: Any) -> Any:

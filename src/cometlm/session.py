@@ -7,7 +7,8 @@ was cut makes no difference, to the last bit. The price is that asking runs the 
 Footguns:
     - The end of what was read as text waits for what follows it, since its tokens may still
       change. Asking looks at all of it.
-    - Token ids and chat turns end the text before them: its last tokens are then settled.
+    - Token ids and chat turns end the text before them: its last tokens are then settled. A chat
+      turn may also end the open chunk before its time, so that its question stays whole.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Source = str | Ids | IO[str] | Iterable[str | Ids]
 
 _IDS_AT_A_TIME = 65536  # taken from a tensor
 _NEW_TOKENS = 256  # written where the caller sets no length
+_ANSWER_SHARE = 8  # a question has room for an eighth of a chunk behind it
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,28 @@ class Session:
                     self._stream.skip_prefix()
                 yield from self._take(piece)
 
+    def pose(self, question: Sequence[int]) -> None:
+        """Read a question whose answer comes next: no chunk border cuts it.
+
+        Where the open chunk has no room for it and for the beginning of an answer, an eighth of a
+        chunk, that chunk ends here. A longer question is read as any text.
+
+        Args:
+            question: token ids.
+
+        Raises:
+            ValueError, FloatingPointError: as `read`.
+        """
+        if question:
+            self._check(question)
+        for _ in self.finish():
+            pass
+        size = self.model.config.comet_config.chunk_size
+        wanted = len(question) + size // _ANSWER_SHARE
+        if self._open and len(self._open) + wanted > size >= wanted:
+            self._fold(len(self._open))
+        self.read(question)
+
     def finish(self) -> Iterator[SessionStats]:
         """Say that the text ends here: its last tokens need not wait for more."""
         yield from self._take(self._stream.finish() if self._stream is not None else [])
@@ -132,7 +156,8 @@ class Session:
         Args:
             prompt: the question.
             stream: give the answer piece by piece while it is written.
-            template: put the prompt into the tokenizer's chat template. Default: if it has one.
+            template: put the prompt into the tokenizer's chat template; no chunk border cuts it
+                then, see `pose`. Default: if it has one.
             generation: options of transformers' `generate`; 256 new tokens unless they say.
 
         Returns:
@@ -146,7 +171,7 @@ class Session:
             template = bool(getattr(self.tokenizer, "chat_template", None))
         fork = self.fork()
         if template:
-            fork.read(fork._ids_of(fork._turn(prompt).opening))
+            fork.pose(fork._ids_of(fork._turn(prompt).opening))
         else:
             fork.read(prompt)
         pieces = fork._written([], generation, stream)
@@ -235,28 +260,33 @@ class Session:
 
     # --- inside -----------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _take(self, ids: Sequence[int]) -> Iterator[SessionStats]:
         """Add tokens; run every chunk that more text has followed."""
         size = self.model.config.comet_config.chunk_size
         self._open += ids
         while len(self._open) > size:
-            out = self.model.model(
-                self._tensor(self._open[:size]),
-                past_key_values=self._cache,
-                use_cache=True,
-                more_text=True,
-                hidden_to_keep=1,
-            )
-            self._cache = out.past_key_values.restarted()
-            del self._open[:size], out
-            cache = self._cache
-            yield SessionStats(cache.tokens_read, cache.chunks_folded, cache.nbytes)
+            yield self._fold(size)
+
+    @torch.no_grad()
+    def _fold(self, size: int) -> SessionStats:
+        """Run the first `size` open tokens as a chunk."""
+        out = self.model.model(
+            self._tensor(self._open[:size]),
+            past_key_values=self._cache,
+            use_cache=True,
+            cuts=[[size]],
+            more_text=True,
+            hidden_to_keep=1,
+        )
+        self._cache = out.past_key_values.restarted()
+        del self._open[:size], out
+        cache = self._cache
+        return SessionStats(cache.tokens_read, cache.chunks_folded, cache.nbytes)
 
     def _chatting(self, message: str, generation: dict[str, Any], stream: bool) -> Iterator[str]:
         turn = self._turn(message)
         work = self.fork()
-        work.read(work._ids_of(turn.opening))
+        work.pose(work._ids_of(turn.opening))
         answer: list[int] = []
         try:
             yield from work._written(answer, generation, stream)

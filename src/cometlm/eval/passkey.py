@@ -36,7 +36,7 @@ class Trial:
     """One key, asked for.
 
     Attributes:
-        length: tokens of the text and the question.
+        length: most tokens of the text, the question and the answer.
         text: which of the texts of that length.
         hay: where it is from.
         decile: of the depth, 0 … 9.
@@ -77,12 +77,13 @@ class PasskeyTest:
     """What is measured.
 
     Args:
-        length: tokens of the text and the question.
+        length: most tokens of the text, the question and the answer.
         texts: how many texts.
         deciles: at which depths.
         hay: names that `data.texts` knows, taken in turn.
         digits: shortest and longest key.
         seed: of keys, places and wordings.
+        jitter: most tokens by which a text is shorter, so that questions stand anywhere in a chunk.
     """
 
     length: int
@@ -91,6 +92,7 @@ class PasskeyTest:
     hay: Sequence[str] = HAY
     digits: tuple[int, int] = (5, 5)
     seed: int = 0
+    jitter: int = 256
 
     def cells(self) -> list[tuple[int, int, int]]:
         """All trials that `run` makes, in its order."""
@@ -124,7 +126,8 @@ class PasskeyTest:
         for decile in sorted(deciles):
             chance = random.Random(f"{self.seed}/{self.length}/{text}/{decile}")
             depth = (decile + chance.random()) / DECILES
-            sample = task.draw(chance, self.length, depth=depth)
+            tokens = self.length - chance.randint(0, min(self.jitter, self.length // 4))
+            sample = task.draw(chance, tokens, depth=depth)
             shared = _shared(sample.text, straw)
             if shared > done:
                 base.read(straw[done:shared])
@@ -142,7 +145,7 @@ def said(session: Session, sample: PasskeySample, without: Sequence[str] = ()) -
         without: halves of the memory to take away first.
     """
     fork = session.fork(without=without)
-    fork.read(sample.turns[0][0])
+    fork.pose(sample.turns[0][0])
     ids = fork.continuation(len(sample.answer) + 2)
     text: str = session.tokenizer.decode(ids)
     end: str = session.tokenizer.decode(sample.answer[-1:])

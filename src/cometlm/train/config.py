@@ -177,6 +177,7 @@ class TrainConfig:
         mode: what is trained: the memory alone, the memory and LoRA, or everything.
         comet: `CometConfig` fields, for a new memory; without any, a checkpoint or a built-in
             model goes on from the memory that it has.
+        sizes: `chunk_size`, `stride` and `capacity` that this memory is read with from now on.
         start: what the tokens of a new memory are like at first.
         records: training data, a file or a name that `data.read_records` takes; or
         generated: samples made here.
@@ -196,6 +197,7 @@ class TrainConfig:
     output: str
     mode: Mode = "lora"
     comet: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
     start: Start = Start()
     lora: LoraSettings = LoraSettings()
     records: str | None = None
@@ -217,6 +219,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.records is None) == (self.generated is None):
             raise ValueError("a run needs either records or generated, and not both")
+        if self.comet and self.sizes:
+            raise ValueError("comet gives a new memory all of its sizes; leave sizes out")
         for name in ("learning_rate", "memory_factor", "gate_factor"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")

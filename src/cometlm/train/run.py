@@ -54,7 +54,7 @@ def train(
     if checkpoint is not None:
         check_same(output, config, checkpoint)
         say(f"going on from {checkpoint}")
-    sizes = {"seed": config.seed, **config.comet} if config.comet else {}
+    sizes = {"seed": config.seed, **config.comet} if config.comet else config.sizes
     model, tokenizer = load(config.model, device=device, **sizes)
     if config.comet and checkpoint is None:
         start_like(model, tokenizer, config.start)
