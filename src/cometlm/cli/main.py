@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cometlm.cli import ask, chat, demo, generate, import_, info, read, train
+from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
 from cometlm.cli.console import err, print_error
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("train")(train.train)
 app.command("info")(info.info)
+app.command("plan")(plan.plan)
 app.command("import")(import_.import_)
 app.command("demo")(demo.demo)
 

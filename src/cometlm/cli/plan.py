@@ -1,0 +1,139 @@
+"""`cometlm plan MODEL`: what training one long sample on many devices would take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from transformers import AutoConfig
+
+from cometlm.cli import options
+from cometlm.cli.console import err, load_quietly, out
+from cometlm.config import CometConfig
+from cometlm.device import readable_bytes
+from cometlm.loading import BUILT_IN, not_found, source_of
+from cometlm.model_config import CometModelConfig
+from cometlm.parallel.calibrate import Weights, counted, measured
+from cometlm.parallel.simulate import WAYS, Costs, Job, Link, Outcome, simulate
+from cometlm.parallel.timeline import TITLES, draw
+
+_MANY = 300_000  # cells that take a while
+
+
+def plan(
+    model: options.Model,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the sample.")] = 131_072,
+    devices: Annotated[int, typer.Option(min=1, help="How many share it.")] = 16,
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            help="TFLOP/s that a device really reaches. Default: measure a cell on this machine."
+        ),
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB of each device.")] = None,
+    bandwidth: Annotated[float, typer.Option(help="GB/s between two devices.")] = 25.0,
+    latency: Annotated[float, typer.Option(help="Microseconds of a message.")] = 20.0,
+    recompute: Annotated[
+        bool, typer.Option(help="Run cells again in the backward pass, to keep only what went in.")
+    ] = True,
+    trained: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the weights that is trained.")
+    ] = 1.0,
+    shards: Annotated[int, typer.Option(min=1, help="Devices that share one copy of it all.")] = 1,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the timelines into this file (.png, .svg, .pdf).")
+    ] = None,
+    chunk_size: options.ChunkSize = None,
+    readout_tokens: options.ReadoutTokens = None,
+    stride: options.Stride = None,
+    capacity: options.Capacity = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Simulate one training step: the wave, a naive split of chunks, and a split of layers."""
+    given = {
+        "chunk_size": chunk_size,
+        "readout_tokens": readout_tokens,
+        "stride": stride,
+        "capacity": capacity,
+    }
+    given = {name: size for name, size in given.items() if size is not None}
+    weights = Weights(trained=trained, shards=shards)
+    if speed is None:
+        loaded, _ = load_quietly(model, device, dtype, **given)
+        err.print("measuring a cell of each layer on this machine …", highlight=False)
+        config, sizes = loaded.config.text_config, loaded.config.comet_config
+        costs = measured(loaded.train(), weights)
+        how = f"measured: {loaded.dtype} on {loaded.device}"
+    else:
+        config, sizes = _described(model, given)
+        costs = counted(config, sizes, speed * 1e12, weights)
+        how = f"counted, at {speed:g} TFLOP/s"
+    chunks = -(-tokens // sizes.chunk_size)
+    job = Job(chunks, config.num_hidden_layers, devices, recompute)
+    link = Link(bandwidth * 1e9, latency * 1e-6)
+    if job.chunks * job.layers > _MANY:
+        err.print(f"simulating {job.chunks * job.layers:,} cells, three times …", highlight=False)
+    outcomes = [simulate(name, job, costs, link) for name in WAYS]
+    alone = simulate("wave", Job(chunks, job.layers, 1, recompute), costs).seconds
+    out.print(_heading(job, costs, tokens, sizes, how), highlight=False, soft_wrap=True)
+    out.print(_table(outcomes, alone, memory))
+    out.print(
+        "Left out: the optimiser's step, the exchange of sharded weights, embedding and head "
+        "weights, and what is slower with several devices in one machine.",
+        style="dim",
+        highlight=False,
+    )
+    if picture is not None:
+        draw(outcomes, job.layers, picture)
+        out.print(f"drawn into {picture}", highlight=False, soft_wrap=True)
+
+
+def _described(name: str, given: dict[str, int]) -> tuple[Any, CometConfig]:
+    """A backbone's config and the memory's sizes; no weights are loaded."""
+    try:
+        config = AutoConfig.from_pretrained(source_of(name))
+    except OSError as error:
+        raise not_found(name, error) from error
+    if isinstance(config, CometModelConfig):
+        return config.text_config, config.comet_config.replace(**given)
+    own = BUILT_IN[name].sizes if name in BUILT_IN else {}
+    return getattr(config, "text_config", config), CometConfig(**{**own, **given})
+
+
+def _heading(job: Job, costs: Costs, tokens: int, sizes: CometConfig, how: str) -> str:
+    cell = f"{costs.forward * 1e3:,.3g} ms forward, {costs.backward * 1e3:,.3g} ms backward"
+    return (
+        f"{tokens:,} tokens in {job.chunks:,} chunks of {sizes.chunk_size:,}, {job.layers} layers, "
+        f"{job.devices} devices, {'with' if job.recompute else 'without'} recomputation\n"
+        f"a cell: {cell} ({how}); its memory {readable_bytes(costs.memory_bytes)}, "
+        f"hidden states {readable_bytes(costs.hidden_bytes)}"
+    )
+
+
+def _table(outcomes: list[Outcome], alone: float, memory: float | None) -> Table:
+    table = Table(title="one training step, simulated", title_justify="left")
+    for column in ("", "time", "waiting", "against one device", "sent", "peak of a device"):
+        table.add_column(column, justify="left" if not column else "right")
+    for outcome in outcomes:
+        peak = readable_bytes(outcome.peak)
+        if memory is not None and outcome.peak > memory * 2**30:
+            peak = f"[red]{peak}, too much[/red]"
+        table.add_row(
+            TITLES[outcome.name],
+            _readable_time(outcome.seconds),
+            f"{outcome.bubble:.1%}",
+            f"{alone / outcome.seconds:.2f} ×",
+            readable_bytes(outcome.sent),
+            peak,
+        )
+    return table
+
+
+def _readable_time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:,.1f} ms"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{seconds:,.2f} s" if not minutes else f"{minutes:,} min {rest:02d} s"

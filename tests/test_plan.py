@@ -1,0 +1,116 @@
+"""What a cell costs, counted and measured, and the command that plans with it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from cometlm.cli.main import app
+from cometlm.config import CometConfig
+from cometlm.parallel.calibrate import Weights, counted, measured
+from cometlm.parallel.simulate import Costs, Job, Span, simulate
+from cometlm.parallel.timeline import draw, merged
+from tests.real import tokenizer
+from tests.tiny import tiny_comet
+
+SIZES = CometConfig(chunk_size=2048, readout_tokens=512, stride=8, capacity=2048)
+
+
+@pytest.fixture
+def qwen():
+    """Qwen3-4B's sizes: the paper's backbone."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151_936,
+    )
+
+
+def test_counted_costs_of_the_papers_sizes(qwen):
+    costs = counted(qwen, SIZES, speed=400e12, weights=Weights(trained=1.0, shards=16))
+    # 101M weights times 2,816 items; attention to 2,560 slots and, causal, to the items; keys and
+    # values of 512 slots and 256 new entries. Two operations each.
+    products = 100.9e6 * 2816 + 2 * 4096 * 2816 * (2560 + 1408.5) + 768 * 2560 * 2048
+    assert costs.forward * 400e12 == pytest.approx(2 * products, rel=1e-3)
+    assert costs.backward == 2 * costs.forward
+    assert costs.memory_bytes == 2 * (512 * 2560 + 2048 * 2048)
+    assert costs.hidden_bytes == 2 * 2816 * 2560
+    assert costs.weight_bytes == pytest.approx(101e6 * 16 / 16, rel=0.01)
+
+
+def test_a_speed_of_nothing_is_refused(qwen):
+    with pytest.raises(ValueError, match="speed must be more than 0"):
+        counted(qwen, SIZES, speed=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_measured_costs_of_a_model(family):
+    model = tiny_comet(family).train()
+    costs = measured(model, repeats=1)
+    by_count = counted(model.config.text_config, model.config.comet_config, 1e9, Weights(8))
+    assert min(costs.forward, costs.backward, costs.head) > 0
+    assert costs.memory_bytes == by_count.memory_bytes
+    assert costs.hidden_bytes == by_count.hidden_bytes
+    assert 0.5 < costs.kept_bytes / by_count.kept_bytes < 3
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        measured(model, repeats=0)
+
+
+def test_spans_without_a_pause_are_drawn_as_one():
+    spans = [
+        Span(("forward", 0, 0), 0, 0.0, 1.0),
+        Span(("forward", 1, 0), 0, 1.0, 2.0),
+        Span(("forward", 0, 1), 0, 2.0, 3.0),
+        Span(("forward", 1, 1), 0, 3.5, 4.0),
+        Span(("forward", 2, 0), 1, 2.0, 3.0),
+    ]
+    got = [(s.device, s.key[2], s.start, s.end) for s in merged(spans)]
+    assert got == [(0, 0, 0, 2), (0, 1, 2, 3), (0, 1, 3.5, 4), (1, 0, 2, 3)]
+
+
+def test_a_picture_of_every_way(tmp_path):
+    job = Job(chunks=4, layers=3, devices=2)
+    ways = [simulate(name, job, Costs(1, 2, head=1)) for name in ("wave", "naive", "layers")]
+    for name in ("plan.png", "plan.svg"):
+        draw(ways, 3, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
+    with pytest.raises(ValueError, match="nothing"):
+        draw(ways, 3, tmp_path / "plan.nothing")
+
+
+def test_the_command_plans_from_a_config_alone(qwen, tmp_path):
+    qwen.save_pretrained(tmp_path)
+    picture = tmp_path / "plan.svg"
+    arguments = [
+        "plan",
+        str(tmp_path),
+        "--speed",
+        "400",
+        "--memory",
+        "1",
+        "--picture",
+        str(picture),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "131,072 tokens in 64 chunks of 2,048, 36 layers, 16 devices" in result.output
+    assert "too much" in result.output
+    assert picture.exists()
+
+
+def test_the_command_measures_a_model(tmp_path):
+    model = tiny_comet("llama")
+    model.save_pretrained(tmp_path, backbone=True)
+    tokenizer("smollm2").save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--tokens", "40", "--devices", "2", "--dtype", "float32"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "measured: torch.float32" in result.output
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "cometlm"
