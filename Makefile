@@ -44,6 +44,10 @@ bench: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/train.py --promises
+	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/pipeline.py --paper
+	$(BIN)/python benchmarks/perplexity.py
+	$(BIN)/python benchmarks/passkey.py
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cometlm.parallel.blocks import balanced
 from cometlm.parallel.mesh import make_mesh
 from cometlm.parallel.pipeline import Pipeline, sum_gradients
+from cometlm.parallel.shard import shard
 from tests.ranks import run_ranks
 from tests.tiny import error, random_ids, tiny_comet
 
@@ -114,6 +115,92 @@ def test_loss_and_gradients_are_the_single_processs(ranks):
             assert zeros < 1e-12, case
 
 
+SHARDED = {
+    "even": ("llama", {}, 4 * CHUNK),
+    "uneven": ("qwen3", {}, 5 * CHUNK + 5),
+    "entries of several ranks": ("gemma3_text", {"capacity": 14}, 6 * CHUNK),
+    "no temporary memory": ("llama", {"temporary_memory": False}, 2 * CHUNK),
+}
+STEPS = 10
+
+
+def trained_alone(family, sizes, tokens):
+    """Losses and weights of steps on two samples at a time, one process, plain descent."""
+    model = tiny_comet(family, **sizes).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses = []
+    for turn in range(STEPS):
+        samples = [random_ids(tokens, seed=2 * turn + group)[None] for group in range(2)]
+        loss = sum(model(ids, labels=ids).loss for ids in samples) / 2
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def trained_sharded(name, recompute):
+    """Largest errors of losses and weights after ten steps on 2 × 2 ranks."""
+    family, sizes, tokens = SHARDED[name]
+    wanted_losses, wanted = trained_alone(family, sizes, tokens)
+    mesh = make_mesh(2)
+    model = tiny_comet(family, **sizes).train()
+    if recompute:
+        model.activation_checkpointing_enable()
+    shard(model, mesh)
+    model.model.pipeline = Pipeline(mesh["chunk"].get_group())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.01)
+    group, worst = mesh.get_local_rank("data"), 0.0
+    for turn in range(STEPS):
+        ids = random_ids(tokens, seed=2 * turn + group)[None]
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        model.model.pipeline.flush()
+        sum_gradients(trained, mesh["chunk"].get_group())
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        worst = max(worst, abs(float(total) / 2 - wanted_losses[turn]))
+    got = {n: p.full_tensor() for n, p in model.named_parameters()}
+    return worst, max(float(error(got[n].detach(), wanted[n])) for n in wanted)
+
+
+def trained_sharded_all():
+    return {(name, again): trained_sharded(name, again) for name in SHARDED for again in (0, 1)}
+
+
+def test_ten_steps_with_sharded_weights_on_two_by_two_ranks():
+    for results in run_ranks(4, trained_sharded_all):
+        for case, (loss, weights) in results.items():
+            assert loss < 1e-9, case
+            assert weights < 1e-9, case
+
+
+def too_few_chunks():
+    mesh = make_mesh(2)
+    model = tiny_comet("llama").train()
+    shard(model, mesh)
+    model.model.pipeline = Pipeline(mesh["chunk"].get_group())
+    said = []
+    for ask in (
+        lambda: model(random_ids(5)[None], labels=random_ids(5)[None], use_cache=False),
+        lambda: shard(model, mesh),
+    ):
+        try:
+            ask()
+        except ValueError as problem:
+            said.append(str(problem))
+    return said
+
+
+def test_what_sharded_ranks_cannot_do():
+    for said in run_ranks(2, too_few_chunks):
+        assert "every rank needs a chunk: 1 chunks are too few for chunk_parallel=2" in said[0]
+        assert said[1] == "the model's weights are sharded already"
+
+
 def refusals():
     said = []
     model = tiny_comet("llama")
@@ -139,6 +226,7 @@ def test_blocks_are_as_even_as_can_be(costs, parts):
     found = balanced(costs, parts)
     assert len(found) == parts
     assert [t for block in found for t in block] == list(range(len(costs)))
+    assert sum(map(bool, found)) == min(parts, len(costs))
     worst = max(sum(costs[t] for t in block) for block in found)
     assert worst == best(tuple(costs), parts)
 

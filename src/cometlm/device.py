@@ -20,6 +20,20 @@ def default_device() -> torch.device:
     return found if found is not None else torch.device("cpu")
 
 
+def as_dtype(name: str | None) -> torch.dtype | None:
+    """A dtype by its torch name.
+
+    Raises:
+        ValueError: a name that is not a floating-point dtype.
+    """
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point dtype like bfloat16, got {name!r}")
+    return dtype
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, but float32 on a CPU without bfloat16 products.
 

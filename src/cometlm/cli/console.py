@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as hf_logging
 
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.device import readable_bytes
+from cometlm.device import as_dtype, readable_bytes
 from cometlm.pretrained import load
 from cometlm.session import SessionStats
 from cometlm.session_file import read_document
@@ -67,20 +66,6 @@ def print_error(error: Exception) -> None:
     """An error as one line, however long."""
     said = " ".join(str(error).split())
     err.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def as_dtype(name: str | None) -> torch.dtype | None:
-    """A dtype by its torch name.
-
-    Raises:
-        ValueError: a name that is not a floating-point dtype.
-    """
-    if name is None:
-        return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point dtype like bfloat16, got {name!r}")
-    return dtype
 
 
 def describe(model: CometForCausalLM) -> str:

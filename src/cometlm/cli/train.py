@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -35,17 +36,19 @@ def train(
             f"training needs {error.name}; run: pip install 'cometlm[train]'"
         ) from error
     hf_logging.set_verbosity_warning()
-    err.print(f"loading {chosen.model} …", highlight=False, soft_wrap=True)
+    speaks = int(os.environ.get("RANK", "0")) == 0  # one rank of a job is enough to read
+
+    def say(line: str) -> None:
+        if speaks:
+            err.print(line, highlight=False, soft_wrap=True)
+
+    say(f"loading {chosen.model} …")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            run.train(
-                chosen,
-                device=device,
-                restart=restart,
-                say=lambda line: err.print(line, highlight=False, soft_wrap=True),
-            )
+            run.train(chosen, device=device, restart=restart, say=say)
         except KeyboardInterrupt:
-            err.print("\ninterrupted; the same command goes on from the last checkpoint")
+            say("\ninterrupted; the same command goes on from the last checkpoint")
             raise typer.Exit(130) from None
-    out.print(f"saved {chosen.output}: cometlm chat {chosen.output}", highlight=False)
+    if speaks:
+        out.print(f"saved {chosen.output}: cometlm chat {chosen.output}", highlight=False)

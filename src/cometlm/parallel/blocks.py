@@ -11,7 +11,7 @@ def balanced(costs: Sequence[float], parts: int) -> list[range]:
 
     Args:
         costs: of each step, more than 0.
-        parts: blocks wanted; with fewer steps the last ones are empty.
+        parts: blocks wanted; with fewer steps the last ones are empty, else none is.
     """
     low, high = max(costs), sum(costs)
     for _ in range(60):
@@ -21,7 +21,10 @@ def balanced(costs: Sequence[float], parts: int) -> list[range]:
         else:
             low = middle
     sizes = _filled(costs, high)
-    sizes += [0] * (parts - len(sizes))
+    while len(sizes) < parts:  # a block more costs nothing, and leaves no part without a step
+        i = max(range(len(sizes)), key=sizes.__getitem__)
+        sizes[i : i + 1] = [sizes[i] - sizes[i] // 2, sizes[i] // 2]
+    sizes.sort(key=bool, reverse=True)
     return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 
 

@@ -86,7 +86,7 @@ def measured(
     model: CometForCausalLM,
     weights: Weights = _KEPT,
     repeats: int = 3,
-    layers: int | None = None,
+    labelled: int | None = None,
 ) -> Costs:
     """Costs on this machine: each layer's cell is run forward and backward, and so is the head.
 
@@ -94,14 +94,14 @@ def measured(
         model: as it is trained: what wants gradients here gets them.
         weights: how they are kept; `dtype_bytes` is the model's own.
         repeats: passes over the layers, of which the median counts.
-        layers: measure only the first so many; all if None.
+        labelled: tokens of each chunk that have a label; all if None.
 
     Raises:
         ValueError: fewer than one repeat.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    bench = _Bench(model, layers)
+    bench = _Bench(model, labelled)
     bench.run()  # kernels are built once
     runs = [bench.run() for _ in range(repeats)]
     forward, backward, head = (statistics.median(part) for part in zip(*runs, strict=True))
@@ -121,7 +121,7 @@ def measured(
 class _Bench:
     """One full chunk before a full memory, in front of every layer."""
 
-    def __init__(self, model: CometForCausalLM, layers: int | None) -> None:
+    def __init__(self, model: CometForCausalLM, labelled: int | None) -> None:
         self.model = model
         sizes = model.config.comet_config
         chance = torch.Generator().manual_seed(_SEED)
@@ -136,12 +136,13 @@ class _Bench:
         reach = cache.reach_under(sizes)
         self.layout = ChunkLayout(sizes, cache.rows, step, reach, model.device)
         self.grid: Grid = model.model.grid(reach)
-        self.cells = cast("Sequence[Cell]", self.grid.cells)[:layers]
+        self.cells = cast("Sequence[Cell]", self.grid.cells)
         self.states: Sequence[LayerState] = cache.layers
         width = (1, self.layout.items[0], model.config.hidden_size)
         self.hidden = torch.randn(width, generator=chance).to(model.device, model.dtype)
         self.memory_bytes = sum(x.nbytes for x in tensors_of(self.states[:1]))
-        self.labels = ids[:, : sizes.chunk_size]
+        self.text = ids[:, : sizes.chunk_size]
+        self.labelled = sizes.chunk_size if labelled is None else labelled
 
     def run(self) -> tuple[float, float, float]:
         """Seconds of a cell's forward pass, of its backward pass, and of the head."""
@@ -183,12 +184,12 @@ class _Bench:
         self.model.zero_grad()
 
     def _head(self) -> None:
-        model = self.model
-        items = model.model.embed_tokens(self.labels)
+        model, count = self.model, self.labelled
         norm: nn.Module = model.model.norm
-        hidden = norm(items.detach().requires_grad_())
-        logits = model.logits(hidden).float()
-        F.cross_entropy(logits.flatten(0, 1), self.labels.flatten()).backward()
+        hidden = norm(model.model.embed_tokens(self.text).detach().requires_grad_())
+        logits = model.logits(hidden[:, :count]).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), self.text[:, :count].flatten())
+        loss.backward()
         model.zero_grad()
 
     def _timed(self, call: Callable[[], T]) -> tuple[T, float]:

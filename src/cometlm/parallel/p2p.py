@@ -119,11 +119,18 @@ def receive(neighbour: Neighbour, likes: Sequence[Like], what: str) -> tuple[Ten
     return got
 
 
-def join(value: Tensor, ties: Sequence[Tensor]) -> Tensor:
-    """`value`, whose backward pass also runs those of `ties`, without a gradient for them."""
-    if not torch.is_grad_enabled() or not ties:
+def join(value: Tensor, ties: Sequence[Tensor], reached: Sequence[Tensor] = ()) -> Tensor:
+    """`value`, whose backward pass also runs those of `ties`, without a gradient for them.
+
+    Args:
+        value: what the backward pass begins at.
+        ties: tokens of `send`, and what was received.
+        reached: parameters that get a gradient in any case, of zeros if there is nothing else; all
+            ranks then agree which have one, as data parallelism wants it.
+    """
+    if not torch.is_grad_enabled() or not (ties or reached):
         return value
-    joined: Tensor = _Join.apply(value, *ties)
+    joined: Tensor = _Join.apply(value, len(reached), *reached, *ties)
     return joined
 
 
@@ -158,10 +165,12 @@ class _Receive(torch.autograd.Function):
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *ties: Tensor) -> Tensor:
-        ctx.ties = len(ties)
+    def forward(ctx: Any, value: Tensor, reached: int, *tensors: Tensor) -> Tensor:
+        ctx.likes = [Like(tuple(x.shape), x.dtype, x.device) for x in tensors[:reached]]
+        ctx.ties = len(tensors) - reached
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, *[None] * ctx.ties
+        nothing = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in ctx.likes]
+        return grad, None, *nothing, *[None] * ctx.ties

@@ -10,7 +10,7 @@ Legend: B batch, M readout tokens, D width, E width of an entry, P ranks of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from cometlm.grid import Cell, LayerState, States, walk_by_layer
 from cometlm.layout import ChunkLayout
@@ -32,77 +34,9 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(minutes=10)
 
 
-class Pipeline:
-    """One rank's part in reading samples together; `CometModel.pipeline`.
-
-    Args:
-        group: the ranks that share a sample.
-        timeout: how long to wait for another rank.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, timeout: timedelta = TIMEOUT) -> None:
-        self.group = group
-        self.place, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._left = Neighbour(group, self.place - 1, timeout) if self.place else None
-        last = self.place + 1 == self.ranks
-        self._right = None if last else Neighbour(group, self.place + 1, timeout)
-
-    def read(self, model: CometModel, call: Call) -> tuple[list[Tensor], States]:
-        """This rank's block of a call.
-
-        Returns:
-            One score, the sum over the block's steps, and all layers' states after the block.
-
-        Raises:
-            ValueError: a call that wants hidden states, a cache, an aside or something told.
-            PipelineError: another rank is lost.
-        """
-        if call.scored is None or call.use_cache or call.aside is not None or call.told is not None:
-            raise ValueError(
-                "ranks that share a sample each see a block of it: they take labels, return the "
-                "loss, no hidden states and no cache (use_cache=False), and take no aside"
-            )
-        self.flush()  # what the last call sent is there, or this says who is lost
-        layouts = list(call.layouts())
-        call.asides[1:] = []  # one score stands for all steps
-        own, onward = self._block(layouts)
-        reads_on = bool(own) and own.start > 0
-        wave = _Wave(model, call, layouts[own.start :], self._left)
-        hidden = [model.embedded(call, layouts[t]) for t in own]
-        mine = [layouts[t] for t in own]
-        mine = _without_ended(mine) if reads_on else mine
-        outs, states = walk_by_layer(
-            model.grid(call.reach),
-            hidden,
-            mine,
-            wave.incoming() if reads_on else call.cache.layers,
-            wave.outgoing(self._right) if onward else _stays,
-            recompute=model.recomputation is not None and torch.is_grad_enabled(),
-        )
-        scores = [model.scored(call, one, out) for one, out in zip(mine, outs, strict=True)]
-        wide = torch.promote_types(model.dtype, torch.float32)
-        nothing = torch.zeros(2, dtype=wide, requires_grad=True)
-        total = torch.stack(scores).sum(0) if scores else nothing
-        return [join(total, wave.ties)], states
-
-    def flush(self) -> None:
-        """Wait until all that this rank sent has arrived."""
-        for neighbour in (self._left, self._right):
-            if neighbour is not None:
-                neighbour.flush()
-
-    def _block(self, layouts: Sequence[ChunkLayout]) -> tuple[range, bool]:
-        """This rank's steps, and whether the next rank has any."""
-        # What a step costs: its items go through the layer, its memory is attended to only.
-        costs = [max(one.items) + max(one.items) * one.memory_width / 4096 for one in layouts]
-        places = balanced(costs, self.ranks)
-        following = places[self.place + 1] if self.place + 1 < self.ranks else range(0)
-        return places[self.place], len(following) > 0
-
-
 @dataclass
-class _Wave:
-    """What passes a rank in one call.
+class Wave:
+    """What passes a rank in one call: each layer's memory as soon as it is there.
 
     Attributes:
         layouts: of the block and all that follows it.
@@ -119,13 +53,10 @@ class _Wave:
     def incoming(self) -> Iterator[LayerState]:
         """Each layer's memory before the block, when its turn comes."""
         assert self.left is not None
-        for i, cell in enumerate(self.model.cells):
-            likes = self._likes(cast("Cell", cell), i)
-            got = receive(self.left, likes, f"the memory of layer {i}")
+        for i in range(len(self.model.cells)):
+            got = receive(self.left, self.likes(i), f"the memory of layer {i}")
             self.ties.extend(got)
-            parts = list(got)
-            state = parts.pop(0) if self.call.sizes.global_memory else None
-            yield LayerState(LayerMemory(state, tuple(parts)))
+            yield self.state_of(got)
 
     def outgoing(self, right: Neighbour | None) -> Callable[[LayerState], LayerState]:
         """What sends each layer's memory on, one after the other."""
@@ -133,19 +64,29 @@ class _Wave:
         numbers = iter(range(len(self.model.cells)))
 
         def leave(after: LayerState) -> LayerState:
-            memory = after.memory
-            tensors = [] if memory.state is None else [memory.state]
-            if memory.entries:
-                tensors.append(torch.cat(memory.entries, dim=1))
-            token = send(right, tensors, f"the memory of layer {next(numbers)}")
+            token = send(right, self.tensors_of(after), f"the memory of layer {next(numbers)}")
             if token is not None:
                 self.ties.append(token)
             return after
 
         return leave
 
-    def _likes(self, cell: Cell, i: int) -> list[Like]:
-        """What layer i's memory looks like before the block."""
+    @staticmethod
+    def tensors_of(after: LayerState) -> list[Tensor]:
+        """What travels of a layer's memory."""
+        memory = after.memory
+        tensors = [] if memory.state is None else [memory.state]
+        return [*tensors, torch.cat(memory.entries, dim=1)] if memory.entries else tensors
+
+    def state_of(self, tensors: Sequence[Tensor]) -> LayerState:
+        """A layer's memory of what has travelled."""
+        parts = list(tensors)
+        state = parts.pop(0) if self.call.sizes.global_memory else None
+        return LayerState(LayerMemory(state, tuple(parts)))
+
+    def likes(self, i: int) -> list[Like]:
+        """What travels of layer i's memory before the block."""
+        cell = cast("Cell", self.model.cells[i])
         first, sizes = self.layouts[0], self.call.sizes
         batch, width = len(first.rows), int(self.model.config.hidden_size)
         memory = cast("LayerMemoryWeights", self.model.comet.layers[i]).global_memory
@@ -160,6 +101,88 @@ class _Wave:
         return likes
 
 
+class Pipeline:
+    """One rank's part in reading samples together; `CometModel.pipeline`.
+
+    Args:
+        group: the ranks that share a sample.
+        timeout: how long to wait for another rank.
+
+    Attributes:
+        passing: how memory goes from rank to rank.
+    """
+
+    passing: type[Wave] = Wave
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta = TIMEOUT) -> None:
+        self.group = group
+        self.place, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._left = Neighbour(group, self.place - 1, timeout) if self.place else None
+        last = self.place + 1 == self.ranks
+        self._right = None if last else Neighbour(group, self.place + 1, timeout)
+
+    def read(self, model: CometModel, call: Call) -> tuple[list[Tensor], States]:
+        """This rank's block of a call.
+
+        Returns:
+            One score, the sum over the block's steps, and all layers' states after the block.
+
+        Raises:
+            ValueError: a call that wants hidden states, a cache, an aside or something told; fewer
+                chunks than ranks where weights are sharded.
+            PipelineError: another rank is lost.
+        """
+        if call.scored is None or call.use_cache or call.aside is not None or call.told is not None:
+            raise ValueError(
+                "ranks that share a sample each see a block of it: they take labels, return the "
+                "loss, no hidden states and no cache (use_cache=False), and take no aside"
+            )
+        self.flush()  # what the last call sent is there, or this says who is lost
+        layouts = list(call.layouts())
+        call.asides[1:] = []  # one score stands for all steps
+        block, onward = self._block(layouts, model.cells)
+        reads_on = bool(block) and block.start > 0
+        wave = self.passing(model, call, layouts[block.start :], self._left)
+        hidden = [model.embedded(call, layouts[t]) for t in block]
+        mine = [layouts[t] for t in block]
+        mine = _without_ended(mine) if reads_on else mine
+        outs, states = walk_by_layer(
+            model.grid(call.reach),
+            hidden,
+            mine,
+            wave.incoming() if reads_on else call.cache.layers,
+            wave.outgoing(self._right) if onward else _stays,
+            recompute=model.recomputation is not None and torch.is_grad_enabled(),
+        )
+        scores = [model.scored(call, one, out) for one, out in zip(mine, outs, strict=True)]
+        wide = torch.promote_types(model.dtype, torch.float32)
+        nothing = torch.zeros(2, dtype=wide, requires_grad=True)
+        total = torch.stack(scores).sum(0) if scores else nothing
+        reached = _trained([*model.parameters(), *call.scored.parameters])
+        return [join(total, wave.ties, reached)], states
+
+    def flush(self) -> None:
+        """Wait until all that this rank sent has arrived."""
+        for neighbour in (self._left, self._right):
+            if neighbour is not None:
+                neighbour.flush()
+
+    def _block(
+        self, layouts: Sequence[ChunkLayout], cells: Iterable[nn.Module]
+    ) -> tuple[range, bool]:
+        """This rank's steps, and whether the next rank has any."""
+        # What a step costs: its items go through the layer, its memory is attended to only.
+        costs = [max(one.items) + max(one.items) * one.memory_width / 4096 for one in layouts]
+        places = balanced(costs, self.ranks)
+        if len(layouts) < self.ranks and any(isinstance(cell, FSDPModule) for cell in cells):
+            raise ValueError(
+                f"with sharded weights every rank needs a chunk: {len(layouts)} chunks are too few "
+                f"for chunk_parallel={self.ranks}"
+            )
+        following = places[self.place + 1] if self.place + 1 < self.ranks else range(0)
+        return places[self.place], len(following) > 0
+
+
 def _without_ended(layouts: Sequence[ChunkLayout]) -> list[ChunkLayout]:
     """A block's layouts without open chunks of rows that ended before it: those do not travel."""
     ended = [row.items > 0 for row in layouts[0].rows]
@@ -172,6 +195,12 @@ def _without_ended(layouts: Sequence[ChunkLayout]) -> list[ChunkLayout]:
         return replace(layout, rows=rows, _masks={})
 
     return [cleared(layout) for layout in layouts]
+
+
+def _trained(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """What is trained, once each; a layer whose weights are sharded is reached by its chunks."""
+    found = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    return list(dict.fromkeys(found))
 
 
 def _stays(state: LayerState) -> LayerState:
@@ -190,5 +219,5 @@ def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) 
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         grad = parameter.grad
-        local = grad.to_local() if hasattr(grad, "to_local") else grad
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
         dist.all_reduce(local, group=group)

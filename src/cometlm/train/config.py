@@ -174,6 +174,8 @@ class TrainConfig:
     Attributes:
         model: a built-in name, directory or hub id; of a checkpoint to train it further.
         output: the folder that the run writes to and resumes from.
+        dtype: what the backbone computes in; None is what the device is fast at. Trained weights
+            are kept in float32.
         mode: what is trained: the memory alone, the memory and LoRA, or everything.
         comet: `CometConfig` fields, for a new memory; without any, a checkpoint or a built-in
             model goes on from the memory that it has.
@@ -190,11 +192,13 @@ class TrainConfig:
         warmup: steps over which the rate rises from 0.
         max_length: longest sample in tokens; None is any. Longer ones are an error, unless
         cut: is set, which drops what is too long from their ends.
+        chunk_parallel: ranks that share each sample, in a job that `torchrun` started.
         trainer: further fields of trl's `SFTConfig`.
     """
 
     model: str
     output: str
+    dtype: str | None = None
     mode: Mode = "lora"
     comet: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -214,6 +218,7 @@ class TrainConfig:
     max_length: int | None = None
     cut: bool = False
     save_steps: int = 50
+    chunk_parallel: int = 1
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -224,9 +229,16 @@ class TrainConfig:
         for name in ("learning_rate", "memory_factor", "gate_factor"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
+        if self.chunk_parallel < 1:
+            raise ValueError(f"chunk_parallel must be at least 1, got {self.chunk_parallel}")
         if self.generated is not None:
             for stage in self.generated.stages:
                 _check_stage(stage)
+                if self.chunk_parallel > 1 and stage.ask == "borders":
+                    raise ValueError(
+                        'stages.ask: "borders" reads from forks of the memory, which ranks that '
+                        f'share a sample (chunk_parallel={self.chunk_parallel}) do not: use "end"'
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

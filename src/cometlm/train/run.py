@@ -15,6 +15,7 @@ from trl import SFTConfig
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
 from cometlm.data.records import read_records
+from cometlm.device import as_dtype
 from cometlm.files import write_whole
 from cometlm.pretrained import load
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
@@ -26,7 +27,7 @@ from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
 SETTINGS = "train.json"
 # What may differ between a run and its resumption without changing what is learned.
-_FREE = ("output", "save_steps", "trainer", "recompute", "compile")
+_FREE = ("output", "save_steps", "trainer", "recompute", "compile", "chunk_parallel")
 
 Say = Callable[[str], None]
 BeforeStep = Callable[[int], None]
@@ -55,7 +56,7 @@ def train(
         check_same(output, config, checkpoint)
         say(f"going on from {checkpoint}")
     sizes = {"seed": config.seed, **config.comet} if config.comet else config.sizes
-    model, tokenizer = load(config.model, device=device, **sizes)
+    model, tokenizer = load(config.model, device=device, dtype=as_dtype(config.dtype), **sizes)
     if config.comet and checkpoint is None:
         start_like(model, tokenizer, config.start)
     lora = config.lora
@@ -66,11 +67,13 @@ def train(
     if config.compile:
         model.model.train().compile_cells()
     trainer = make_trainer(config, model, tokenizer, say)
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / SETTINGS, json.dumps(config.to_dict(), indent=2).encode())
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / SETTINGS, json.dumps(config.to_dict(), indent=2).encode())
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output))
-    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(output / "trainer_state.json"))
     return model
 
 
@@ -83,6 +86,8 @@ def make_trainer(
         "processing_class": tokenizer,
         "memory_factor": config.memory_factor,
         "gate_factor": config.gate_factor,
+        "chunk_parallel": config.chunk_parallel,
+        "alike": {"the configuration": config.to_dict()},
     }
     if config.generated is not None:
         slots = model.config.comet_config.global_slots

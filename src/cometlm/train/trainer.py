@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
@@ -27,6 +30,7 @@ from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
 from cometlm.pretrained import load_lora
 from cometlm.train.lora import parameter_groups
+from cometlm.train.together import SharedBatches, alone, share_samples
 
 STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
 
@@ -43,6 +47,8 @@ class CometTrainer(SFTTrainer):
         before_step: called with each step's number before its first batch.
         in_order: take the samples in their order.
         whole: save the backbone too, since it is trained.
+        chunk_parallel: ranks that share each sample (`torchrun`), see `train.together`.
+        alike: what all ranks must have the same, by name.
         others: `SFTTrainer`'s own.
     """
 
@@ -56,6 +62,8 @@ class CometTrainer(SFTTrainer):
         before_step: Callable[[int], None] | None = None,
         in_order: bool = False,
         whole: bool = False,
+        chunk_parallel: int = 1,
+        alike: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
         self._factors = (memory_factor, gate_factor)
@@ -65,7 +73,11 @@ class CometTrainer(SFTTrainer):
         self._in_order = in_order
         self._whole = whole
         self._micro_steps = (-1, 0)  # the step, and how many of its batches came before this one
+        self._sharing = chunk_parallel
         super().__init__(**others)
+        if chunk_parallel > 1:
+            timeout = timedelta(seconds=self.args.ddp_timeout)
+            share_samples(self._comet, chunk_parallel, alike or {}, timeout)
 
     @property
     def _comet(self) -> CometForCausalLM:
@@ -95,9 +107,19 @@ class CometTrainer(SFTTrainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
+        dataset = cast("Any", train_dataset or self.train_dataset)
+        sampler: Sampler[Any] | None
         if self._in_order:
-            return SequentialSampler(cast("Any", train_dataset or self.train_dataset))
-        return cast("Sampler[Any] | None", super()._get_train_sampler(train_dataset))
+            sampler = SequentialSampler(dataset)
+        elif self._sharing > 1:  # all ranks must draw alike, also after a resume
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            sampler = SeedableRandomSampler(dataset, data_seed=seed)
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
+        if self._sharing > 1:
+            assert sampler is not None
+            return SharedBatches(sampler, self.args.per_device_train_batch_size, self._sharing)
+        return sampler
 
     # --- one step ---------------------------------------------------------------------------
 
@@ -110,7 +132,8 @@ class CometTrainer(SFTTrainer):
         step = self.state.global_step
         self._micro_steps = (step, self._micro_steps[1] + 1 if self._micro_steps[0] == step else 0)
         if self._before_step is not None and not self._micro_steps[1]:
-            self._before_step(step)
+            with alone(self._comet):
+                self._before_step(step)
         self._place_plans()
         try:
             loss = cast("Tensor", super().training_step(model, inputs, *args))
@@ -127,9 +150,15 @@ class CometTrainer(SFTTrainer):
             return
         step, seen = self._micro_steps
         chunking = self._chunking(step)
-        accumulated, ranks = self.args.gradient_accumulation_steps, self.accelerator.num_processes
-        chunking.batches = (step * accumulated + seen) * ranks + self.accelerator.process_index
+        accumulated, groups = self.args.gradient_accumulation_steps, self._groups
+        group = self.accelerator.process_index // self._sharing
+        chunking.batches = (step * accumulated + seen) * groups + group
         self._comet.model.chunking = chunking
+
+    @property
+    def _groups(self) -> int:
+        """How many samples are read at once."""
+        return int(self.accelerator.num_processes) // self._sharing
 
     def compute_loss(
         self,
@@ -142,8 +171,14 @@ class CometTrainer(SFTTrainer):
         mode = "train" if model.training else "eval"
         inputs = dict(inputs)
         weight, told_weight = (inputs.pop(f"{name}_weight", None) for name in ("aside", "told"))
-        out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
+        together = nullcontext() if mode == "train" else alone(self._comet)
+        with together:
+            out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
         loss = out.loss
+        sharing = self._sharing if mode == "train" else 1
+        # Each rank of a group has a part of the loss, and all count the labels of the whole; the
+        # gradients' mean over all ranks is to be their sum over a group.
+        loss = loss * sharing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
         if out.aside_loss is not None:
@@ -160,14 +195,14 @@ class CometTrainer(SFTTrainer):
                 loss = loss + (1.0 if by is None else float(by)) * more / shares
         counted = (inputs["labels"][:, 1:] != -100).sum()
         right, counted = self.accelerator.gather_for_metrics(
-            torch.stack([out.right.to(counted.device), counted])[None]
+            torch.stack([out.right.to(counted.device) * sharing, counted])[None]
         ).sum(0)
         self._metrics[mode]["mean_token_accuracy"].append(float(right) / max(1, int(counted)))
         if mode == "train":
             read = self.accelerator.gather_for_metrics(
                 torch.tensor([inputs["input_ids"].numel()], device=loss.device)
             )
-            self._total_train_tokens += int(read.sum())
+            self._total_train_tokens += int(read.sum()) // sharing
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return (loss, out) if return_outputs else loss
 

@@ -1,0 +1,89 @@
+"""Ranks that share samples, within a Trainer's run: who gets which batch.
+
+`torchrun` starts data × P ranks; those of one group of P get the same batch and read it as a wave
+(`parallel.pipeline`), groups get different ones. To the Trainer they are all data parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import cycle, islice
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import Sampler
+
+from cometlm.causal_lm import CometForCausalLM
+from cometlm.parallel.agreement import check_alike
+from cometlm.parallel.mesh import CHUNK, make_mesh
+from cometlm.parallel.pipeline import Pipeline
+
+
+def share_samples(
+    model: CometForCausalLM, ranks: int, alike: Mapping[str, Any], timeout: timedelta
+) -> None:
+    """Let every group of so many ranks read its samples together, from now on.
+
+    Args:
+        ranks: P.
+        alike: what all ranks of the job must have the same, by name.
+        timeout: how long one waits for another.
+
+    Raises:
+        ValueError: no job of several ranks, a number of ranks that P does not divide, ranks that
+            are not alike.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        raise ValueError(
+            f"chunk_parallel={ranks} needs a job of several ranks, and this process is alone; run: "
+            f"torchrun --nproc-per-node {ranks} --no-python cometlm train …"
+        )
+    check_alike(alike)
+    mesh = make_mesh(ranks, model.device)
+    model.model.pipeline = Pipeline(mesh[CHUNK].get_group(), timeout)
+
+
+@contextmanager
+def alone(model: CometForCausalLM) -> Iterator[None]:
+    """Every rank reads by itself while the context is open."""
+    pipeline, model.model.pipeline = model.model.pipeline, None
+    try:
+        yield
+    finally:
+        model.model.pipeline = pipeline
+
+
+class SharedBatches(Sampler[int]):
+    """Indices of another sampler, each batch of them P times, one time for each rank of a group.
+
+    Data parallelism deals batches to ranks in turn, so the ranks of a group get the same one. A
+    last batch that is not full is filled up from the beginning.
+
+    Args:
+        sampler: indices, the same on every rank.
+        batch_size: of one rank.
+        times: P.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, times: int) -> None:
+        self._sampler: Any = sampler
+        self._batch_size = batch_size
+        self._times = times
+
+    def __iter__(self) -> Iterator[int]:
+        indices, first = iter(self._sampler), []
+        while batch := list(islice(indices, self._batch_size)):
+            first = first or batch
+            batch += islice(cycle(first), self._batch_size - len(batch))
+            for _ in range(self._times):
+                yield from batch
+
+    def __len__(self) -> int:
+        return -(-len(self._sampler) // self._batch_size) * self._batch_size * self._times
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which pass over the data begins; shuffles differ between them."""
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)

@@ -1,0 +1,182 @@
+"""`cometlm train` on several ranks that share samples: as one process, bad luck included."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import SequentialSampler
+
+from cometlm.parallel.agreement import check_alike
+from cometlm.pretrained import WEIGHTS, read_weights
+from cometlm.train.config import config_of, read_config
+from cometlm.train.run import train
+from cometlm.train.together import SharedBatches
+from tests.ranks import run_ranks
+from tests.real import tiny_comet, tokenizer
+from tests.tiny import error
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
+WORDS = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters. "
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """A run of eight steps; plain descent, so that a difference in gradients is one in weights."""
+    folder = tmp_path_factory.mktemp("start")
+    tiny_comet().float().save_pretrained(folder, backbone=True)
+    tokenizer("smollm2").save_pretrained(folder)
+    (folder / "text.txt").write_text(WORDS * 200)
+    stage = {"steps": 8, "tokens": [70, 110], "batch_tokens": 240, "passkey": 0.5}
+    return {
+        "model": str(folder),
+        "dtype": "float32",
+        "mode": "full",
+        "learning_rate": 0.002,
+        "memory_factor": 1.0,
+        "save_steps": 4,
+        "chunks": {"plans": {"random": 1, "fixed": 1}, "sizes": [6, 12]},
+        "generated": {"texts": [str(folder / "text.txt")], "code": [], "stages": [stage]},
+        "trainer": {
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "optim": "sgd",
+            "max_grad_norm": 1.0,
+            "save_total_limit": 4,
+            "use_cpu": True,
+        },
+    }
+
+
+def on_ranks(count, path, *changes):
+    """The command, under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    cometlm = [sys.executable, "-c", "from cometlm.cli.main import run; run()"]
+    command = [*torchrun, "--no-python", *cometlm, "train", str(path)]
+    for change in changes:
+        command += ["--set", change]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--device", "cpu"], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def as_config(settings, folder, **changes):
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, **changes}))
+    return path
+
+
+def losses(folder):
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    rows = [row for row in state["log_history"] if "loss" in row]
+    figures = ("loss", "mean_token_accuracy", "num_tokens", "grad_norm")
+    return [[float(row[name]) for name in figures] for row in rows]
+
+
+def weights(folder):
+    return read_weights(Path(folder) / WEIGHTS)
+
+
+def assert_same_run(ours, theirs):
+    assert len(losses(ours)) == len(losses(theirs)) == 8
+    for got, wanted in zip(losses(ours), losses(theirs), strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)
+    for name, wanted in weights(theirs).items():
+        assert error(weights(ours)[name], wanted) < 1e-5, name
+
+
+def test_two_ranks_train_as_one_process_and_one_goes_on_from_them(settings, tmp_path):
+    alone = tmp_path / "alone"
+    path = as_config(settings, tmp_path)
+    train(read_config(path, [f"output={alone}"]), device="cpu", say=lambda _: None)
+    together = tmp_path / "together"
+    done = on_ranks(2, path, f"output={together}", "chunk_parallel=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("saved ") == 1
+    assert_same_run(together, alone)
+    # The first half by two ranks, the second by one.
+    for late in [together / "checkpoint-8", together / WEIGHTS, together / "trainer_state.json"]:
+        shutil.rmtree(late) if late.is_dir() else late.unlink()
+    said = []
+    train(read_config(path, [f"output={together}"]), device="cpu", say=said.append)
+    assert said[0].endswith("checkpoint-4")
+    assert_same_run(together, alone)
+
+
+@pytest.mark.slow
+def test_two_groups_of_two_train_as_one_process_with_two_batches_a_step(settings, tmp_path):
+    stage = {**settings["generated"]["stages"][0], "steps": 16}
+    settings = {**settings, "generated": {**settings["generated"], "stages": [stage]}}
+    path = as_config(settings, tmp_path)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    one = ["trainer.max_steps=8", "trainer.gradient_accumulation_steps=2", f"output={alone}"]
+    train(read_config(path, one), device="cpu", say=lambda _: None)
+    changes = ("trainer.max_steps=8", f"output={together}", "chunk_parallel=2")
+    done = on_ranks(4, path, *changes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(together, alone)
+
+
+def test_sharing_needs_a_job(settings, tmp_path):
+    config = read_config(as_config(settings, tmp_path), [f"output={tmp_path}", "chunk_parallel=2"])
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        train(config, device="cpu", say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"chunk_parallel": 0}, "chunk_parallel must be at least 1, got 0"),
+        (
+            {
+                "chunk_parallel": 2,
+                "generated": {
+                    "stages": [{"steps": 1, "tokens": [9, 9], "batch_tokens": 9, "ask": "borders"}]
+                },
+            },
+            "forks of the memory",
+        ),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(settings, changes, said):
+    with pytest.raises(ValueError, match=said):
+        config_of({**settings, "output": "x", **changes})
+
+
+@given(count=st.integers(0, 20), size=st.integers(1, 4), times=st.integers(1, 3))
+def test_every_rank_of_a_group_gets_the_same_batches(count, size, times):
+    sampler = SharedBatches(SequentialSampler(range(count)), size, times)
+    indices = list(sampler)
+    assert len(indices) == len(sampler)
+    batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+    for i in range(0, len(batches), times):
+        assert batches[i : i + times] == [batches[i]] * times
+    seen = [index for batch in batches[::times] for index in batch]
+    assert seen[:count] == list(range(count))
+    assert set(seen) == set(range(count))
+
+
+def differing(key):
+    """What a rank is told whose settings are others."""
+    check_alike({"the seed": 1, "the length": 5})
+    try:
+        check_alike({"the seed": dist.get_rank() * key, "the length": 5})
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def test_ranks_that_are_not_alike_are_found():
+    said = run_ranks(2, differing, 3)
+    assert said[0] == said[1]
+    assert "the seed: rank 0 has 0, rank 1 has 3" in said[0]
+    assert "the length" not in said[0]
+    assert run_ranks(2, differing, 0) == ["", ""]
