@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from cometlm.pretrained import WEIGHTS, read_weights
 from cometlm.train.config import config_of, read_config
 from cometlm.train.run import train
 from cometlm.train.together import SharedBatches
+from cometlm.train.trainer import last_checkpoint
 from tests.ranks import run_ranks
 from tests.real import tiny_comet, tokenizer
 from tests.tiny import error
@@ -180,3 +183,59 @@ def test_ranks_that_are_not_alike_are_found():
     assert "the seed: rank 0 has 0, rank 1 has 3" in said[0]
     assert "the length" not in said[0]
     assert run_ranks(2, differing, 0) == ["", ""]
+
+
+def a_port():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "victim", "said"),
+    [
+        ("forward", 1, "rank 0 lost rank 1 (at the .*memory for layer|in a call of all ranks)"),
+        ("backward", 1, "rank 0 lost rank 1 (at the .*memory for layer|in a call of all ranks)"),
+        ("hang", 0, "rank 1 lost rank 0 at the memory for layer 0, chunk"),
+        ("saving", 0, "rank 1 lost rank 0 (at the memory for layer 0|in a call of all ranks)"),
+    ],
+)
+def test_a_rank_that_is_lost_ends_the_job_and_no_checkpoint(
+    settings, tmp_path, moment, victim, said
+):
+    """No agent of torchrun looks on here, which would end the others before they can say why."""
+    output, timeout = tmp_path / "out", 15
+    trainer = {**settings["trainer"], "ddp_timeout": timeout}
+    changes = {"output": str(output), "chunk_parallel": 2, "save_steps": 3, "trainer": trainer}
+    path = as_config(settings, tmp_path, **changes)
+    command = [sys.executable, "-m", "tests.fault", str(victim), moment]
+    command += ["train", str(path), "--device", "cpu"]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(a_port())}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **job, "RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        _, heard = ranks[1 - victim].communicate(timeout=240)
+        assert ranks[1 - victim].returncode == 1, heard[-3000:]
+        last = heard.strip().splitlines()[-1]
+        assert re.search(said, " ".join(heard.split())), heard[-3000:]
+        assert "the last checkpoint is " + str(output / "checkpoint-3") in heard, last
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+            rank.stderr.close()
+    assert last_checkpoint(output) == output / "checkpoint-3"
+    alone = read_config(path, ["chunk_parallel=1"])
+    heard = []
+    train(alone, device="cpu", say=heard.append)
+    assert heard[0].endswith("checkpoint-3")
+    assert len(losses(output)) == 8

@@ -9,6 +9,7 @@ import typer
 
 from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
 from cometlm.cli.console import err, print_error
+from cometlm.parallel.p2p import PipelineError
 
 app = typer.Typer(
     name="cometlm",
@@ -35,7 +36,7 @@ def run() -> None:
     except KeyboardInterrupt:
         err.print("\ninterrupted")
         sys.exit(130)
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, PipelineError) as error:
         if os.environ.get("COMETLM_DEBUG"):
             raise
         print_error(error)

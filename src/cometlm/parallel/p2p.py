@@ -23,6 +23,16 @@ class PipelineError(RuntimeError):
     """A rank waited in vain for another; says which, and for what."""
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of torch.distributed says that another rank does not answer."""
+    return isinstance(error, (PipelineError, dist.DistError)) or "gloo" in str(error).lower()
+
+
+def reason(error: RuntimeError) -> str:
+    """What such an error says, without advice."""
+    return " ".join(str(error).split()).partition(". ")[0][:200]
+
+
 class Like(NamedTuple):
     """What a tensor that is to come looks like."""
 
@@ -89,10 +99,9 @@ class Neighbour:
             raise self._lost(what, error) from error
 
     def _lost(self, what: str, error: RuntimeError) -> PipelineError:
-        reason = " ".join(str(error).split())[:200]
         return PipelineError(
             f"rank {dist.get_rank()} lost rank {self._rank} at {what}, after "
-            f"{self._timeout.total_seconds():.0f} s at most: {reason}"
+            f"{self._timeout.total_seconds():.0f} s at most: {reason(error)}"
         )
 
 

@@ -39,7 +39,8 @@ class Wave:
     """What passes a rank in one call: each layer's memory as soon as it is there.
 
     Attributes:
-        layouts: of the block and all that follows it.
+        layouts: of all steps.
+        block: this rank's.
         left: where memory comes from.
         ties: what the loss has to be joined with.
     """
@@ -47,6 +48,7 @@ class Wave:
     model: CometModel
     call: Call
     layouts: Sequence[ChunkLayout]
+    block: range
     left: Neighbour | None
     ties: list[Tensor] = field(default_factory=list)
 
@@ -54,7 +56,7 @@ class Wave:
         """Each layer's memory before the block, when its turn comes."""
         assert self.left is not None
         for i in range(len(self.model.cells)):
-            got = receive(self.left, self.likes(i), f"the memory of layer {i}")
+            got = receive(self.left, self.likes(i), memory_at(i, self.block.start))
             self.ties.extend(got)
             yield self.state_of(got)
 
@@ -64,7 +66,8 @@ class Wave:
         numbers = iter(range(len(self.model.cells)))
 
         def leave(after: LayerState) -> LayerState:
-            token = send(right, self.tensors_of(after), f"the memory of layer {next(numbers)}")
+            what = memory_at(next(numbers), self.block.stop)
+            token = send(right, self.tensors_of(after), what)
             if token is not None:
                 self.ties.append(token)
             return after
@@ -87,7 +90,7 @@ class Wave:
     def likes(self, i: int) -> list[Like]:
         """What travels of layer i's memory before the block."""
         cell = cast("Cell", self.model.cells[i])
-        first, sizes = self.layouts[0], self.call.sizes
+        first, sizes = self.layouts[self.block.start], self.call.sizes
         batch, width = len(first.rows), int(self.model.config.hidden_size)
         memory = cast("LayerMemoryWeights", self.model.comet.layers[i]).global_memory
         likes = []
@@ -142,7 +145,7 @@ class Pipeline:
         call.asides[1:] = []  # one score stands for all steps
         block, onward = self._block(layouts, model.cells)
         reads_on = bool(block) and block.start > 0
-        wave = self.passing(model, call, layouts[block.start :], self._left)
+        wave = self.passing(model, call, layouts, block, self._left)
         hidden = [model.embedded(call, layouts[t]) for t in block]
         mine = [layouts[t] for t in block]
         mine = _without_ended(mine) if reads_on else mine
@@ -181,6 +184,11 @@ class Pipeline:
             )
         following = places[self.place + 1] if self.place + 1 < self.ranks else range(0)
         return places[self.place], len(following) > 0
+
+
+def memory_at(layer: int, chunk: int) -> str:
+    """The cell that waits for a message, for errors."""
+    return f"the memory for layer {layer}, chunk {chunk}"
 
 
 def _without_ended(layouts: Sequence[ChunkLayout]) -> list[ChunkLayout]:

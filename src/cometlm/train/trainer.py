@@ -28,6 +28,7 @@ from trl import SFTTrainer
 
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
+from cometlm.parallel.p2p import PipelineError, is_lost, reason
 from cometlm.pretrained import load_lora
 from cometlm.train.lora import parameter_groups
 from cometlm.train.together import SharedBatches, alone, share_samples
@@ -121,6 +122,20 @@ class CometTrainer(SFTTrainer):
             return SharedBatches(sampler, self.args.per_device_train_batch_size, self._sharing)
         return sampler
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """See `Trainer.train`.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+            PipelineError: another rank does not answer; names it, the cell and the step.
+        """
+        try:
+            return super().train(*args, **options)
+        except RuntimeError as error:
+            if self._sharing == 1 or not is_lost(error):
+                raise
+            raise self._lost(error) from error
+
     # --- one step ---------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
@@ -143,6 +158,18 @@ class CometTrainer(SFTTrainer):
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value}; {self._where(inputs)}")
         return loss
+
+    def _lost(self, error: RuntimeError) -> PipelineError:
+        """What a rank says that is left alone."""
+        said = str(error)
+        if not isinstance(error, PipelineError):
+            rank = self.accelerator.process_index
+            others = [str(one) for one in range(self.accelerator.num_processes) if one != rank]
+            which = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {', '.join(others)}"
+            said = f"rank {rank} lost {which} in a call of all ranks: {reason(error)}"
+        saved = last_checkpoint(self.args.output_dir)
+        step = self.state.global_step + 1
+        return PipelineError(f"{said}; step {step}, the last checkpoint is {saved or 'none'}")
 
     def _place_plans(self) -> None:
         """Draw as a run would that came here without a stop."""
