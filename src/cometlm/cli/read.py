@@ -23,10 +23,13 @@ from cometlm.cli.console import (
     load_quietly,
     out,
 )
+from cometlm.parallel.mesh import join_job
+from cometlm.parallel.reading import SharedSession
 from cometlm.session import Session
 from cometlm.text import read_blocks
 
 _SAVE_EVERY = 300  # seconds
+_SAVE_EVERY_BLOCKS = 500  # where ranks have to agree
 
 
 def read(
@@ -52,7 +55,10 @@ def read(
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Read a text with a model, chunk by chunk, in constant memory."""
+    """Read a text with a model, chunk by chunk, in constant memory.
+
+    Under `torchrun --no-python` all ranks read it together, and one writes the session.
+    """
     begin = _beginning(save, session, resume)
     _check_writable(save)
     source, size = open_text(file)
@@ -65,14 +71,17 @@ def read(
         stride=stride,
         capacity=capacity,
     )
+    rank, ranks = join_job(loaded.device)
+    err.quiet = out.quiet = rank > 0  # one rank of a job is enough to hear
     err.print(describe(loaded), highlight=False)
-    reader = Session.load(begin, loaded, tokenizer) if begin else Session(loaded, tokenizer)
+    kind, read_all = (Session, _read_all) if ranks == 1 else (SharedSession, _read_together)
+    reader = kind.load(begin, loaded, tokenizer) if begin else kind(loaded, tokenizer)
     with source:
         if resume:
             _skip(source, reader.characters, file)
         else:
             reader.characters = 0
-        interrupted = _read_all(reader, source, file, size, save)
+        interrupted = read_all(reader, source, file, size, save)
     if reader.stats().tokens == 0:
         raise ValueError(f"{file} holds no text")
     if interrupted:
@@ -111,6 +120,29 @@ def _read_all(
                     reader.save(save)
                     err.print(f"saved {save}", markup=False, highlight=False)
     return interrupt.asked
+
+
+def _read_together(
+    reader: Session, source: IO[str], name: str, size: int | None, save: Path | None
+) -> bool:
+    """Read to the end with other ranks; all of them save when they have read as much.
+
+    Ctrl-C reaches each rank somewhere else, so it ends the job; `--resume` goes on from the last
+    time that it was saved.
+    """
+    with ReadingProgress(size, reader.stats().tokens) as progress:
+        texts = progress.counting(read_blocks(source, name))
+        ending = reader.finish if save is None else reader.settle
+        for number, stats in enumerate(chain(reader.reading(texts), ending()), start=1):
+            progress.show(stats)
+            if save is not None and number % _SAVE_EVERY_BLOCKS == 0:
+                reader.save(save)
+        if save is not None:
+            reader.save(save)
+    err.print(f"read {progress.summary(reader.stats())}", highlight=False)
+    if save is not None:
+        err.print(f"saved {save}", markup=False, highlight=False)
+    return False
 
 
 def open_text(name: str) -> tuple[IO[str], int | None]:

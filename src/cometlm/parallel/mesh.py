@@ -6,11 +6,32 @@ of one column hold the same place in different samples, and may shard the weight
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from cometlm.device import default_device
+
 DATA, CHUNK = "data", "chunk"
+
+
+def join_job(device: torch.device) -> tuple[int, int]:
+    """Join the job that `torchrun` started this process for, if it did.
+
+    Args:
+        device: what this rank computes on.
+
+    Returns:
+        This rank, and how many there are.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group(dist.get_default_backend_for_device(device))
+    return dist.get_rank(), dist.get_world_size()
 
 
 def make_mesh(chunk_parallel: int, device: torch.device | None = None) -> DeviceMesh:
@@ -23,8 +44,7 @@ def make_mesh(chunk_parallel: int, device: torch.device | None = None) -> Device
     Raises:
         ValueError: a number of ranks that it does not divide.
     """
-    if device is None:
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = default_device() if device is None else device
     if not dist.is_initialized():
         dist.init_process_group(dist.get_default_backend_for_device(device))
     ranks = dist.get_world_size()

@@ -58,6 +58,8 @@ class Neighbour:
 
     def post(self, tensors: Sequence[Tensor], what: str) -> None:
         """Begin to send; `what` names it in errors."""
+        while self._under_way and self._under_way[0][0].is_completed():
+            self._finish(*self._under_way.pop(0)[::2])
         for x in tensors:
             held = x.detach().contiguous()  # kept until it has been sent
             work = self._begin(dist.isend, held, what)

@@ -39,15 +39,15 @@ class Wave:
     """What passes a rank in one call: each layer's memory as soon as it is there.
 
     Attributes:
-        layouts: of all steps.
-        block: this rank's.
+        first: the first layout of this rank's block.
+        block: its chunks, counted from the beginning of the text.
         left: where memory comes from.
         ties: what the loss has to be joined with.
     """
 
     model: CometModel
     call: Call
-    layouts: Sequence[ChunkLayout]
+    first: ChunkLayout
     block: range
     left: Neighbour | None
     ties: list[Tensor] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Wave:
     def likes(self, i: int) -> list[Like]:
         """What travels of layer i's memory before the block."""
         cell = cast("Cell", self.model.cells[i])
-        first, sizes = self.layouts[self.block.start], self.call.sizes
+        first, sizes = self.first, self.call.sizes
         batch, width = len(first.rows), int(self.model.config.hidden_size)
         memory = cast("LayerMemoryWeights", self.model.comet.layers[i]).global_memory
         likes = []
@@ -145,7 +145,8 @@ class Pipeline:
         call.asides[1:] = []  # one score stands for all steps
         block, onward = self._block(layouts, model.cells)
         reads_on = bool(block) and block.start > 0
-        wave = self.passing(model, call, layouts, block, self._left)
+        first = layouts[block.start if block else 0]
+        wave = self.passing(model, call, first, block, self._left)
         hidden = [model.embedded(call, layouts[t]) for t in block]
         mine = [layouts[t] for t in block]
         mine = _without_ended(mine) if reads_on else mine

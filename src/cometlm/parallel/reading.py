@@ -1,0 +1,171 @@
+"""Ranks that read one text together and end with one ordinary session.
+
+Blocks of chunks go round the ranks in turn: while one rank is at layer i of its block, the next is
+a layer behind in the block that follows, and the last hands its memory on to the first. So all
+ranks are at work from the second block on, however long the text is. Every rank is given the whole
+text; what travels is each layer's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cometlm.batch import TextBatch
+from cometlm.cache import CometCache
+from cometlm.call import Call, checked
+from cometlm.causal_lm import CometForCausalLM
+from cometlm.grid import States, walk_by_layer
+from cometlm.layout import ChunkLayout, Piece, plan_cuts
+from cometlm.parallel.p2p import Neighbour
+from cometlm.parallel.pipeline import TIMEOUT, Wave, memory_at
+from cometlm.session import Session, SessionStats
+
+CHUNKS = 8  # of a block: one message for each layer and block
+
+
+class SharedSession(Session):
+    """A session that all ranks of a group read together; every call is made on all of them.
+
+    Reading leaves the memory spread over the ranks; `gather` brings it to each of them, and so do
+    `fork`, `save` and with them asking. All ranks must be given the same text.
+
+    Args:
+        model: the same weights on every rank.
+        tokenizer: its tokenizer.
+        group: the ranks; default all. At least two.
+        chunks: of a block.
+
+    Raises:
+        ValueError: no job of several ranks, less than one chunk.
+    """
+
+    def __init__(
+        self,
+        model: CometForCausalLM,
+        tokenizer: Any = None,
+        group: dist.ProcessGroup | None = None,
+        chunks: int = CHUNKS,
+    ) -> None:
+        super().__init__(model, tokenizer)
+        if not dist.is_initialized() or dist.get_world_size(group) < 2:
+            raise ValueError("a shared session needs a job of several ranks: start it by torchrun")
+        if chunks < 1:
+            raise ValueError(f"chunks must be at least 1, got {chunks}")
+        own = group if group is not None else dist.group.WORLD
+        assert own is not None
+        self._group = own
+        self._place, self._ranks = dist.get_rank(own), dist.get_world_size(own)
+        self._left = Neighbour(own, (self._place - 1) % self._ranks, TIMEOUT)
+        self._right = Neighbour(own, (self._place + 1) % self._ranks, TIMEOUT)
+        self._chunks = chunks
+        self._blocks = 0  # walked since the memory was last gathered
+        self._last: States = ()  # this rank's newest
+
+    def gather(self) -> None:
+        """Walk all full chunks that more text has followed, and bring the memory to every rank.
+
+        Raises:
+            PipelineError: another rank is lost.
+        """
+        size = self.model.config.comet_config.chunk_size
+        if (rest := (len(self._open) - 1) // size) > 0:
+            self._walk(rest)
+        if not self._blocks:
+            return
+        owner, right = (self._blocks - 1) % self._ranks, self._blocks % self._ranks
+        wave = self._wave(self._call([]), 0)
+        states = []
+        for i in range(len(self.model.model.cells)):
+            likes = wave.likes(i)
+            if self._place == right:  # it was sent for a block that does not come
+                tensors = self._left.fetch(likes, memory_at(i, wave.block.start))
+            elif self._place == owner:
+                tensors = wave.tensors_of(self._last[i])
+            else:
+                tensors = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in likes]
+            for tensor in tensors:
+                dist.broadcast(tensor, dist.get_global_rank(self._group, owner), self._group)
+            states.append(wave.state_of(tensors))
+        self._right.flush()
+        self._cache = replace(self._cache, layers=tuple(states))
+        self._blocks, self._last = 0, ()
+
+    def fork(self, *, without: Collection[str] = ()) -> Session:
+        """See `Session.fork`."""
+        self.gather()
+        return super().fork(without=without)
+
+    def save(self, path: str | Path) -> None:
+        """See `Session.save`: one file, written by the group's first rank."""
+        self.gather()
+        if self._place == 0:
+            super().save(path)
+        dist.barrier(self._group)
+
+    def _take(self, ids: Sequence[int]) -> Iterator[SessionStats]:
+        size = self.model.config.comet_config.chunk_size
+        self._open += ids
+        while len(self._open) > self._chunks * size:
+            yield self._walk(self._chunks)
+
+    def _fold(self, size: int) -> SessionStats:
+        self.gather()
+        return super()._fold(size)
+
+    def _written(self, ids: list[int], generation: dict[str, Any], stream: bool) -> Iterator[str]:
+        for _ in self.finish():
+            pass
+        self.gather()
+        yield from super()._written(ids, generation, stream)
+
+    @torch.no_grad()
+    def _walk(self, chunks: int) -> SessionStats:
+        """One block, by the rank whose turn it is."""
+        count = chunks * self.model.config.comet_config.chunk_size
+        call = self._call(self._open[:count])
+        del self._open[:count]
+        layouts = list(call.layouts())
+        if self._blocks % self._ranks == self._place:
+            model, wave = self.model.model, self._wave(call, chunks)
+            _, self._last = walk_by_layer(
+                model.grid(call.reach),
+                [model.embedded(call, layout) for layout in layouts],
+                layouts,
+                wave.incoming() if self._blocks else self._cache.layers,
+                wave.outgoing(self._right),
+            )
+            checked(layouts[-1], self._last)
+        self._blocks += 1
+        self._cache = replace(self._cache, rows=call.rows)
+        return SessionStats(self._cache.tokens_read, self._cache.chunks_folded, self._cache.nbytes)
+
+    def _call(self, ids: Sequence[int]) -> Call:
+        """A call of full chunks on top of what was read."""
+        sizes = self.model.config.comet_config
+        cache: CometCache = self._cache
+        size = sizes.chunk_size
+        steps = plan_cuts([[size] * (len(ids) // size)], more=True) if ids else []
+        return Call(
+            text=TextBatch.of(self._tensor(list(ids) or [0]), None, self.model.config.vocab_size),
+            cache=cache,
+            steps=steps,
+            sizes=sizes,
+            reach=cache.reach_under(sizes),
+            first=0,
+            use_cache=True,
+            scored=None,
+        )
+
+    def _wave(self, call: Call, chunks: int) -> Wave:
+        """What passes this rank around so many chunks that come next."""
+        size, rows = call.sizes.chunk_size, call.cache.rows
+        piece = (Piece(0, size, close=True),) * len(rows)
+        first = ChunkLayout(call.sizes, rows, piece, call.reach, call.text.ids.device)
+        begin = call.cache.chunks_folded
+        return Wave(self.model.model, call, first, range(begin, begin + chunks), self._left)
