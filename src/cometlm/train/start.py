@@ -79,7 +79,8 @@ def fit_gates(model: CometForCausalLM, texts: Iterable[Said], gates: Gates) -> N
 
 
 def _fitted(x: Tensor, holds: Tensor, gates: Gates) -> Tensor:
-    """Weights [2D] that make of x [samples, 2D] the logits wanted."""
+    """Weights [2D] that make of x [samples, 2D] the logits wanted; solved in float64."""
+    x = x.double()
     wanted = torch.full_like(x[:, 0], _logit(gates.keep))
     wanted[holds == 1] = _logit(gates.keep_at_key)
     weights = torch.zeros_like(wanted)
@@ -128,7 +129,7 @@ def _seen(memories: Sequence[GlobalMemory]) -> Iterator[list[list[Tensor]]]:
         ) -> None:
             if states:  # none before the first fold
                 both = torch.cat([candidate, states.pop()], dim=-1)
-                kept.append(both.flatten(0, 1).double().cpu())
+                kept.append(both.flatten(0, 1).float().cpu())
 
         hooks.append(memory.register_forward_pre_hook(note_state))
         hooks.append(memory.norm.register_forward_hook(note_both))
