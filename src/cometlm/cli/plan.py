@@ -53,13 +53,13 @@ def plan(
     dtype: options.Dtype = None,
 ) -> None:
     """Simulate one training step: the wave, a naive split of chunks, and a split of layers."""
-    given = {
+    wanted = {
         "chunk_size": chunk_size,
         "readout_tokens": readout_tokens,
         "stride": stride,
         "capacity": capacity,
     }
-    given = {name: size for name, size in given.items() if size is not None}
+    given: dict[str, Any] = {name: size for name, size in wanted.items() if size is not None}
     weights = Weights(trained=trained, shards=shards)
     if speed is None:
         loaded, _ = load_quietly(model, device, dtype, **given)
@@ -91,7 +91,7 @@ def plan(
         out.print(f"drawn into {picture}", highlight=False, soft_wrap=True)
 
 
-def _described(name: str, given: dict[str, int]) -> tuple[Any, CometConfig]:
+def _described(name: str, given: dict[str, Any]) -> tuple[Any, CometConfig]:
     """A backbone's config and the memory's sizes; no weights are loaded."""
     try:
         config = AutoConfig.from_pretrained(source_of(name))
@@ -99,7 +99,7 @@ def _described(name: str, given: dict[str, int]) -> tuple[Any, CometConfig]:
         raise not_found(name, error) from error
     if isinstance(config, CometModelConfig):
         return config.text_config, config.comet_config.replace(**given)
-    own = BUILT_IN[name].sizes if name in BUILT_IN else {}
+    own: dict[str, Any] = BUILT_IN[name].sizes if name in BUILT_IN else {}
     return getattr(config, "text_config", config), CometConfig(**{**own, **given})
 
 

@@ -73,7 +73,8 @@ class SharedBatches(Sampler[int]):
         self._times = times
 
     def __iter__(self) -> Iterator[int]:
-        indices, first = iter(self._sampler), []
+        indices = iter(self._sampler)
+        first: list[int] = []
         while batch := list(islice(indices, self._batch_size)):
             first = first or batch
             batch += islice(cycle(first), self._batch_size - len(batch))
