@@ -228,3 +228,18 @@ def test_asking_poses_the_question(model):
     posed.pose(session._ids_of(session._turn("When?").opening))
     assert session.ask("When?", max_new_tokens=4) == session._decode(posed.continuation(4))
     assert_same(session, session_of(model, text))
+
+
+@pytest.mark.parametrize("before", [2, 9, 11])
+def test_a_session_whose_chunk_ended_early_is_kept(model, before, tmp_path):
+    """Also before its memory is full: fewer entries than whole chunks leave."""
+    ids = ids_of(TEXT).tolist()
+    session = session_of(model, ids[:before])
+    session.pose(ids[before : before + 10])
+    session.save(tmp_path / "early.comet")
+    loaded = Session.load(tmp_path / "early.comet", model, real.tokenizer("smollm2"))
+    assert loaded.stats().tokens == before + 10
+    assert_same(loaded, session)
+    for one in (loaded, session):
+        one.read(ids[:30])
+    assert_same(loaded, session)

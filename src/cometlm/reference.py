@@ -7,6 +7,8 @@ time, and shares no code with the fast path but the memory's weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -15,19 +17,30 @@ from torch import Tensor
 from cometlm.causal_lm import CometForCausalLM
 
 
-def reference_logits(model: CometForCausalLM, input_ids: Tensor, **budget: int) -> Tensor:
-    """Logits [N, V] of one sample's ids [N], computed chunk after chunk from nothing."""
-    return model.logits(reference_hidden(model, input_ids, **budget)[None])[0]
+def reference_logits(
+    model: CometForCausalLM, input_ids: Tensor, ends: Sequence[int] = (), **budget: int
+) -> Tensor:
+    """Logits [N, V] of one sample's ids [N], computed chunk after chunk from nothing.
+
+    Args:
+        ends: numbers of tokens after which a chunk ends that may not be full (SPEC §5), rising.
+        budget: stride or capacity, where they are not the model's own.
+    """
+    return model.logits(reference_hidden(model, input_ids, ends, **budget)[None])[0]
 
 
-def reference_hidden(model: CometForCausalLM, input_ids: Tensor, **budget: int) -> Tensor:
+def reference_hidden(
+    model: CometForCausalLM, input_ids: Tensor, ends: Sequence[int] = (), **budget: int
+) -> Tensor:
     """Last hidden states [N, D] of one sample's ids [N]. Every chunk is closed, the last too."""
     config = model.config.comet_config.replace(**budget)
     layers = len(model.model.cells)
     states: list[Tensor | None] = [None] * layers
     fifos: list[Tensor | None] = [None] * layers
     outputs = []
-    for ids in input_ids.split(config.chunk_size):
+    borders = [0, *ends, len(input_ids)]
+    parts = [input_ids[a:b].split(config.chunk_size) for a, b in pairwise(borders)]
+    for ids in chain(*parts):
         chunk, text, compression, readout = _items(model, ids, config)
         for i in range(layers):
             cell: Any = model.model.cells[i]
@@ -52,12 +65,14 @@ def reference_hidden(model: CometForCausalLM, input_ids: Tensor, **budget: int) 
     return torch.cat(outputs)
 
 
-def reference_generate(model: CometForCausalLM, input_ids: Tensor, count: int) -> list[int]:
+def reference_generate(
+    model: CometForCausalLM, input_ids: Tensor, count: int, ends: Sequence[int] = ()
+) -> list[int]:
     """`count` greedy ids after `input_ids` [N]: the argmax of repeated full forwards (SPEC §4)."""
     generated: list[int] = []
     for _ in range(count):
         ids = torch.cat([input_ids, input_ids.new_tensor(generated)])
-        logits = reference_logits(model, ids)[-1]
+        logits = reference_logits(model, ids, ends)[-1]
         logits[model.config.suppressed_tokens or []] = -torch.inf
         generated.append(int(logits.argmax()))
     return generated

@@ -114,13 +114,12 @@ class Session:
         Raises:
             ValueError, FloatingPointError: as `read`.
         """
-        if question:
-            self._check(question)
+        self._check(question)
         for _ in self.finish():
             pass
         size = self.model.config.comet_config.chunk_size
         wanted = len(question) + size // _ANSWER_SHARE
-        if self._open and len(self._open) + wanted > size >= wanted:
+        if question and self._open and len(self._open) + wanted > size >= wanted:
             self._fold(len(self._open))
         self.read(question)
 

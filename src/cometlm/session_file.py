@@ -71,6 +71,8 @@ def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> No
         "made_by": identity(model),
         "model": describe_model(model),
         "folds": row.folds,
+        "entries": row.entries,
+        "tokens": row.tokens,
         "turns": session.turns,
         "characters": session.characters,
         "stream": session.stream,
@@ -101,7 +103,12 @@ def load(path: str | Path, model: CometForCausalLM) -> SessionState:
                 f"model's is {ours}"
             )
     sizes = model.config.comet_config
-    row = _counts(sizes, document["folds"])
+    row = _counts(sizes, document)
+    if row.entries > sizes.temporary_slots or not 0 <= row.tokens <= row.folds * sizes.chunk_size:
+        raise ValueError(
+            f"{path} is damaged: {row.folds} chunks do not hold {row.tokens} tokens and leave "
+            f"{row.entries} entries"
+        )
     wanted = _wanted(model, row)
     with _opened(path) as file:
         _check_tensors(path, file, wanted)
@@ -192,13 +199,14 @@ def _opened(path: str | Path) -> Any:
         raise ValueError(f"{path} is no session file, or a truncated one: {error}") from error
 
 
-def _counts(sizes: CometConfig, folds: int) -> RowCounts:
-    """Where a row stands after so many whole chunks."""
+def _counts(sizes: CometConfig, document: Mapping[str, Any]) -> RowCounts:
+    """Where a row stands; in older files every chunk is a full one."""
+    folds = document["folds"]
     entries = folds * sizes.compression_tokens(sizes.chunk_size)
     return RowCounts(
         folds=folds,
-        entries=min(entries, sizes.temporary_slots),
-        tokens=folds * sizes.chunk_size,
+        entries=document.get("entries", min(entries, sizes.temporary_slots)),
+        tokens=document.get("tokens", folds * sizes.chunk_size),
     )
 
 
@@ -266,7 +274,9 @@ def _check(path: str | Path, document: Any) -> None:
         "made_by": ("backbone", "memory weights", "config"),
         "model": ("name", "dtype", "sizes"),
     }
-    sound = all(number(document.get(name)) for name in counts) and all(
+    sound = all(number(document.get(name)) for name in counts)
+    sound = sound and all(number(document.get(name, 0)) for name in ("entries", "tokens"))
+    sound = sound and all(
         isinstance(document.get(name), dict)
         and all(isinstance(document[name].get(key), str) for key in keys)
         for name, keys in parts.items()
