@@ -106,7 +106,7 @@ def test_what_wants_no_gradient_and_what_is_not_trained():
             assert gradient < 1e-6, case
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_loss_and_gradients_are_the_single_processs(ranks):
     for results in run_ranks(ranks, compare_all):
         for case, (loss, gradient, zeros) in results.items():
@@ -171,6 +171,7 @@ def trained_sharded_all():
     return {(name, again): trained_sharded(name, again) for name in SHARDED for again in (0, 1)}
 
 
+@pytest.mark.slow
 def test_ten_steps_with_sharded_weights_on_two_by_two_ranks():
     for results in run_ranks(4, trained_sharded_all):
         for case, (loss, weights) in results.items():

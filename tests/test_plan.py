@@ -100,7 +100,7 @@ def test_the_command_plans_from_a_config_alone(qwen, tmp_path):
     ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "131,072 tokens in 64 chunks of 2,048, 36 layers, 16 devices" in result.output
+    assert "16,384 tokens in 8 chunks of 2,048, 36 layers, 4 devices" in result.output
     assert "too much" in result.output
     assert picture.exists()
 
