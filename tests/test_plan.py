@@ -95,6 +95,10 @@ def test_the_command_plans_from_a_config_alone(qwen, tmp_path):
         "400",
         "--memory",
         "1",
+        "--tokens",
+        "16384",
+        "--devices",
+        "4",
         "--picture",
         str(picture),
     ]

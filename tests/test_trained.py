@@ -36,10 +36,10 @@ def test_it_finds_keys_far_behind_its_temporary_memory(loaded):
     whole, without_global = [], []
     for seed in range(10):
         # A border would cut these questions, or part them from their answers.
-        sample = task.draw(random.Random(seed), 5 * 512 + 4 * seed, depth=0.2)
+        sample = task.draw(random.Random(seed), 8 * 256 + 4 * seed, depth=0.2)
         session = Session(model, tokenizer)
         session.read(sample.text)
-        assert session.stats().chunks == 4
+        assert session.stats().chunks == 7
         whole.append((sample.key, said(session, sample)))
         without_global.append((sample.key, said(session, sample, ("global",))))
     assert digits(whole) > 0.85
@@ -49,8 +49,8 @@ def test_it_finds_keys_far_behind_its_temporary_memory(loaded):
 def test_it_comes_with_the_name_and_takes_other_sizes(loaded):
     model, _ = loaded
     assert any(".lora_" in name for name, _ in model.named_parameters())
-    other, _ = cometlm.load("smollm2", device="cpu", chunk_size=256, capacity=128)
-    assert other.config.comet_config.chunk_size == 256
+    other, _ = cometlm.load("smollm2", device="cpu", chunk_size=512, capacity=128)
+    assert other.config.comet_config.chunk_size == 512
     assert any(".lora_" in name for name, _ in other.named_parameters())
     untrained, _ = cometlm.load("smollm2", device="cpu", seed=0)
     assert not any(".lora_" in name for name, _ in untrained.named_parameters())
