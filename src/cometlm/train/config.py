@@ -175,7 +175,7 @@ class TrainConfig:
         model: a built-in name, directory or hub id; of a checkpoint to train it further.
         output: the folder that the run writes to and resumes from.
         dtype: what the backbone computes in; None is what the device is fast at. Trained weights
-            are kept in float32.
+            are kept in float32, or in float64 if that is said here.
         mode: what is trained: the memory alone, the memory and LoRA, or everything.
         comet: `CometConfig` fields, for a new memory; without any, a checkpoint or a built-in
             model goes on from the memory that it has.

@@ -65,7 +65,8 @@ def set_trainable(model: CometForCausalLM, mode: str, lora: LoraConfig | None = 
     if mode == "full":
         if getattr(model._backbone, "is_quantized", False):
             raise ValueError("mode full cannot train a quantised backbone; use memory or lora")
-        model.float().requires_grad_(True)
+        wide = torch.promote_types(model.dtype, torch.float32)
+        torch.nn.Module.to(model, wide).requires_grad_(True)
         return
     model.requires_grad_(False)
     if mode == "lora" and not getattr(model, "_hf_peft_config_loaded", False):
@@ -76,7 +77,7 @@ def set_trainable(model: CometForCausalLM, mode: str, lora: LoraConfig | None = 
     if mode == "lora":
         trained |= {name: p for name, p in model.named_parameters() if ".lora_" in name}
     for parameter in trained.values():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
 
 
