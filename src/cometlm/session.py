@@ -115,8 +115,7 @@ class Session:
             ValueError, FloatingPointError: as `read`.
         """
         self._check(question)
-        for _ in self.finish():
-            pass
+        self._end_text()
         size = self.model.config.comet_config.chunk_size
         wanted = len(question) + size // _ANSWER_SHARE
         if question and self._open and len(self._open) + wanted > size >= wanted:
@@ -259,6 +258,11 @@ class Session:
 
     # --- inside -----------------------------------------------------------------------------
 
+    def _end_text(self) -> None:
+        """The text ends here; no more than one chunk is open then."""
+        for _ in self.finish():
+            pass
+
     def _take(self, ids: Sequence[int]) -> Iterator[SessionStats]:
         """Add tokens; run every chunk that more text has followed."""
         size = self.model.config.comet_config.chunk_size
@@ -299,8 +303,7 @@ class Session:
 
     def _written(self, ids: list[int], generation: dict[str, Any], stream: bool) -> Iterator[str]:
         """Go on from what was read: the text piece by piece, and its token ids into `ids`."""
-        for _ in self.finish():
-            pass
+        self._end_text()
         if not self._open:
             raise ValueError("nothing was read and the prompt is empty: there is nothing to go on")
         options = _generation_options(generation, self.model, self.tokenizer)

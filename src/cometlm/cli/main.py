@@ -39,5 +39,6 @@ def run() -> None:
     except (ValueError, OSError, ArithmeticError, PipelineError) as error:
         if os.environ.get("COMETLM_DEBUG"):
             raise
+        err.quiet = False  # a rank that says nothing else says this
         print_error(error)
         sys.exit(1)

@@ -26,11 +26,9 @@ def join_job(device: torch.device) -> tuple[int, int]:
     Returns:
         This rank, and how many there are.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group(dist.get_default_backend_for_device(device))
+    _join(device)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -45,8 +43,7 @@ def make_mesh(chunk_parallel: int, device: torch.device | None = None) -> Device
         ValueError: a number of ranks that it does not divide.
     """
     device = default_device() if device is None else device
-    if not dist.is_initialized():
-        dist.init_process_group(dist.get_default_backend_for_device(device))
+    _join(device)
     ranks = dist.get_world_size()
     if chunk_parallel < 1 or ranks % chunk_parallel:
         raise ValueError(
@@ -54,3 +51,8 @@ def make_mesh(chunk_parallel: int, device: torch.device | None = None) -> Device
         )
     shape = (ranks // chunk_parallel, chunk_parallel)
     return init_device_mesh(device.type, shape, mesh_dim_names=(DATA, CHUNK))
+
+
+def _join(device: torch.device) -> None:
+    if not dist.is_initialized():
+        dist.init_process_group(dist.get_default_backend_for_device(device))

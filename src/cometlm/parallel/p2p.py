@@ -10,7 +10,8 @@ reverse order on every rank, and each waits only for what the other has been sen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -25,12 +26,32 @@ class PipelineError(RuntimeError):
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error of torch.distributed says that another rank does not answer."""
-    return isinstance(error, (PipelineError, dist.DistError)) or "gloo" in str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def reason(error: RuntimeError) -> str:
     """What such an error says, without advice."""
     return " ".join(str(error).split()).partition(". ")[0][:200]
+
+
+@contextmanager
+def answering(what: str) -> Iterator[None]:
+    """Name a call of all ranks in the error of a rank that is left alone in it.
+
+    Raises:
+        PipelineError: instead of what torch.distributed says.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        rank = dist.get_rank()
+        others = [str(one) for one in range(dist.get_world_size()) if one != rank]
+        which = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {', '.join(others)}"
+        raise PipelineError(f"rank {rank} lost {which} in {what}: {reason(error)}") from error
 
 
 class Like(NamedTuple):

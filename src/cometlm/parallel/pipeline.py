@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from cometlm.config import CometConfig
 from cometlm.grid import Cell, LayerState, States, walk_by_layer
 from cometlm.layout import ChunkLayout
 from cometlm.memory import LayerMemory, LayerMemoryWeights
@@ -39,6 +40,7 @@ class Wave:
     """What passes a rank in one call: each layer's memory as soon as it is there.
 
     Attributes:
+        sizes: of the memory in this call.
         first: the first layout of this rank's block.
         block: its chunks, counted from the beginning of the text.
         left: where memory comes from.
@@ -46,7 +48,7 @@ class Wave:
     """
 
     model: CometModel
-    call: Call
+    sizes: CometConfig
     first: ChunkLayout
     block: range
     left: Neighbour | None
@@ -84,13 +86,13 @@ class Wave:
     def state_of(self, tensors: Sequence[Tensor]) -> LayerState:
         """A layer's memory of what has travelled."""
         parts = list(tensors)
-        state = parts.pop(0) if self.call.sizes.global_memory else None
+        state = parts.pop(0) if self.sizes.global_memory else None
         return LayerState(LayerMemory(state, tuple(parts)))
 
     def likes(self, i: int) -> list[Like]:
         """What travels of layer i's memory before the block."""
         cell = cast("Cell", self.model.cells[i])
-        first, sizes = self.first, self.call.sizes
+        first, sizes = self.first, self.sizes
         batch, width = len(first.rows), int(self.model.config.hidden_size)
         memory = cast("LayerMemoryWeights", self.model.comet.layers[i]).global_memory
         likes = []
@@ -146,7 +148,7 @@ class Pipeline:
         block, onward = self._block(layouts, model.cells)
         reads_on = bool(block) and block.start > 0
         first = layouts[block.start if block else 0]
-        wave = self.passing(model, call, first, block, self._left)
+        wave = self.passing(model, call.sizes, first, block, self._left)
         hidden = [model.embedded(call, layouts[t]) for t in block]
         mine = [layouts[t] for t in block]
         mine = _without_ended(mine) if reads_on else mine

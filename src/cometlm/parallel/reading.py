@@ -17,12 +17,11 @@ import torch
 import torch.distributed as dist
 
 from cometlm.batch import TextBatch
-from cometlm.cache import CometCache
 from cometlm.call import Call, checked
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.grid import States, walk_by_layer
 from cometlm.layout import ChunkLayout, Piece, plan_cuts
-from cometlm.parallel.p2p import Neighbour
+from cometlm.parallel.p2p import Neighbour, answering
 from cometlm.parallel.pipeline import TIMEOUT, Wave, memory_at
 from cometlm.session import Session, SessionStats
 
@@ -78,8 +77,13 @@ class SharedSession(Session):
             self._walk(rest)
         if not self._blocks:
             return
+        with answering("the gathering of the memory"):
+            self._cache = replace(self._cache, layers=self._gathered())
+        self._blocks, self._last = 0, ()
+
+    def _gathered(self) -> States:
         owner, right = (self._blocks - 1) % self._ranks, self._blocks % self._ranks
-        wave = self._wave(self._call([]), 0)
+        wave = self._wave(0)
         states = []
         for i in range(len(self.model.model.cells)):
             likes = wave.likes(i)
@@ -93,8 +97,7 @@ class SharedSession(Session):
                 dist.broadcast(tensor, dist.get_global_rank(self._group, owner), self._group)
             states.append(wave.state_of(tensors))
         self._right.flush()
-        self._cache = replace(self._cache, layers=tuple(states))
-        self._blocks, self._last = 0, ()
+        return tuple(states)
 
     def fork(self, *, without: Collection[str] = ()) -> Session:
         """See `Session.fork`."""
@@ -106,7 +109,8 @@ class SharedSession(Session):
         self.gather()
         if self._place == 0:
             super().save(path)
-        dist.barrier(self._group)
+        with answering("the saving of the session"):
+            dist.barrier(self._group)
 
     def _take(self, ids: Sequence[int]) -> Iterator[SessionStats]:
         size = self.model.config.comet_config.chunk_size
@@ -118,11 +122,9 @@ class SharedSession(Session):
         self.gather()
         return super()._fold(size)
 
-    def _written(self, ids: list[int], generation: dict[str, Any], stream: bool) -> Iterator[str]:
-        for _ in self.finish():
-            pass
+    def _end_text(self) -> None:
+        super()._end_text()
         self.gather()
-        yield from super()._written(ids, generation, stream)
 
     @torch.no_grad()
     def _walk(self, chunks: int) -> SessionStats:
@@ -132,7 +134,7 @@ class SharedSession(Session):
         del self._open[:count]
         layouts = list(call.layouts())
         if self._blocks % self._ranks == self._place:
-            model, wave = self.model.model, self._wave(call, chunks)
+            model, wave = self.model.model, self._wave(chunks)
             _, self._last = walk_by_layer(
                 model.grid(call.reach),
                 [model.embedded(call, layout) for layout in layouts],
@@ -148,24 +150,23 @@ class SharedSession(Session):
     def _call(self, ids: Sequence[int]) -> Call:
         """A call of full chunks on top of what was read."""
         sizes = self.model.config.comet_config
-        cache: CometCache = self._cache
-        size = sizes.chunk_size
-        steps = plan_cuts([[size] * (len(ids) // size)], more=True) if ids else []
+        full = len(ids) // sizes.chunk_size
         return Call(
-            text=TextBatch.of(self._tensor(list(ids) or [0]), None, self.model.config.vocab_size),
-            cache=cache,
-            steps=steps,
+            text=TextBatch.of(self._tensor(list(ids)), None, self.model.config.vocab_size),
+            cache=self._cache,
+            steps=plan_cuts([[sizes.chunk_size] * full], more=True),
             sizes=sizes,
-            reach=cache.reach_under(sizes),
+            reach=self._cache.reach_under(sizes),
             first=0,
             use_cache=True,
             scored=None,
         )
 
-    def _wave(self, call: Call, chunks: int) -> Wave:
+    def _wave(self, chunks: int) -> Wave:
         """What passes this rank around so many chunks that come next."""
-        size, rows = call.sizes.chunk_size, call.cache.rows
-        piece = (Piece(0, size, close=True),) * len(rows)
-        first = ChunkLayout(call.sizes, rows, piece, call.reach, call.text.ids.device)
-        begin = call.cache.chunks_folded
-        return Wave(self.model.model, call, first, range(begin, begin + chunks), self._left)
+        sizes, cache = self.model.config.comet_config, self._cache
+        step = (Piece(0, sizes.chunk_size, close=True),)
+        device = self.model.device
+        first = ChunkLayout(sizes, cache.rows, step, cache.reach_under(sizes), device)
+        begin = cache.chunks_folded
+        return Wave(self.model.model, sizes, first, range(begin, begin + chunks), self._left)

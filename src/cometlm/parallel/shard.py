@@ -7,7 +7,6 @@ dimension; `sum_gradients` adds them over the chunk dimension, shard by shard.
 
 from __future__ import annotations
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.export import register_dataclass
@@ -41,8 +40,3 @@ def shard(model: CometForCausalLM, mesh: DeviceMesh) -> None:
         fully_shard(cell, mesh=mesh[DATA])
         register_fsdp_forward_method(cell, "along")
     fully_shard(model, mesh=mesh[DATA])
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether a model's layers are sharded."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())

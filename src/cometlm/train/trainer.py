@@ -28,7 +28,7 @@ from trl import SFTTrainer
 
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
-from cometlm.parallel.p2p import PipelineError, is_lost, reason
+from cometlm.parallel.p2p import PipelineError, answering
 from cometlm.pretrained import load_lora
 from cometlm.train.lora import parameter_groups
 from cometlm.train.together import SharedBatches, alone, share_samples
@@ -130,11 +130,12 @@ class CometTrainer(SFTTrainer):
             PipelineError: another rank does not answer; names it, the cell and the step.
         """
         try:
-            return super().train(*args, **options)
-        except RuntimeError as error:
-            if self._sharing == 1 or not is_lost(error):
-                raise
-            raise self._lost(error) from error
+            with answering("a call of all ranks") if self._sharing > 1 else nullcontext():
+                return super().train(*args, **options)
+        except PipelineError as error:
+            saved = last_checkpoint(self.args.output_dir)
+            where = f"step {self.state.global_step + 1}, the last checkpoint is {saved or 'none'}"
+            raise PipelineError(f"{error}; {where}") from error
 
     # --- one step ---------------------------------------------------------------------------
 
@@ -158,18 +159,6 @@ class CometTrainer(SFTTrainer):
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value}; {self._where(inputs)}")
         return loss
-
-    def _lost(self, error: RuntimeError) -> PipelineError:
-        """What a rank says that is left alone."""
-        said = str(error)
-        if not isinstance(error, PipelineError):
-            rank = self.accelerator.process_index
-            others = [str(one) for one in range(self.accelerator.num_processes) if one != rank]
-            which = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {', '.join(others)}"
-            said = f"rank {rank} lost {which} in a call of all ranks: {reason(error)}"
-        saved = last_checkpoint(self.args.output_dir)
-        step = self.state.global_step + 1
-        return PipelineError(f"{said}; step {step}, the last checkpoint is {saved or 'none'}")
 
     def _place_plans(self) -> None:
         """Draw as a run would that came here without a stop."""
