@@ -10,6 +10,7 @@ from cometlm.config import CometConfig
 from cometlm.parallel.calibrate import Weights, counted, measured
 from cometlm.parallel.simulate import Costs, Job, Span, simulate
 from cometlm.parallel.timeline import draw, merged
+from cometlm.pretrained import described, load
 from tests.real import tokenizer
 from tests.tiny import tiny_comet
 
@@ -63,6 +64,27 @@ def test_measured_costs_of_a_model(family):
         measured(model, repeats=0)
 
 
+def test_a_memory_without_temporary_half_is_measured_after_one_chunk():
+    model = tiny_comet("llama", temporary_memory=False, capacity=999).train()
+    costs = measured(model, repeats=1)
+    width = model.config.hidden_size
+    assert costs.memory_bytes == model.config.comet_config.readout_tokens * width * 8
+
+
+def test_a_frozen_backbone_costs_less_backward(qwen):
+    whole, frozen = (counted(qwen, SIZES, 1e12, Weights(trained=part)) for part in (1.0, 0.0))
+    assert (whole.backward, frozen.backward) == (2 * whole.forward, whole.forward)
+    assert frozen.weight_bytes < whole.weight_bytes / 7
+
+
+@pytest.mark.parametrize("sizes", [{}, {"chunk_size": 96}, {"readout_tokens": 5}])
+def test_a_plan_is_of_the_memory_that_load_gives(sizes):
+    model, _ = load("smollm2", device="cpu", **sizes)
+    config, found = described("smollm2", **sizes)
+    assert found == model.config.comet_config
+    assert config.hidden_size == model.config.hidden_size
+
+
 def test_spans_without_a_pause_are_drawn_as_one():
     spans = [
         Span(("forward", 0, 0), 0, 0.0, 1.0),
@@ -105,7 +127,7 @@ def test_the_command_plans_from_a_config_alone(qwen, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "16,384 tokens in 8 chunks of 2,048, 36 layers, 4 devices" in result.output
-    assert "too much" in result.output
+    assert "GiB > 1" in result.output
     assert picture.exists()
 
 

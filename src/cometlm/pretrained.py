@@ -34,10 +34,10 @@ from transformers.utils import cached_file
 
 from cometlm.attachment import attach, known_sizes
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.config import RUNTIME_SIZES
+from cometlm.config import RUNTIME_SIZES, CometConfig
 from cometlm.device import default_device, default_dtype
 from cometlm.files import write_whole
-from cometlm.loading import BUILT_IN, BuiltIn, load_backbone, not_found, source_of
+from cometlm.loading import BUILT_IN, load_backbone, not_found, source_of
 from cometlm.model_config import CometModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -224,34 +224,68 @@ def load(
         "dtype": dtype or default_dtype(place),
         "device_map": "auto" if spread else None,
     }
-    try:
-        config = AutoConfig.from_pretrained(source_of(name))
-    except OSError as error:
-        raise not_found(name, error) from error
-    if isinstance(config, CometModelConfig):
-        if not _resized(config, sizes):
-            free = ", ".join(RUNTIME_SIZES)
-            raise ValueError(f"{name} is a checkpoint: only {free} may be others, got {sizes}")
-        model = load_model(name, config=config, **where)
+    config = _config_of(name)
+    trained = _trained_config(name, config, sizes)
+    if trained is not None:
+        model = load_model(_home(name), config=trained, **where)
+        model.config.name_or_path = name
     else:
-        trained = _trained_config(built_in, sizes) if built_in else None
-        if built_in and trained:
-            model = load_model(str(built_in.trained), config=trained, **where)
-            model.config.name_or_path = name
-        else:
-            chosen = {**built_in.sizes, **sizes} if built_in else sizes
-            model = attach(load_backbone(name, **where).eval(), **chosen)
+        chosen = {**built_in.sizes, **sizes} if built_in else sizes
+        model = attach(load_backbone(name, **where).eval(), **chosen)
     if not spread:
         torch.nn.Module.to(model, place)
     return model, _load_tokenizer(name, config)
 
 
-def _trained_config(model: BuiltIn, sizes: Mapping[str, Any]) -> CometModelConfig | None:
-    """The config of the trained memory that ships for a model, if it can have these sizes."""
-    if model.trained is None or not (model.trained / WEIGHTS).exists():
+def described(name: str, **sizes: Any) -> tuple[Any, CometConfig]:
+    """The backbone's config and the memory's sizes that `load` would take; no weights are loaded.
+
+    Args:
+        name, sizes: as for `load`.
+
+    Raises:
+        ValueError, OSError: as `load`.
+    """
+    config = _config_of(name)
+    trained = _trained_config(name, config, sizes)
+    if trained is not None:
+        return trained.text_config, trained.comet_config
+    chosen = {**BUILT_IN[name].sizes, **sizes} if name in BUILT_IN else sizes
+    return config.get_text_config(), CometConfig().replace(**known_sizes(chosen))
+
+
+def _config_of(name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source_of(name))
+    except OSError as error:
+        raise not_found(name, error) from error
+
+
+def _home(name: str) -> str:
+    """The folder or hub id of the trained memory that comes with a name."""
+    built_in = BUILT_IN.get(name)
+    return str(built_in.trained) if built_in else name
+
+
+def _trained_config(name: str, config: Any, sizes: Mapping[str, Any]) -> CometModelConfig | None:
+    """The config of the trained memory that comes with a name, with these sizes.
+
+    Returns:
+        None for a backbone, and for a built-in model where sizes ask for an untrained memory.
+
+    Raises:
+        ValueError: sizes that a checkpoint cannot have.
+    """
+    if isinstance(config, CometModelConfig):
+        if not _resized(config, sizes):
+            free = ", ".join(RUNTIME_SIZES)
+            raise ValueError(f"{name} is a checkpoint: only {free} may be others, got {sizes}")
+        return config
+    built_in = BUILT_IN.get(name)
+    if built_in is None or built_in.trained is None or not (built_in.trained / WEIGHTS).exists():
         return None
-    config: CometModelConfig = CometModelConfig.from_pretrained(str(model.trained))
-    return config if _resized(config, sizes) else None
+    own: CometModelConfig = CometModelConfig.from_pretrained(str(built_in.trained))
+    return own if _resized(own, sizes) else None
 
 
 def _resized(config: CometModelConfig, sizes: Mapping[str, Any]) -> bool:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
-from transformers import AutoConfig
 
 from cometlm.cli import options
 from cometlm.cli.console import err, load_quietly, out
 from cometlm.config import CometConfig
 from cometlm.device import readable_bytes
-from cometlm.loading import BUILT_IN, not_found, source_of
-from cometlm.model_config import CometModelConfig
 from cometlm.parallel.calibrate import Weights, counted, measured
 from cometlm.parallel.simulate import WAYS, Costs, Job, Link, Outcome, simulate
-from cometlm.parallel.timeline import TITLES, draw
+from cometlm.parallel.timeline import NAMES, draw
+from cometlm.pretrained import described
 
 _MANY = 300_000  # cells that take a while
 
@@ -39,7 +37,12 @@ def plan(
         bool, typer.Option(help="Run cells again in the backward pass, to keep only what went in.")
     ] = True,
     trained: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the weights that is trained.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of the weights trained; below 1 the backbone is frozen.",
+        ),
     ] = 1.0,
     shards: Annotated[int, typer.Option(min=1, help="Devices that share one copy of it all.")] = 1,
     picture: Annotated[
@@ -59,16 +62,19 @@ def plan(
         "stride": stride,
         "capacity": capacity,
     }
-    given: dict[str, Any] = {name: size for name, size in wanted.items() if size is not None}
     weights = Weights(trained=trained, shards=shards)
     if speed is None:
-        loaded, _ = load_quietly(model, device, dtype, **given)
+        loaded, _ = load_quietly(model, device, dtype, **wanted)
         err.print("measuring a cell of each layer on this machine …", highlight=False)
         config, sizes = loaded.config.text_config, loaded.config.comet_config
+        if trained < 1:  # the memory's gradients alone, and those of what comes in
+            loaded.requires_grad_(False)
+            loaded.model.comet.requires_grad_(True)
         costs = measured(loaded.train(), weights)
         how = f"measured: {loaded.dtype} on {loaded.device}"
     else:
-        config, sizes = _described(model, given)
+        given = {name: size for name, size in wanted.items() if size is not None}
+        config, sizes = described(model, **given)
         costs = counted(config, sizes, speed * 1e12, weights)
         how = f"counted, at {speed:g} TFLOP/s"
     chunks = -(-tokens // sizes.chunk_size)
@@ -91,18 +97,6 @@ def plan(
         out.print(f"drawn into {picture}", highlight=False, soft_wrap=True)
 
 
-def _described(name: str, given: dict[str, Any]) -> tuple[Any, CometConfig]:
-    """A backbone's config and the memory's sizes; no weights are loaded."""
-    try:
-        config = AutoConfig.from_pretrained(source_of(name))
-    except OSError as error:
-        raise not_found(name, error) from error
-    if isinstance(config, CometModelConfig):
-        return config.text_config, config.comet_config.replace(**given)
-    own: dict[str, Any] = BUILT_IN[name].sizes if name in BUILT_IN else {}
-    return getattr(config, "text_config", config), CometConfig(**{**own, **given})
-
-
 def _heading(job: Job, costs: Costs, tokens: int, sizes: CometConfig, how: str) -> str:
     cell = f"{costs.forward * 1e3:,.3g} ms forward, {costs.backward * 1e3:,.3g} ms backward"
     return (
@@ -115,14 +109,14 @@ def _heading(job: Job, costs: Costs, tokens: int, sizes: CometConfig, how: str) 
 
 def _table(outcomes: list[Outcome], alone: float, memory: float | None) -> Table:
     table = Table(title="one training step, simulated", title_justify="left")
-    for column in ("", "time", "waiting", "against one device", "sent", "peak of a device"):
+    for column in ("", "time", "waiting", "against one", "sent", "peak"):
         table.add_column(column, justify="left" if not column else "right")
     for outcome in outcomes:
         peak = readable_bytes(outcome.peak)
         if memory is not None and outcome.peak > memory * 2**30:
-            peak = f"[red]{peak}, too much[/red]"
+            peak = f"[red]{peak} > {memory:g}[/red]"
         table.add_row(
-            TITLES[outcome.name],
+            NAMES[outcome.name],
             _readable_time(outcome.seconds),
             f"{outcome.bubble:.1%}",
             f"{alone / outcome.seconds:.2f} ×",

@@ -35,7 +35,8 @@ class Weights:
 
     Attributes:
         dtype_bytes: of one weight as it computes.
-        trained: share of the weights that have a gradient, a float32 copy and Adam's moments.
+        trained: share of the weights that have a gradient, a float32 copy and Adam's moments; a
+            backbone that is frozen takes that much less time in the backward pass too.
         shards: devices that share the weights of one layer (FSDP); 1 is replicated.
     """
 
@@ -72,7 +73,7 @@ def counted(config: Any, sizes: CometConfig, speed: float, weights: Weights = _K
     head = 2 * sizes.chunk_size * width * config.vocab_size / speed
     return Costs(
         forward=forward,
-        backward=2 * forward,
+        backward=(1 + weights.trained) * forward,  # of what comes in, and of the weights
         head=3 * head,
         memory_bytes=(sizes.global_slots * width + sizes.temporary_slots * _entry_width(config))
         * dtype,
@@ -125,7 +126,7 @@ class _Bench:
         self.model = model
         sizes = model.config.comet_config
         chance = torch.Generator().manual_seed(_SEED)
-        chunks = 1 + -(-sizes.capacity // max(1, sizes.compression_tokens(sizes.chunk_size)))
+        chunks = 1 + -(-sizes.temporary_slots // max(1, sizes.compression_tokens(sizes.chunk_size)))
         ids = torch.randint(
             model.config.vocab_size, (1, chunks * sizes.chunk_size), generator=chance
         ).to(model.device)

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cometlm.parallel.simulate import Outcome, Span
+from cometlm.parallel.simulate import Key, Outcome, Span
 
-TITLES = {
-    "wave": "the wave: layer by layer over blocks of chunks",
-    "naive": "naive split: chunk by chunk over blocks of chunks",
-    "layers": "layers split: chunks are micro-batches",
+NAMES = {"wave": "the wave", "naive": "naive split", "layers": "layers split"}
+_ABOUT = {
+    "wave": "layer by layer over blocks of chunks",
+    "naive": "chunk by chunk over blocks of chunks",
+    "layers": "chunks are micro-batches",
 }
 _COLOURS = {"forward": "Blues", "backward": "Oranges"}
-_HEAD = "0.35"
+_HEAD = (0.35, 0.35, 0.35, 1.0)
 _MOST_ROWS = 64  # devices that have a name each
 
 
@@ -35,7 +36,7 @@ def _goes_on(before: Span, span: Span) -> bool:
 
 
 def draw(outcomes: Sequence[Outcome], layers: int, path: Path) -> None:
-    """Write the timelines of several ways to share a step, on one scale of time.
+    """Write the timelines of several ways to share a step, each on its own scale of time.
 
     Args:
         outcomes: each gets a field of its own.
@@ -50,32 +51,43 @@ def draw(outcomes: Sequence[Outcome], layers: int, path: Path) -> None:
         import matplotlib
     except ImportError as error:
         raise ValueError("a picture needs matplotlib; run: pip install matplotlib") from error
+    from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
 
     devices = 1 + max(span.device for outcome in outcomes for span in outcome.spans)
     height = 1.1 + 0.16 * min(devices, _MOST_ROWS)
     figure = Figure(figsize=(11, height * len(outcomes)), layout="constrained")
-    fields = figure.subplots(len(outcomes), sharex=True, squeeze=False)[:, 0]
+    fields = figure.subplots(len(outcomes), squeeze=False)[:, 0]
     maps = {kind: matplotlib.colormaps[name] for kind, name in _COLOURS.items()}
     for axes, outcome in zip(fields, outcomes, strict=True):
-        for span in merged(outcome.spans):
-            kind, _, layer = span.key
-            shade = 0.3 + 0.6 * layer / max(1, layers - 1)
-            colour = maps[kind](shade) if kind in maps else _HEAD
-            extent = [(span.start, span.end - span.start)]
-            axes.broken_barh(extent, (span.device - 0.45, 0.9), facecolors=colour)
-        axes.set_title(
-            f"{TITLES[outcome.name]} · {outcome.seconds:,.2f} s, {outcome.bubble:.0%} waiting",
-            loc="left",
-            fontsize=9,
+        spans = merged(outcome.spans)
+        colours = [_colour(maps, span.key, layers) for span in spans]
+        bars = PolyCollection(  # one for all: there may be a million
+            [_corners(span) for span in spans], facecolors=colours, linewidths=0, rasterized=True
         )
-        axes.set(ylim=(devices - 0.5, -0.5), ylabel="device")
+        axes.add_collection(bars)
+        about = f"{NAMES[outcome.name]}, {_ABOUT[outcome.name]}"
+        title = f"{about}: {outcome.seconds:,.2f} s, {outcome.bubble:.0%} waiting"
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set(xlim=(0, outcome.seconds), ylim=(devices - 0.5, -0.5), ylabel="device")
         axes.grid(axis="x", alpha=0.3)
     fields[-1].set_xlabel("seconds")
     figure.legend(
         handles=_legend(maps), loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
     figure.savefig(path, dpi=150)
+
+
+def _corners(span: Span) -> list[tuple[float, float]]:
+    top, bottom = span.device - 0.45, span.device + 0.45
+    return [(span.start, top), (span.end, top), (span.end, bottom), (span.start, bottom)]
+
+
+def _colour(maps: dict[str, Any], key: Key, layers: int) -> tuple[float, ...]:
+    kind, _, layer = key
+    shade = 0.3 + 0.6 * layer / max(1, layers - 1)
+    colour: tuple[float, ...] = maps[kind](shade) if kind in maps else _HEAD
+    return colour
 
 
 def _legend(maps: dict[str, Any]) -> list[Any]:
