@@ -687,6 +687,22 @@ def test_counts_that_do_not_fit_the_tensors_are_refused(small, good, tmp_path):
         refuse(small, tmp_path / "s", with_document(good, setter("folds", folds)), "damaged")
 
 
+def test_an_older_file_without_them_has_full_chunks(small, good, tmp_path):
+    def older(document):
+        del document["tokens"], document["entries"]
+
+    (tmp_path / "s").write_bytes(with_document(good, older))
+    (tmp_path / "good").write_bytes(good)
+    loaded, want = (Session.load(tmp_path / name, small) for name in ("s", "good"))
+    assert_same(loaded, want)
+
+
+@pytest.mark.parametrize(("name", "value"), [("tokens", 37), ("tokens", 2), ("entries", 6)])
+def test_more_than_the_chunks_hold_is_refused(small, good, tmp_path, name, value):
+    """Three chunks of 12 tokens, and five entries at most."""
+    refuse(small, tmp_path / "s", with_document(good, setter(name, value)), "damaged")
+
+
 STREAMS = [
     {"text": 3, "done": 0, "started": True},
     {"text": "abc", "done": 4, "started": True},

@@ -104,7 +104,8 @@ def load(path: str | Path, model: CometForCausalLM) -> SessionState:
             )
     sizes = model.config.comet_config
     row = _counts(sizes, document)
-    if row.entries > sizes.temporary_slots or not 0 <= row.tokens <= row.folds * sizes.chunk_size:
+    most = row.folds * sizes.chunk_size
+    if row.entries > sizes.temporary_slots or not row.folds <= row.tokens <= most:
         raise ValueError(
             f"{path} is damaged: {row.folds} chunks do not hold {row.tokens} tokens and leave "
             f"{row.entries} entries"
