@@ -45,6 +45,14 @@ def test_switches_are_bools(make, name, value):
         make(**{name: value})
 
 
+@way
+@pytest.mark.parametrize("value", [-1, 64, 100, True, 1.0, "1", None], ids=repr)
+def test_the_overlap_is_shorter_than_a_chunk(make, value):
+    with pytest.raises(ValueError, match=rf"^overlap must be .*at least 0.* got {value!r}"):
+        make(chunk_size=64, overlap=value)
+    assert CometConfig(chunk_size=64, overlap=63).overlap == 63
+
+
 @pytest.mark.parametrize(
     ("name", "switch"),
     [

@@ -76,6 +76,7 @@ def compare(family, chunks, folder, sizes):
         (2, "llama", 3, {}),
         (3, "gemma3_text", 2, {}),
         (2, "llama", 1, {"temporary_memory": False}),
+        (2, "llama", 3, {"overlap": 5}),
         pytest.param(2, "llama", 50, {}, marks=pytest.mark.slow),
     ],
 )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cometlm import Session, text
 from cometlm.reference import reference_generate
 from tests import real
+from tests.tiny import random_ids, tiny_comet
 
 TEXT = "".join(
     f"On day {i} the keeper of the lamp wrote: <|im_start|> wind {i * 37 % 100}, naïve ☂️ sea.\n"
@@ -243,3 +244,15 @@ def test_a_session_whose_chunk_ended_early_is_kept(model, before, tmp_path):
     for one in (loaded, session):
         one.read(ids[:30])
     assert_same(loaded, session)
+
+
+def test_the_end_of_a_chunk_is_read_again_at_the_beginning_of_the_next():
+    """As the same tokens read so by hand; each counts once, and a fold keeps the overlap open."""
+    plain, twice = tiny_comet("llama"), tiny_comet("llama", overlap=4)
+    ids = random_ids(40).tolist()
+    session, by_hand = Session(twice), Session(plain)
+    folded = [(stats.tokens, stats.chunks) for stats in session.reading(ids)]
+    by_hand.read([*ids[:12], *ids[8:20], *ids[16:28], *ids[24:36], *ids[32:]])
+    assert folded == [(12, 1), (20, 2), (28, 3), (36, 4)]
+    assert session.stats().tokens == 40
+    assert session.continuation(4) == by_hand.continuation(4)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _POSITIVE = ("chunk_size", "readout_tokens", "stride", "capacity", "rank")
-RUNTIME_SIZES = ("chunk_size", "stride", "capacity")  # change no weight
+RUNTIME_SIZES = ("chunk_size", "stride", "capacity", "overlap")  # change no weight
 _SWITCHES = ("global_memory", "temporary_memory", "gate")
 
 
@@ -26,6 +26,10 @@ class CometConfig:
         readout_tokens: readout tokens per chunk, which is also the number of global memory slots.
         stride: one compression token follows every `stride` text tokens.
         capacity: temporary memory slots; the oldest entries leave first.
+        overlap: text tokens at the end of a chunk that a session reads again at the beginning of
+            the next, which costs that share of the time. What a border cuts then stands whole in
+            one chunk, and a backbone that spends a chunk's first token as an attention sink spends
+            one that was read before. `forward`, `generate` and training never read twice.
         rank: inner width of the low-rank adapters of the memory.
         global_memory: keep a global memory. Without it there are no readout tokens.
         temporary_memory: keep a temporary memory. Without it there are no compression tokens.
@@ -40,6 +44,7 @@ class CometConfig:
     readout_tokens: int = 512
     stride: int = 8
     capacity: int = 2048
+    overlap: int = 0
     rank: int = 8
     global_memory: bool = True
     temporary_memory: bool = True
@@ -52,6 +57,14 @@ class CometConfig:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}{_switch_hint(name)}")
+        overlap = self.overlap
+        if isinstance(overlap, bool) or not isinstance(overlap, int):
+            raise ValueError(f"overlap must be an integer of at least 0, got {overlap!r}")
+        if not 0 <= overlap < self.chunk_size:
+            raise ValueError(
+                f"overlap must be at least 0 and less than chunk_size={self.chunk_size}, got "
+                f"{overlap}"
+            )
         for name in _SWITCHES:
             value = getattr(self, name)
             if not isinstance(value, bool):

@@ -106,7 +106,7 @@ class Session:
         """Read a question whose answer comes next: no chunk border cuts it.
 
         Where the open chunk has no room for it and for the beginning of an answer, an eighth of a
-        chunk, that chunk ends here. A longer question is read as any text.
+        chunk, that chunk ends here. A question that fits into no chunk is read as any text.
 
         Args:
             question: token ids.
@@ -116,9 +116,11 @@ class Session:
         """
         self._check(question)
         self._end_text()
-        size = self.model.config.comet_config.chunk_size
-        wanted = len(question) + size // _ANSWER_SHARE
-        if question and self._open and len(self._open) + wanted > size >= wanted:
+        sizes = self.model.config.comet_config
+        wanted = len(question) + sizes.chunk_size // _ANSWER_SHARE
+        fits = sizes.overlap + wanted <= sizes.chunk_size
+        full = len(self._open) + wanted > sizes.chunk_size
+        if question and fits and full and len(self._open) > sizes.overlap:
             self._fold(len(self._open))
         self.read(question)
 
@@ -141,7 +143,8 @@ class Session:
         """
         cache = self._cache
         waiting = copy.copy(self._stream).finish() if self._stream is not None else ()
-        tokens = cache.tokens_read + len(self._open) + len(waiting)
+        again = cache.chunks_folded * self.model.config.comet_config.overlap
+        tokens = cache.tokens_read + len(self._open) - again + len(waiting)
         return SessionStats(tokens, cache.chunks_folded, cache.nbytes)
 
     # --- writing ----------------------------------------------------------------------------
@@ -272,7 +275,7 @@ class Session:
 
     @torch.no_grad()
     def _fold(self, size: int) -> SessionStats:
-        """Run the first `size` open tokens as a chunk."""
+        """Run the first `size` open tokens, more than the overlap, as a chunk."""
         out = self.model.model(
             self._tensor(self._open[:size]),
             past_key_values=self._cache,
@@ -282,9 +285,14 @@ class Session:
             hidden_to_keep=1,
         )
         self._cache = out.past_key_values.restarted()
-        del self._open[:size], out
-        cache = self._cache
-        return SessionStats(cache.tokens_read, cache.chunks_folded, cache.nbytes)
+        del self._open[: size - self.model.config.comet_config.overlap], out
+        return self._folded()
+
+    def _folded(self) -> SessionStats:
+        """What is in the memory; what was read again counts once."""
+        cache, overlap = self._cache, self.model.config.comet_config.overlap
+        again = overlap * (cache.chunks_folded - 1)
+        return SessionStats(cache.tokens_read - again, cache.chunks_folded, cache.nbytes)
 
     def _chatting(self, message: str, generation: dict[str, Any], stream: bool) -> Iterator[str]:
         turn = self._turn(message)

@@ -35,6 +35,7 @@ def chat(
     readout_tokens: options.ReadoutTokens = None,
     stride: options.Stride = None,
     capacity: options.Capacity = None,
+    overlap: options.Overlap = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
@@ -48,6 +49,7 @@ def chat(
         readout_tokens=readout_tokens,
         stride=stride,
         capacity=capacity,
+        overlap=overlap,
     )
     begun = Session.load(session, loaded, tokenizer) if session else Session(loaded, tokenizer)
     err.print(describe(loaded), highlight=False)

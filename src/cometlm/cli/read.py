@@ -52,6 +52,7 @@ def read(
     readout_tokens: options.ReadoutTokens = None,
     stride: options.Stride = None,
     capacity: options.Capacity = None,
+    overlap: options.Overlap = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
@@ -70,6 +71,7 @@ def read(
         readout_tokens=readout_tokens,
         stride=stride,
         capacity=capacity,
+        overlap=overlap,
     )
     rank, ranks = join_job(loaded.device)
     err.quiet = out.quiet = rank > 0  # one rank of a job is enough to hear

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from cometlm.batch import TextBatch
 from cometlm.call import Call, checked
 from cometlm.causal_lm import CometForCausalLM
+from cometlm.config import CometConfig
 from cometlm.grid import States, walk_by_layer
 from cometlm.layout import ChunkLayout, Piece, plan_cuts
 from cometlm.parallel.p2p import Neighbour, answering
@@ -72,8 +73,7 @@ class SharedSession(Session):
         Raises:
             PipelineError: another rank is lost.
         """
-        size = self.model.config.comet_config.chunk_size
-        if (rest := (len(self._open) - 1) // size) > 0:
+        if (rest := (len(self._open) - 1 - self._sizes.overlap) // self._new) > 0:
             self._walk(rest)
         if not self._blocks:
             return
@@ -113,9 +113,8 @@ class SharedSession(Session):
             dist.barrier(self._group)
 
     def _take(self, ids: Sequence[int]) -> Iterator[SessionStats]:
-        size = self.model.config.comet_config.chunk_size
         self._open += ids
-        while len(self._open) > self._chunks * size:
+        while len(self._open) > self._chunks * self._new + self._sizes.overlap:
             yield self._walk(self._chunks)
 
     def _fold(self, size: int) -> SessionStats:
@@ -129,9 +128,10 @@ class SharedSession(Session):
     @torch.no_grad()
     def _walk(self, chunks: int) -> SessionStats:
         """One block, by the rank whose turn it is."""
-        count = chunks * self.model.config.comet_config.chunk_size
-        call = self._call(self._open[:count])
-        del self._open[:count]
+        starts = range(0, chunks * self._new, self._new)
+        ids = [id_ for i in starts for id_ in self._open[i : i + self._sizes.chunk_size]]
+        call = self._call(ids)
+        del self._open[: chunks * self._new]
         layouts = list(call.layouts())
         if self._blocks % self._ranks == self._place:
             model, wave = self.model.model, self._wave(chunks)
@@ -145,11 +145,20 @@ class SharedSession(Session):
             checked(layouts[-1], self._last)
         self._blocks += 1
         self._cache = replace(self._cache, rows=call.rows)
-        return SessionStats(self._cache.tokens_read, self._cache.chunks_folded, self._cache.nbytes)
+        return self._folded()
+
+    @property
+    def _sizes(self) -> CometConfig:
+        return self.model.config.comet_config
+
+    @property
+    def _new(self) -> int:
+        """Tokens of a full chunk that were not in the one before."""
+        return self._sizes.chunk_size - self._sizes.overlap
 
     def _call(self, ids: Sequence[int]) -> Call:
         """A call of full chunks on top of what was read."""
-        sizes = self.model.config.comet_config
+        sizes = self._sizes
         full = len(ids) // sizes.chunk_size
         return Call(
             text=TextBatch.of(self._tensor(list(ids)), None, self.model.config.vocab_size),
@@ -164,7 +173,7 @@ class SharedSession(Session):
 
     def _wave(self, chunks: int) -> Wave:
         """What passes this rank around so many chunks that come next."""
-        sizes, cache = self.model.config.comet_config, self._cache
+        sizes, cache = self._sizes, self._cache
         step = (Piece(0, sizes.chunk_size, close=True),)
         device = self.model.device
         first = ChunkLayout(sizes, cache.rows, step, cache.reach_under(sizes), device)
