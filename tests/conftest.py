@@ -1,7 +1,11 @@
-"""Settings for every test: one thread's worth of work each, and reproducible properties."""
+"""Settings for every test (one thread, reproducible properties), and what several files share."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from cometlm import text
+from tests.tiny import tiny_comet
 
 settings.register_profile(
     "default",
@@ -11,3 +15,19 @@ settings.register_profile(
 )
 settings.load_profile("default")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def small_windows():
+    """Text comes out of the tokenizer in many steps, as it does in a long text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "_WINDOW", 160)
+        patch.setattr(text, "_MARGIN", 96)
+        patch.setattr(text, "_CONTEXT", 128)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A tiny model of 96 ids, for what needs no text."""
+    return tiny_comet("llama")
