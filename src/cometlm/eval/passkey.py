@@ -95,7 +95,7 @@ class PasskeyTest:
     jitter: int = 256
 
     def cells(self) -> list[tuple[int, int, int]]:
-        """All trials that `run` makes, in its order."""
+        """All trials that `run` makes; those of one text come as their keys stand in it."""
         return [(self.length, text, d) for text in range(self.texts) for d in self.deciles]
 
     def run(
@@ -122,20 +122,24 @@ class PasskeyTest:
         hay = FileHay(tokenizer, text_files(name))
         straw = hay.draw(random.Random(f"{self.seed}/{self.length}/{text}"), self.length)
         task = PasskeyTask(tokenizer, _StartOf(straw), MEASURING, digits=self.digits)
+        made = [(decile, self._draw(task, text, decile)) for decile in deciles]
+        # As they branch off: texts differ in length, so that a later decile may come first.
+        made.sort(key=lambda one: _shared(one[1].text, straw))
         base, done = Session(model, tokenizer), 0
-        for decile in sorted(deciles):
-            chance = random.Random(f"{self.seed}/{self.length}/{text}/{decile}")
-            depth = (decile + chance.random()) / DECILES
-            tokens = self.length - chance.randint(0, min(self.jitter, self.length // 4))
-            sample = task.draw(chance, tokens, depth=depth)
+        for decile, sample in made:
             shared = _shared(sample.text, straw)
-            if shared > done:
-                base.read(straw[done:shared])
-                done = shared
+            base.read(straw[done:shared])
+            done = shared
             fork = base.fork()
             fork.read(sample.text[done:])
             answers = {name: said(fork, sample, gone) for name, gone in VARIANTS.items()}
-            yield Trial(self.length, text, name, decile, depth, sample.key, answers)
+            yield Trial(self.length, text, name, decile, sample.depth, sample.key, answers)
+
+    def _draw(self, task: PasskeyTask, text: int, decile: int) -> PasskeySample:
+        chance = random.Random(f"{self.seed}/{self.length}/{text}/{decile}")
+        depth = (decile + chance.random()) / DECILES
+        tokens = self.length - chance.randint(0, min(self.jitter, self.length // 4))
+        return task.draw(chance, tokens, depth=depth)
 
 
 def said(session: Session, sample: PasskeySample, without: Sequence[str] = ()) -> str:
