@@ -81,7 +81,7 @@ def test_asides_of_wrong_shapes(asked):
         model(ids, labels=ids, aside_ids=beside)
     with pytest.raises(ValueError, match="aside_ids and told_labels need labels"):
         model(ids, aside_ids=beside, aside_labels=labels)
-    with pytest.raises(ValueError, match="told_labels and told_places need each other"):
+    with pytest.raises(ValueError, match="told_labels and told_until need each other"):
         model(ids, labels=ids, told_labels=torch.zeros(2, 3, dtype=torch.long))
     positions = torch.arange(30).repeat(2)[None]
     with pytest.raises(ValueError, match="packed documents"):
@@ -105,21 +105,20 @@ def told_by_hand(model, ids, labels, begin, end):
 
 
 def test_readout_tokens_are_asked_where_their_part_stands(asked):
-    """At the end of the chunk that holds it whole; a part that a border cuts is passed over."""
+    """At the end of the chunk that it ends in, also where a border cuts it."""
     ids, _, _ = asked
     model = tiny_comet("llama").eval()
     labels = torch.stack([random_ids(3, seed=20 + b) for b in range(2)])
-    places = torch.tensor([[14, 20], [30, 36]])
-    got = model(ids, labels=ids, told_labels=labels, told_places=places)
+    until = torch.tensor([20, 36])
+    got = model(ids, labels=ids, told_labels=labels, told_until=until)
     first = told_by_hand(model, ids[:1], labels[:1], 12, 24)
     second = told_by_hand(model, ids[1:], labels[1:], 24, 36)
     assert error(got.told_loss, (first + second) / 6) < 1e-9
     assert error(got.loss, model(ids, labels=ids).loss) < 1e-12
     with pytest.raises(ValueError, match=r"3 readout tokens and 2 rows need .* got \[\(1, 3\)"):
-        model(ids, labels=ids, told_labels=labels[:1], told_places=places)
-    cut = torch.tensor([[14, 20], [20, 26]])
-    got = model(ids, labels=ids, told_labels=labels, told_places=cut)
-    assert error(got.told_loss, first / 3) < 1e-9
+        model(ids, labels=ids, told_labels=labels[:1], told_until=until)
+    got = model(ids, labels=ids, told_labels=labels, told_until=torch.tensor([20, 25]))
+    assert error(got.told_loss, (first + second) / 6) < 1e-9
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -127,7 +126,7 @@ def test_what_is_told_is_learned_recomputed_too(asked, every):
     ids, _, _ = asked
     model = tiny_comet("llama").train()
     labels = torch.stack([random_ids(3, seed=20 + b) for b in range(2)])
-    told = {"told_labels": labels, "told_places": torch.tensor([[14, 20], [30, 36]])}
+    told = {"told_labels": labels, "told_until": torch.tensor([20, 36])}
     found = []
     for again in (False, True):
         if again:

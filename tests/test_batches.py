@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from cometlm.config import CometConfig
 from cometlm.train.batches import AGAIN, GeneratedBatches, collate
 from cometlm.train.config import Generated, HayShares, Stage, TrainConfig
 from tests.real import tokenizer
@@ -123,3 +124,10 @@ def test_questions_on_the_way(generated, words):
             assert key in words.decode(ids[:since])
             assert key not in words.decode(ids[since:])
             assert words.decode(aside).count(key) == 1
+
+
+def test_a_question_and_the_text_before_it_fit_into_a_chunk(generated, words):
+    stage = replace(STAGE, passkey=1.0, ask="borders", before_question=240)
+    batches = GeneratedBatches(generated(stage), words, 0, CometConfig(chunk_size=96))
+    widths = [len(ids) for number in range(20) for ids in batches[number]["aside_ids"]]
+    assert 60 < max(widths) <= 96

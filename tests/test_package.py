@@ -162,7 +162,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.base", "cometlm.generation"],
     ["cometlm.model"],
     ["cometlm.causal_lm"],
-    ["cometlm.attachment", "cometlm.reference", "cometlm.session_file"],
+    ["cometlm.attachment", "cometlm.merge", "cometlm.reference", "cometlm.session_file"],
     ["cometlm.pretrained", "cometlm.session"],
     ["cometlm.checkpoint", "cometlm.train"],
     ["cometlm.train.config", "cometlm.train.lora", "cometlm.train.templates"],

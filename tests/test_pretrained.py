@@ -462,6 +462,37 @@ def test_lora_adapters_are_saved_and_loaded(named, tmp_path, targets):
         assert torch.equal(logits(loader(str(tmp_path / "checkpoint"))), want)
 
 
+def test_lora_is_merged_on_loading_unless_it_is_to_be_trained(named, tmp_path):
+    model = with_lora(attached(named), ["q_proj", "down_proj"])
+    assert not cometlm.merge_lora(attached(named))
+    model.save_pretrained(tmp_path / "adapter")
+    apart, _ = cometlm.load(
+        str(tmp_path / "adapter"), device="cpu", dtype=torch.float64, merge=False
+    )
+    want = logits(apart)
+    assert error(logits(model), want) < 1e-5
+    apart.save_pretrained(tmp_path / "again")
+    merged, _ = cometlm.load(str(tmp_path / "adapter"), device="cpu", dtype=torch.float64)
+    assert not any("lora_" in name for name in merged.state_dict())
+    assert error(logits(merged), want) < 1e-12
+    with pytest.raises(ValueError, match="save with backbone=True, or load with merge=False"):
+        merged.save_pretrained(tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    merged.save_pretrained(tmp_path / "whole", backbone=True)
+    whole = CometForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float64)
+    assert not whole.merged
+    assert error(logits(whole), want) < 1e-12
+
+
+def test_lora_stays_beside_weights_that_cannot_be_changed(named):
+    model = with_lora(attached(named), ["q_proj"])
+    layer = next(one for name, one in model.named_modules() if name.endswith("q_proj"))
+    layer.base_layer = type("Packed", (torch.nn.Linear,), {})(1, 1)
+    assert not cometlm.merge_lora(model)
+    assert any("lora_" in name for name in model.state_dict())
+    assert not model.merged
+
+
 def test_lora_is_part_of_what_a_session_depends_on(named, tmp_path):
     model = with_lora(attached(named), ["q_proj", "v_proj"])
     session = model.session()

@@ -48,11 +48,15 @@ def test_it_finds_keys_far_behind_its_temporary_memory(loaded):
 
 def test_it_comes_with_the_name_and_takes_other_sizes(loaded):
     model, _ = loaded
-    assert any(".lora_" in name for name, _ in model.named_parameters())
-    other, _ = cometlm.load("smollm2", device="cpu", chunk_size=512, capacity=128)
+    assert model.merged
+    other, _ = cometlm.load("smollm2", device="cpu", chunk_size=512, capacity=128, merge=False)
     assert other.config.comet_config.chunk_size == 512
     assert any(".lora_" in name for name, _ in other.named_parameters())
-    untrained, _ = cometlm.load("smollm2", device="cpu", seed=0)
+    ungated, _ = cometlm.load("smollm2", device="cpu", gate=False)
+    weights, fewer = ({n for n, _ in m.model.comet.named_parameters()} for m in (model, ungated))
+    assert {name.rpartition(".")[2] for name in weights - fewer} == {"gate"}
+    assert ungated.merged
+    untrained, _ = cometlm.load("smollm2", device="cpu", seed=0, merge=False)
     assert not any(".lora_" in name for name, _ in untrained.named_parameters())
 
 

@@ -6,6 +6,7 @@ from cometlm.attachment import attach, detach
 from cometlm.cache import CometCache
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.config import CometConfig
+from cometlm.merge import merge_lora
 from cometlm.model import CometModel
 from cometlm.model_config import CometModelConfig
 from cometlm.pretrained import load
@@ -23,5 +24,6 @@ __all__ = [
     "detach",
     "load",
     "lora_config",
+    "merge_lora",
     "parameter_groups",
 ]

@@ -68,16 +68,17 @@ class Aside(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What readout tokens are to say, at the end of the chunk that holds a part of the text.
+    """What readout tokens are to say, at the end of the chunk in which a part of the text ends.
+
+    Where a border cuts that part, its beginning can only come from the memory.
 
     Attributes:
         labels: [B, M], -100 where nothing is asked of a readout token.
-        places: [B, 2] where in its text each row's part begins and ends. Where a border cuts it,
-            nothing is asked.
+        until: [B] where in its text each row's part ends.
     """
 
     labels: Tensor
-    places: Tensor
+    until: Tensor
 
     def check(self, batch: int, readout_tokens: int) -> None:
         """Refuse labels and places of other shapes.
@@ -86,20 +87,18 @@ class Told(NamedTuple):
             ValueError: they do not fit the batch and the readout tokens.
         """
         shapes = [tuple(x.shape) for x in self]
-        if shapes != [(batch, readout_tokens), (batch, 2)]:
+        if shapes != [(batch, readout_tokens), (batch,)]:
             raise ValueError(
                 f"{readout_tokens} readout tokens and {batch} rows need labels "
-                f"[{batch}, {readout_tokens}] and places [{batch}, 2], got {shapes}"
+                f"[{batch}, {readout_tokens}] and ends [{batch}], got {shapes}"
             )
 
     def of(self, layout: ChunkLayout) -> Tensor:
         """Labels [B, M] of one step."""
         holds = []
-        for (begin, end), row, piece in zip(
-            self.places.tolist(), layout.rows, layout.step, strict=True
-        ):
+        for end, row, piece in zip(self.until.tolist(), layout.rows, layout.step, strict=True):
             first = row.tokens - row.text
-            holds.append(piece.close and first <= begin and end <= row.tokens + piece.text)
+            holds.append(piece.close and first < end <= row.tokens + piece.text)
         where = torch.tensor(holds, device=self.labels.device)
         return self.labels.masked_fill(~where[:, None], -100)
 

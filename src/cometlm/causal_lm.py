@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -52,8 +53,13 @@ class CometCausalOutput(CausalLMOutputWithPast):
 
 
 class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
-    """`CometModel` with the backbone's language-model head."""
+    """`CometModel` with the backbone's language-model head.
 
+    Attributes:
+        merged: whether a LoRA adapter was merged into the backbone, which is then another one.
+    """
+
+    merged = False
     # A memory cannot forget its last tokens, which assisted decoding asks for; transformers then
     # refuses that mode with an error of its own.
     _is_stateful = True
@@ -92,7 +98,7 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         aside_labels: Tensor | None = None,
         aside_since: Tensor | None = None,
         told_labels: Tensor | None = None,
-        told_places: Tensor | None = None,
+        told_until: Tensor | None = None,
         **kwargs: Any,
     ) -> CometCausalOutput:
         """Read text of any length; like any Hugging Face causal language model.
@@ -108,7 +114,7 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
             aside_ids, aside_labels, aside_since: with labels, a text that is also read from forks
                 of the memory after some chunks and then forgotten, like a question about what was
                 read so far; see `call.Aside`.
-            told_labels, told_places: with labels, what readout tokens are to say in training;
+            told_labels, told_until: with labels, what readout tokens are to say in training;
                 see `call.Told`.
 
         Returns:
@@ -126,7 +132,7 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
                 f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
                 "they must be the same"
             )
-        extra = _extra(aside_ids, aside_labels, aside_since, told_labels, told_places)
+        extra = _extra(aside_ids, aside_labels, aside_since, told_labels, told_until)
         if extra and (labels is None or logits_to_keep is not None):
             raise ValueError("aside_ids and told_labels need labels, and no logits_to_keep")
         budget = {"stride": stride, "capacity": capacity}
@@ -215,15 +221,30 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
 
         return load_model(str(pretrained_model_name_or_path), **kwargs)
 
-    def save_backbone(self, directory: str | os.PathLike[str]) -> None:
-        """Save the backbone alone, as transformers would without the memory."""
+    def save_backbone(
+        self,
+        directory: str | os.PathLike[str],
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Save the backbone alone, as transformers would without the memory.
+
+        Args:
+            state_dict: this model's weights, to take instead of its own.
+        """
         backbone = cast("PreTrainedModel", self._backbone)
+        weights = None if state_dict is None else self._under_the_backbones_names(state_dict)
         name = backbone.config._attn_implementation
         backbone.config._attn_implementation = "sdpa"  # ours means nothing to others
         try:
-            backbone.save_pretrained(directory)
+            backbone.save_pretrained(directory, state_dict=weights)
         finally:
             backbone.config._attn_implementation = name
+
+    def _under_the_backbones_names(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of this model that are the backbone's too, as that calls them."""
+        ours = {id(value): name for name, value in self.state_dict(keep_vars=True).items()}
+        theirs = cast("PreTrainedModel", self._backbone).state_dict(keep_vars=True)
+        return {name: weights[ours[id(value)]] for name, value in theirs.items()}
 
     def session(self, tokenizer: Any = None) -> Session:
         """A new session: reads text or ids in a stream, is asked, forked and saved."""
@@ -265,20 +286,20 @@ def _extra(
     labels: Tensor | None,
     since: Tensor | None,
     told: Tensor | None,
-    places: Tensor | None,
+    until: Tensor | None,
 ) -> dict[str, Any]:
     """What `CometModel.forward` takes for an aside and for what readout tokens are to say."""
     if (ids is None) != (labels is None):
         raise ValueError("aside_ids and aside_labels need each other")
-    if (told is None) != (places is None):
-        raise ValueError("told_labels and told_places need each other")
+    if (told is None) != (until is None):
+        raise ValueError("told_labels and told_until need each other")
     extra: dict[str, Any] = {}
     if ids is not None and labels is not None:
         if since is None:
             since = torch.zeros(len(ids), dtype=torch.long)
         extra |= {"aside": Aside(ids, next_labels(labels, None), since), "more_text": True}
-    if told is not None and places is not None:
-        extra["told"] = Told(told, places)
+    if told is not None and until is not None:
+        extra["told"] = Told(told, until)
     return extra
 
 

@@ -38,6 +38,7 @@ from cometlm.config import RUNTIME_SIZES, CometConfig
 from cometlm.device import default_device, default_dtype
 from cometlm.files import write_whole
 from cometlm.loading import BUILT_IN, load_backbone, not_found, source_of
+from cometlm.merge import merge_lora
 from cometlm.model_config import CometModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -61,20 +62,26 @@ def save_model(
         state_dict: weights to take instead of the model's own (gathered ones, when sharded).
 
     Raises:
+        ValueError: a LoRA adapter was merged into the backbone, which is not to be written.
         OSError: the folder cannot be written.
     """
+    if model.merged and not backbone:
+        raise ValueError(
+            "a LoRA adapter was merged into the backbone, which is then no longer the one that the "
+            "checkpoint would name: save with backbone=True, or load with merge=False"
+        )
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     weights = memory_weights(model.state_dict() if state_dict is None else state_dict)
     config = CometModelConfig.from_dict(model.config.to_dict())
     if backbone:
-        model.save_backbone(folder / BACKBONE)
+        model.save_backbone(folder / BACKBONE, state_dict)
         config.backbone = f"./{BACKBONE}"
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     if getattr(model, "_hf_peft_config_loaded", False):
-        _save_lora(model, folder / LORA)
+        _save_lora(model, folder / LORA, state_dict)
     card = folder / "README.md"
     if not card.exists():
         card.write_text(model_card(model), encoding="utf-8")
@@ -193,6 +200,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    merge: bool = True,
     **sizes: Any,
 ) -> tuple[CometForCausalLM, Any]:
     """Load a model with memory and its tokenizer, by name.
@@ -204,9 +212,12 @@ def load(
         device: where to put it; "auto" spreads it over all devices. Default: the accelerator if
             there is one, else the CPU.
         dtype: default bfloat16, but float32 on CPUs without bfloat16 products.
+        merge: merge a checkpoint's LoRA adapter into the backbone, which then reads faster; False
+            keeps it apart, to be trained or saved again. See `merge_lora`.
         sizes: `CometConfig` fields and `seed` for a backbone; default the built-in model's own, or
             the paper's. A trained memory may be read with another `chunk_size`, `stride` and
-            `capacity` than it was trained with. Where one ships with a built-in model, sizes that
+            `capacity` than it was trained with, and with `gate=False` without its gates, which is
+            the paper's ablation. Where one ships with a built-in model, sizes that
             change its weights, or a `seed`, ask for an untrained memory instead.
 
     Returns:
@@ -229,6 +240,8 @@ def load(
     if trained is not None:
         model = load_model(_home(name), config=trained, **where)
         model.config.name_or_path = name
+        if merge:
+            merge_lora(model)
     else:
         chosen = {**built_in.sizes, **sizes} if built_in else sizes
         model = attach(load_backbone(name, **where).eval(), **chosen)
@@ -279,7 +292,9 @@ def _trained_config(name: str, config: Any, sizes: Mapping[str, Any]) -> CometMo
     if isinstance(config, CometModelConfig):
         if not _resized(config, sizes):
             free = ", ".join(RUNTIME_SIZES)
-            raise ValueError(f"{name} is a checkpoint: only {free} may be others, got {sizes}")
+            raise ValueError(
+                f"{name} is a checkpoint: only {free} may be others, and gate false, got {sizes}"
+            )
         return config
     built_in = BUILT_IN.get(name)
     if built_in is None or built_in.trained is None or not (built_in.trained / WEIGHTS).exists():
@@ -294,7 +309,10 @@ def _resized(config: CometModelConfig, sizes: Mapping[str, Any]) -> bool:
         return False
     own = config.comet_config
     wanted = own.replace(**known_sizes(sizes))
-    if wanted.replace(**{name: getattr(own, name) for name in RUNTIME_SIZES}) != own:
+    free = {name: getattr(own, name) for name in RUNTIME_SIZES}
+    if not wanted.gate:
+        free["gate"] = own.gate  # the weights of one are left out
+    if wanted.replace(**free) != own:
         return False
     config.comet = wanted.to_dict()
     return True
@@ -350,6 +368,8 @@ def load_memory(model: CometForCausalLM, weights: Mapping[str, Tensor], name: st
     """
     own = dict(model.model.comet.named_parameters())
     given = {key.removeprefix(_PREFIX): weight for key, weight in weights.items()}
+    if not model.config.comet_config.gate:
+        given = {key: weight for key, weight in given.items() if not key.endswith(".gate")}
     for key in sorted(own.keys() ^ given.keys()):
         what = "lacks" if key in own else "holds an unknown"
         raise ValueError(f"{name} does not fit this model: it {what} weight {_PREFIX}{key}")
@@ -425,13 +445,13 @@ def _load_backbone(
     return load_backbone(wanted, dtype=dtype or "auto", device_map=device_map)
 
 
-def _save_lora(model: Any, folder: Path) -> None:
+def _save_lora(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
     """The active LoRA adapter, as peft keeps one."""
     (adapter, *more) = model.active_adapters()
     if more:
         raise ValueError(f"only one LoRA adapter can be saved, active are {[adapter, *more]}")
     folder.mkdir(exist_ok=True)
-    weights = model.get_adapter_state_dict(adapter)
+    weights = model.get_adapter_state_dict(adapter, state_dict)
     plain = {f"base_model.model.{n}": w.detach().cpu().contiguous() for n, w in weights.items()}
     model.peft_config[adapter].save_pretrained(folder)
     write_whole(folder / "adapter_model.safetensors", to_bytes(plain, {"format": "pt"}))

@@ -64,7 +64,7 @@ def plan(
     }
     weights = Weights(trained=trained, shards=shards)
     if speed is None:
-        loaded, _ = load_quietly(model, device, dtype, **wanted)
+        loaded, _ = load_quietly(model, device, dtype, merge=False, **wanted)
         err.print("measuring a cell of each layer on this machine …", highlight=False)
         config, sizes = loaded.config.text_config, loaded.config.comet_config
         if trained < 1:  # the memory's gradients alone, and those of what comes in

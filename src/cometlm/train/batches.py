@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cometlm.chunking import Chunking, sentence_ends
+from cometlm.config import CometConfig
 from cometlm.data.hay import FileHay, FillerHay, MixedHay, NumberHay, WordHay, encode
 from cometlm.data.passkey import TRAINING, PasskeySample, PasskeyTask
 from cometlm.data.texts import text_files
@@ -28,9 +29,9 @@ class GeneratedBatches:
     """Passkey samples, texts read twice and plain texts, stage after stage."""
 
     def __init__(
-        self, settings: Generated, tokenizer: Any, seed: int, readout_tokens: int = 0
+        self, settings: Generated, tokenizer: Any, seed: int, sizes: CometConfig | None = None
     ) -> None:
-        self._readout_tokens = readout_tokens
+        self._sizes = CometConfig() if sizes is None else sizes
         self._stages = settings.stages
         self._seed = seed
         texts = FileHay(tokenizer, [f for name in settings.texts for f in text_files(name)])
@@ -110,14 +111,14 @@ class GeneratedBatches:
         task = self._task_of(stage)
         made = [task.draw(chance, length, depth=depth, asked=False) for depth in depths]
         turns = [sample.turns[0] for sample in made]
-        width = max(sum(map(len, turn)) for turn in turns) + chance.randint(
-            0, stage.before_question
-        )
+        longest = max(sum(map(len, turn)) for turn in turns)
+        room = max(0, min(stage.before_question, self._sizes.chunk_size - longest))
+        width = longest + chance.randint(0, room)
         hay = [task.hay.draw(chance, width - sum(map(len, turn))) for turn in turns]
         texts = [sample.text for sample in made]
         told: dict[str, list[Any]] = {
             "told_labels": [self._spelled(sample.key) for sample in made],
-            "told_places": [[sample.said.start, sample.said.stop] for sample in made],
+            "told_until": [sample.said.stop for sample in made],
             "told_weight": [stage.told_weight],
         }
         return {
@@ -133,8 +134,8 @@ class GeneratedBatches:
     def _spelled(self, key: str) -> list[int]:
         """A key's tokens over and over, as often as they fit into the readout tokens."""
         ids = encode(self._task.tokenizer, key)
-        often = self._readout_tokens // len(ids)
-        return ids * often + [-100] * (self._readout_tokens - often * len(ids))
+        often, rest = divmod(self._sizes.global_slots, len(ids))
+        return ids * often + [-100] * rest
 
     def _mixed(self, shares: HayShares) -> MixedHay:
         return MixedHay(list(self._hay.values()), [getattr(shares, name) for name in self._hay])

@@ -118,10 +118,11 @@ class Stage:
             the way, each time of a fork of the memory that is then forgotten, and learns the text
             too: many answers for one reading, from one border away to as many as the text has.
         before_question: with "borders", most tokens of text between the border and the question. A
-            session is asked anywhere in a chunk, so before the end this should come near its size.
+            session is asked anywhere in a chunk, so before the end this should come near its size;
+            what fits into a chunk beside the question is taken.
         answer_weight: with "borders", what the answers' loss counts beside the text's.
         told_weight: with "borders", what it counts that readout tokens say the key, digit by digit
-            and over again, at the end of the chunk that holds it; 0 asks nothing of them.
+            and over again, at the end of the chunk that says it; 0 asks nothing of them.
         wordings: use only so many of the sentences and questions; all if None. Few of them, in
             plain hay, are learned first.
         hay: as in `Generated`, for these steps.
@@ -179,7 +180,8 @@ class TrainConfig:
         mode: what is trained: the memory alone, the memory and LoRA, or everything.
         comet: `CometConfig` fields, for a new memory; without any, a checkpoint or a built-in
             model goes on from the memory that it has.
-        sizes: `chunk_size`, `stride` and `capacity` that this memory is read with from now on.
+        sizes: `chunk_size`, `stride` and `capacity` that this memory is read with from now on;
+            `gate: false` takes its gates away.
         start: what the tokens of a new memory are like at first.
         records: training data, a file or a name that `data.read_records` takes; or
         generated: samples made here.

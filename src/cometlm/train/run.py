@@ -56,7 +56,9 @@ def train(
         check_same(output, config, checkpoint)
         say(f"going on from {checkpoint}")
     sizes = {"seed": config.seed, **config.comet} if config.comet else config.sizes
-    model, tokenizer = load(config.model, device=device, dtype=as_dtype(config.dtype), **sizes)
+    model, tokenizer = load(
+        config.model, device=device, dtype=as_dtype(config.dtype), merge=False, **sizes
+    )
     if config.comet and checkpoint is None:
         start_like(model, tokenizer, config.start)
     lora = config.lora
@@ -90,8 +92,8 @@ def make_trainer(
         "alike": {"the configuration": config.to_dict()},
     }
     if config.generated is not None:
-        slots = model.config.comet_config.global_slots
-        batches = GeneratedBatches(config.generated, tokenizer, config.seed, slots)
+        sizes = model.config.comet_config
+        batches = GeneratedBatches(config.generated, tokenizer, config.seed, sizes)
         return CometTrainer(
             **common,
             args=_arguments(config, steps=len(batches)),
