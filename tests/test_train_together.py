@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import SequentialSampler
 
+import cometlm
 from cometlm.parallel.agreement import check_alike
 from cometlm.pretrained import WEIGHTS, read_weights
 from cometlm.train.config import config_of, read_config
@@ -131,6 +133,51 @@ def test_two_groups_of_two_train_as_one_process_with_two_batches_a_step(settings
     assert_same_run(together, alone)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "mode"),
+    [
+        (2, 1, "full"),
+        pytest.param(4, 2, "full", marks=pytest.mark.slow),
+        pytest.param(2, 1, "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_weights_train_as_whole_ones(settings, tmp_path, ranks, parallel, mode):
+    """Adam's state too: each goes on from the other's checkpoint."""
+    stage = {**settings["generated"]["stages"][0], "steps": 16}
+    trainer = {**settings["trainer"], "optim": "adamw_torch", "max_steps": 8}
+    changes = {"generated": {**settings["generated"], "stages": [stage]}, "trainer": trainer}
+    path = as_config(settings, tmp_path, mode=mode, **changes)
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    one = [f"trainer.gradient_accumulation_steps={ranks // parallel}", f"output={whole}"]
+    train(read_config(path, one), device="cpu", say=lambda _: None)
+    several = (f"chunk_parallel={parallel}", "shard_weights=true")
+    done = on_ranks(ranks, path, *several, f"output={sharded}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(sharded, whole)
+    for folder, other in ((whole, tmp_path / "on"), (sharded, tmp_path / "back")):
+        shutil.copytree(folder, other)
+        for late in [other / "checkpoint-8", other / WEIGHTS, other / "trainer_state.json"]:
+            shutil.rmtree(late) if late.is_dir() else late.unlink()
+    done = on_ranks(ranks, path, *several, f"output={tmp_path / 'on'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from" in done.stdout + done.stderr
+    assert_same_run(tmp_path / "on", whole)
+    one[-1] = f"output={tmp_path / 'back'}"
+    train(read_config(path, one), device="cpu", say=lambda _: None)
+    assert_same_run(tmp_path / "back", whole)
+    if mode == "lora":
+        found = [
+            read_weights(folder / "lora" / "adapter_model.safetensors")
+            for folder in (sharded, whole)
+        ]
+        assert found[0].keys() == found[1].keys()
+        assert all(error(found[0][name], found[1][name]) < 1e-6 for name in found[1])
+    else:
+        loaded = [cometlm.load(str(folder), dtype=torch.float64)[0] for folder in (sharded, whole)]
+        ids = torch.arange(40)[None]
+        assert error(loaded[0](ids).logits, loaded[1](ids).logits) < 1e-6
+
+
 def test_sharing_needs_a_job(settings, tmp_path):
     config = read_config(as_config(settings, tmp_path), [f"output={tmp_path}", "chunk_parallel=2"])
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
@@ -150,6 +197,8 @@ def test_sharing_needs_a_job(settings, tmp_path):
             },
             "forks of the memory",
         ),
+        ({"shard_weights": True, "compile": True}, "compile needs whole weights on each rank"),
+        ({"shard_weights": True, "evaluate": "a.jsonl"}, "evaluate needs whole weights"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused(settings, changes, said):

@@ -195,6 +195,8 @@ class TrainConfig:
         max_length: longest sample in tokens; None is any. Longer ones are an error, unless
         cut: is set, which drops what is too long from their ends.
         chunk_parallel: ranks that share each sample, in a job that `torchrun` started.
+        shard_weights: shard weights, gradients and the optimiser's state over the ranks that do
+            not share a sample (FSDP2), instead of having all of them on each.
         trainer: further fields of trl's `SFTConfig`.
     """
 
@@ -221,6 +223,7 @@ class TrainConfig:
     cut: bool = False
     save_steps: int = 50
     chunk_parallel: int = 1
+    shard_weights: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -233,14 +236,26 @@ class TrainConfig:
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
         if self.chunk_parallel < 1:
             raise ValueError(f"chunk_parallel must be at least 1, got {self.chunk_parallel}")
-        if self.generated is not None:
-            for stage in self.generated.stages:
-                _check_stage(stage)
-                if self.chunk_parallel > 1 and stage.ask == "borders":
-                    raise ValueError(
-                        'stages.ask: "borders" reads from forks of the memory, which ranks that '
-                        f'share a sample (chunk_parallel={self.chunk_parallel}) do not: use "end"'
-                    )
+        for stage in self.generated.stages if self.generated is not None else ():
+            _check_stage(stage)
+            if (self.chunk_parallel > 1 or self.shard_weights) and stage.ask == "borders":
+                raise ValueError(
+                    'stages.ask: "borders" reads from forks of the memory, which is not done with '
+                    f"chunk_parallel={self.chunk_parallel}, shard_weights={self.shard_weights}: "
+                    'use "end"'
+                )
+        if self.shard_weights:
+            self._check_sharded()
+
+    def _check_sharded(self) -> None:
+        stages = self.generated.stages if self.generated is not None else ()
+        clashing = {
+            "evaluate": self.evaluate is not None,
+            "compile": self.compile,
+            "stages.gates": any(stage.gates is not None for stage in stages),
+        }
+        for name in (name for name, is_set in clashing.items() if is_set):
+            raise ValueError(f"{name} needs whole weights on each rank: not with shard_weights")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

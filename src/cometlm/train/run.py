@@ -27,7 +27,10 @@ from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
 SETTINGS = "train.json"
 # What may differ between a run and its resumption without changing what is learned.
-_FREE = ("output", "save_steps", "trainer", "recompute", "compile", "chunk_parallel")
+_FREE = {
+    *("output", "save_steps", "trainer", "recompute", "compile"),
+    *("chunk_parallel", "shard_weights"),
+}
 
 Say = Callable[[str], None]
 BeforeStep = Callable[[int], None]
@@ -89,6 +92,7 @@ def make_trainer(
         "memory_factor": config.memory_factor,
         "gate_factor": config.gate_factor,
         "chunk_parallel": config.chunk_parallel,
+        "shard_weights": config.shard_weights,
         "alike": {"the configuration": config.to_dict()},
     }
     if config.generated is not None:

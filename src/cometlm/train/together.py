@@ -1,7 +1,8 @@
-"""Ranks that share samples, within a Trainer's run: who gets which batch.
+"""Ranks that share samples, within a Trainer's run: batches go in and gradients come out.
 
 `torchrun` starts data × P ranks; those of one group of P get the same batch and read it as a wave
-(`parallel.pipeline`), groups get different ones. To the Trainer they are all data parallel.
+(`parallel.pipeline`), groups get different ones. To the Trainer they are all data parallel, so
+gradients are means over all of them.
 """
 
 from __future__ import annotations
@@ -13,23 +14,27 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import Sampler
 
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.parallel.agreement import check_alike
 from cometlm.parallel.mesh import CHUNK, make_mesh
-from cometlm.parallel.pipeline import Pipeline
+from cometlm.parallel.pipeline import Pipeline, sum_gradients
 
 
 def share_samples(
     model: CometForCausalLM, ranks: int, alike: Mapping[str, Any], timeout: timedelta
-) -> None:
+) -> DeviceMesh:
     """Let every group of so many ranks read its samples together, from now on.
 
     Args:
         ranks: P.
         alike: what all ranks of the job must have the same, by name.
         timeout: how long one waits for another.
+
+    Returns:
+        The mesh of all ranks, data × P.
 
     Raises:
         ValueError: no job of several ranks, a number of ranks that P does not divide, ranks that
@@ -43,6 +48,16 @@ def share_samples(
     check_alike(alike)
     mesh = make_mesh(ranks, model.device)
     model.model.pipeline = Pipeline(mesh[CHUNK].get_group(), timeout)
+    return mesh
+
+
+def average_gradients(model: CometForCausalLM, mesh: DeviceMesh) -> None:
+    """Turn gradients of sharded weights, means over data, into means over all ranks."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sum_gradients(trained, mesh[CHUNK].get_group())
+    for parameter in trained:
+        assert parameter.grad is not None
+        parameter.grad.div_(mesh[CHUNK].size())
 
 
 @contextmanager

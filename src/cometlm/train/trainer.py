@@ -20,18 +20,21 @@ from typing import Any, cast
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
 from cometlm.parallel.p2p import PipelineError, answering
+from cometlm.parallel.shard import gathered, gathered_state, shard, shard_state
 from cometlm.pretrained import load_lora
 from cometlm.train.lora import parameter_groups
-from cometlm.train.together import SharedBatches, alone, share_samples
+from cometlm.train.together import SharedBatches, alone, average_gradients, share_samples
 
 STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
 
@@ -49,6 +52,7 @@ class CometTrainer(SFTTrainer):
         in_order: take the samples in their order.
         whole: save the backbone too, since it is trained.
         chunk_parallel: ranks that share each sample (`torchrun`), see `train.together`.
+        shard_weights: shard weights, gradients and the optimiser's state over the others (FSDP2).
         alike: what all ranks must have the same, by name.
         others: `SFTTrainer`'s own.
     """
@@ -64,6 +68,7 @@ class CometTrainer(SFTTrainer):
         in_order: bool = False,
         whole: bool = False,
         chunk_parallel: int = 1,
+        shard_weights: bool = False,
         alike: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
@@ -75,10 +80,13 @@ class CometTrainer(SFTTrainer):
         self._whole = whole
         self._micro_steps = (-1, 0)  # the step, and how many of its batches came before this one
         self._sharing = chunk_parallel
+        self._sharded = shard_weights
+        self._gathered: dict[str, Tensor] | None = None
         super().__init__(**others)
-        if chunk_parallel > 1:
+        self._mesh: DeviceMesh | None = None
+        if chunk_parallel > 1 or shard_weights:
             timeout = timedelta(seconds=self.args.ddp_timeout)
-            share_samples(self._comet, chunk_parallel, alike or {}, timeout)
+            self._mesh = share_samples(self._comet, chunk_parallel, alike or {}, timeout)
 
     @property
     def _comet(self) -> CometForCausalLM:
@@ -89,6 +97,10 @@ class CometTrainer(SFTTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser that `args` names, with a learning rate of its own for the memory."""
         if self.optimizer is None:
+            if self._sharded and self._mesh is not None:
+                shard(self._comet, self._mesh)
+                # Transformers then leaves placement and gradients to the model.
+                self.is_distributed_loading_by_transformers = True
             model = cast("PreTrainedModel", self.model if model is None else model)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             rate, decay = self.args.learning_rate, self.args.weight_decay
@@ -130,7 +142,7 @@ class CometTrainer(SFTTrainer):
             PipelineError: another rank does not answer; names it, the cell and the step.
         """
         try:
-            with answering("a call of all ranks") if self._sharing > 1 else nullcontext():
+            with answering("a call of all ranks") if self._mesh else nullcontext():
                 return super().train(*args, **options)
         except PipelineError as error:
             saved = last_checkpoint(self.args.output_dir)
@@ -158,6 +170,8 @@ class CometTrainer(SFTTrainer):
             raise FloatingPointError(f"{error}; {self._where(inputs)}") from error
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value}; {self._where(inputs)}")
+        if self._sharded and self._mesh is not None and self.accelerator.sync_gradients:
+            average_gradients(self._comet, self._mesh)
         return loss
 
     def _place_plans(self) -> None:
@@ -234,10 +248,36 @@ class CometTrainer(SFTTrainer):
 
     # --- checkpoints ------------------------------------------------------------------------
 
+    def save_model(self, *args: Any, **options: Any) -> None:
+        """See `Trainer.save_model`; of sharded weights, the first rank saves whole ones."""
+        if self._sharded:
+            self._gathered = gathered(self._comet, self._is_saved)
+        super().save_model(*args, **options)
+        self._gathered = None
+
+    def _is_saved(self, name: str) -> bool:
+        return self._whole or ".comet." in name or ".lora_" in name
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or str(self.args.output_dir)
+        state_dict = self._gathered if state_dict is None else state_dict
         self._comet.save_pretrained(folder, state_dict=state_dict, backbone=self._whole)
         self._tokenizer.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = gathered_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._sharded and self.optimizer is not None:
+            shard_state(self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self._comet, resume_from_checkpoint, whole=self._whole)
