@@ -330,7 +330,7 @@ def test_a_checkpoint_is_read_with_other_sizes_that_change_no_weight(saved):
     sizes = model.config.comet_config
     assert (sizes.stride, sizes.chunk_size) == (8, 24)
     for wrong in ({"readout_tokens": 9}, {"seed": 1}):
-        with pytest.raises(ValueError, match="only chunk_size, stride, capacity may be others"):
+        with pytest.raises(ValueError, match=r"only chunk_size, .*overlap may be others"):
             cometlm.load(str(saved), device="cpu", **wrong)
 
 
@@ -482,6 +482,31 @@ def test_lora_is_merged_on_loading_unless_it_is_to_be_trained(named, tmp_path):
     whole = CometForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float64)
     assert not whole.merged
     assert error(logits(whole), want) < 1e-12
+
+
+def test_a_backbone_is_saved_without_its_adapter(named, tmp_path):
+    """Which is saved beside it; after a merge, a new one."""
+    model = with_lora(attached(named), ["q_proj", "down_proj"])
+    for step in ("adapter", "another"):
+        want = logits(model)
+        model.save_pretrained(tmp_path / step, backbone=True)
+        again = CometForCausalLM.from_pretrained(tmp_path / step)
+        assert error(logits(again), want) < 1e-6
+        assert cometlm.merge_lora(again)
+        assert error(logits(again), want) < 1e-5
+        model = with_lora(again, ["v_proj"])
+
+
+def test_lora_on_tied_weights_or_switched_off_is_not_merged(named):
+    backbone = tiny_backbone("llama", tie_word_embeddings=True)
+    model = with_lora(cometlm.attach(backbone, **SIZES), ["embed_tokens"])
+    assert not cometlm.merge_lora(model)
+    off = with_lora(attached(named), ["q_proj"])
+    off.disable_adapters()
+    assert not cometlm.merge_lora(off)
+    off.enable_adapters()
+    assert cometlm.merge_lora(off)
+    assert cometlm.attach(cometlm.detach(off), **SIZES).merged
 
 
 def test_lora_stays_beside_weights_that_cannot_be_changed(named):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from cometlm import Session
 from tests.sessions import TEXT, assert_same, session_of
-from tests.tiny import random_ids
+from tests.tiny import random_ids, tiny_comet
 
 pytestmark = pytest.mark.usefixtures("small_windows")
 
@@ -257,6 +257,9 @@ def test_counts_that_do_not_fit_the_tensors_are_refused(small, good, tmp_path):
 def test_an_older_file_without_them_has_full_chunks(small, good, tmp_path):
     def older(document):
         del document["tokens"], document["entries"]
+        sizes = json.loads(document["made_by"]["config"])
+        del sizes["overlap"]
+        document["made_by"]["config"] = json.dumps(sizes)
 
     (tmp_path / "s").write_bytes(with_document(good, older))
     (tmp_path / "good").write_bytes(good)
@@ -268,6 +271,18 @@ def test_an_older_file_without_them_has_full_chunks(small, good, tmp_path):
 def test_more_than_the_chunks_hold_is_refused(small, good, tmp_path, name, value):
     """Three chunks of 12 tokens, and five entries at most."""
     refuse(small, tmp_path / "s", with_document(good, setter(name, value)), "damaged")
+
+
+def test_less_than_an_overlap_leaves_is_refused(tmp_path):
+    """Each fold reads more than it and leaves more than it open."""
+    session = Session(tiny_comet("llama", overlap=4))
+    session.read(random_ids(40))
+    session.save(tmp_path / "s")
+    good = (tmp_path / "s").read_bytes()
+    assert_same(Session.load(tmp_path / "s", session.model), session)
+
+    refuse(session.model, tmp_path / "s", with_document(good, setter("tokens", 19)), "damaged")
+    refuse(session.model, tmp_path / "s", with_tensors(good, ids(5, 6, 7, 8)), "damaged")
 
 
 STREAMS = [

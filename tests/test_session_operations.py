@@ -61,7 +61,7 @@ class Mirror:
         read, ends = self.read_with_overlaps()
         left = len(read) - (ends[-1] if ends else 0)
         wanted = len(ids) + size // 8
-        if left > self.overlap and left + wanted > size >= wanted + self.overlap:
+        if left and left + wanted > size >= wanted + self.overlap:
             self.ends = (*self.ends, len(self.now()))
         self.read_ids(ids)
 

@@ -197,6 +197,7 @@ def test_sharing_needs_a_job(settings, tmp_path):
             },
             "forks of the memory",
         ),
+        ({"chunk_parallel": 2, "recompute": {"every": 4}}, "recompute.every, offload and truncate"),
         ({"shard_weights": True, "compile": True}, "compile needs whole weights on each rank"),
         ({"shard_weights": True, "evaluate": "a.jsonl"}, "evaluate needs whole weights"),
     ],

@@ -53,13 +53,8 @@ class CometCausalOutput(CausalLMOutputWithPast):
 
 
 class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
-    """`CometModel` with the backbone's language-model head.
+    """`CometModel` with the backbone's language-model head."""
 
-    Attributes:
-        merged: whether a LoRA adapter was merged into the backbone, which is then another one.
-    """
-
-    merged = False
     # A memory cannot forget its last tokens, which assisted decoding asks for; transformers then
     # refuses that mode with an error of its own.
     _is_stateful = True
@@ -74,6 +69,11 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         object.__setattr__(self, "_undo", None)
         self.post_init()
         self.generation_config = copy.deepcopy(backbone.generation_config)
+
+    @property
+    def merged(self) -> bool:
+        """Whether a LoRA adapter was merged into the backbone, which is then another one."""
+        return bool(getattr(self._backbone, "lora_merged", False))
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's embedding."""
@@ -226,13 +226,13 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         directory: str | os.PathLike[str],
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Save the backbone alone, as transformers would without the memory.
+        """Save the backbone alone, as transformers would without the memory and without adapters.
 
         Args:
             state_dict: this model's weights, to take instead of its own.
         """
         backbone = cast("PreTrainedModel", self._backbone)
-        weights = None if state_dict is None else self._under_the_backbones_names(state_dict)
+        weights = self._under_the_backbones_names(state_dict or self.state_dict())
         name = backbone.config._attn_implementation
         backbone.config._attn_implementation = "sdpa"  # ours means nothing to others
         try:
@@ -244,7 +244,11 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         """Weights of this model that are the backbone's too, as that calls them."""
         ours = {id(value): name for name, value in self.state_dict(keep_vars=True).items()}
         theirs = cast("PreTrainedModel", self._backbone).state_dict(keep_vars=True)
-        return {name: weights[ours[id(value)]] for name, value in theirs.items()}
+        return {
+            name.replace(".base_layer.", "."): weights[ours[id(value)]]
+            for name, value in theirs.items()
+            if ".lora_" not in name
+        }
 
     def session(self, tokenizer: Any = None) -> Session:
         """A new session: reads text or ids in a stream, is asked, forked and saved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,30 +19,41 @@ def merge_lora(model: CometForCausalLM) -> bool:
     with its backbone, which is no longer the one that it names.
 
     Returns:
-        Whether that was done: not without an adapter, nor beside weights that are quantised or
-        kept elsewhere, where the adapter stays.
+        Whether that was done: not without a LoRA adapter that is switched on and the only one, nor
+        where weights are quantised, kept elsewhere or tied to others. The adapter stays then.
     """
     if not getattr(model, "_hf_peft_config_loaded", False):
         return False
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = {name: one for name, one in model.named_modules() if isinstance(one, LoraLayer)}
-    if not all(_can_merge(layer) for layer in layers.values()):
+    layers: dict[str, Any] = {
+        name: one for name, one in model.named_modules() if isinstance(one, BaseTunerLayer)
+    }
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    if len(model.peft_config) > 1 or not layers:
         return False
-    adapters: Any = model.active_adapters()
+    if not all(_can_merge(layer, uses) for layer in layers.values()):
+        return False
     for name, layer in layers.items():
-        layer.merge(adapter_names=adapters)
+        layer.merge()
         model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
-    model.merged = True
+    backbone: Any = model._backbone  # where detach() and attach() keep it
+    backbone.lora_merged = True
     return True
 
 
-def _can_merge(layer: Any) -> bool:
+def _can_merge(layer: Any, uses: Counter[int]) -> bool:
+    from peft.tuners.lora import LoraLayer
+
     base = layer.get_base_layer()
     return (
-        type(base) in (nn.Linear, nn.Embedding, nn.Conv1d)
+        isinstance(layer, LoraLayer)
+        and not layer.disable_adapters
+        and bool(layer.active_adapters)
+        and type(base) in (nn.Linear, nn.Embedding)
         and base.weight.is_floating_point()
         and base.weight.device != torch.device("meta")
+        and uses[id(base.weight)] == 1
     )

@@ -65,11 +65,7 @@ def save_model(
         ValueError: a LoRA adapter was merged into the backbone, which is not to be written.
         OSError: the folder cannot be written.
     """
-    if model.merged and not backbone:
-        raise ValueError(
-            "a LoRA adapter was merged into the backbone, which is then no longer the one that the "
-            "checkpoint would name: save with backbone=True, or load with merge=False"
-        )
+    check_can_save(model, backbone)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     weights = memory_weights(model.state_dict() if state_dict is None else state_dict)
@@ -86,6 +82,19 @@ def save_model(
     if not card.exists():
         card.write_text(model_card(model), encoding="utf-8")
     write_whole(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
+
+
+def check_can_save(model: CometForCausalLM, backbone: bool) -> None:
+    """Refuse a checkpoint that would name a backbone which is no longer that one.
+
+    Raises:
+        ValueError: a LoRA adapter was merged into the backbone, which is not to be written.
+    """
+    if model.merged and not backbone:
+        raise ValueError(
+            "a LoRA adapter was merged into the backbone, which is then no longer the one that the "
+            "checkpoint would name: save with backbone=True, or load with merge=False"
+        )
 
 
 def load_model(
@@ -179,6 +188,7 @@ def upload_model(
     Returns:
         The commit's address.
     """
+    check_can_save(model, backbone)
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
@@ -215,9 +225,9 @@ def load(
         merge: merge a checkpoint's LoRA adapter into the backbone, which then reads faster; False
             keeps it apart, to be trained or saved again. See `merge_lora`.
         sizes: `CometConfig` fields and `seed` for a backbone; default the built-in model's own, or
-            the paper's. A trained memory may be read with another `chunk_size`, `stride` and
-            `capacity` than it was trained with, and with `gate=False` without its gates, which is
-            the paper's ablation. Where one ships with a built-in model, sizes that
+            the paper's. A trained memory may be read with another `chunk_size`, `stride`,
+            `capacity` and `overlap` than it came with, and with `gate=False` without its gates,
+            which is the paper's ablation. Where one ships with a built-in model, sizes that
             change its weights, or a `seed`, ask for an untrained memory instead.
 
     Returns:

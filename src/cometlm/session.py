@@ -1,6 +1,7 @@
 """A session: one text read by one model, however it comes in; it can be asked, forked and saved.
 
-The session owns its state: the memory at the last chunk border, and the open chunk as token ids.
+The session owns its state: the memory at the last chunk border, and the open chunk as token ids,
+which begins with the overlap that was in the chunk before.
 Every chunk goes through the layers once, when it is full and more has followed, so however the text
 was cut makes no difference, to the last bit. The price is that asking runs the open chunk again.
 
@@ -120,7 +121,7 @@ class Session:
         wanted = len(question) + sizes.chunk_size // _ANSWER_SHARE
         fits = sizes.overlap + wanted <= sizes.chunk_size
         full = len(self._open) + wanted > sizes.chunk_size
-        if question and fits and full and len(self._open) > sizes.overlap:
+        if question and self._open and fits and full:
             self._fold(len(self._open))
         self.read(question)
 

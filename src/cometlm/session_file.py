@@ -1,11 +1,11 @@
 """The session file: safetensors with one JSON document as metadata, and nothing that runs.
 
 Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemory` holds them, and
-`open` [n], the token ids since the last chunk border. The document (metadata key `cometlm`) says
-the rest: chunks folded, the end of the text that is not tokenised yet, which weights and sizes made
-the memory, and which library wrote it. safetensors checks shapes, offsets and lengths against the
-file before anything is allocated; what it cannot know is checked here, also before a tensor is
-read.
+`open` [n], the token ids of the open chunk, its overlap among them. The document (metadata key
+`cometlm`) says the rest: chunks folded, the end of the text that is not tokenised yet, which
+weights and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
+and lengths against the file before anything is allocated; what it cannot know is checked here,
+also before a tensor is read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SessionState:
 
     Attributes:
         cache: the memory at a chunk border, of one row.
-        open: token ids that came after it.
+        open: token ids of the open chunk.
         turns: chat turns so far.
         characters: characters of text read so far.
         stream: text that is not tokenised yet (`TokenStream.state`), or None.
@@ -97,15 +97,15 @@ def load(path: str | Path, model: CometForCausalLM) -> SessionState:
     document = read_document(path)
     made_by, here = document["made_by"], identity(model)
     for part, ours in here.items():
-        if made_by[part] != ours:
+        if made_by[part] != ours and not (part == "config" and _same_sizes(made_by[part], ours)):
             raise ValueError(
                 f"{path} is a session of another model: its {part} is {made_by[part]}, this "
                 f"model's is {ours}"
             )
     sizes = model.config.comet_config
     row = _counts(sizes, document)
-    most = row.folds * sizes.chunk_size
-    if row.entries > sizes.temporary_slots or not row.folds <= row.tokens <= most:
+    least, most = row.folds * (sizes.overlap + 1), row.folds * sizes.chunk_size
+    if row.entries > sizes.temporary_slots or not least <= row.tokens <= most:
         raise ValueError(
             f"{path} is damaged: {row.folds} chunks do not hold {row.tokens} tokens and leave "
             f"{row.entries} entries"
@@ -116,7 +116,8 @@ def load(path: str | Path, model: CometForCausalLM) -> SessionState:
         ids = file.get_tensor("open").tolist()
         layers = [_layer(file, model, i, wanted) for i in range(len(model.model.cells))]
     vocabulary = model.config.vocab_size
-    if (row.folds and not ids) or any(not 0 <= token < vocabulary for token in ids):
+    few = row.folds and len(ids) <= sizes.overlap  # a fold leaves the overlap open, and new text
+    if few or any(not 0 <= token < vocabulary for token in ids):
         raise ValueError(f"{path} is damaged: its token ids are none of this model's")
     cache = CometCache(tuple(layers), (row,), sizes, sizes.row_length)
     return SessionState(
@@ -155,15 +156,12 @@ def identity(model: CometForCausalLM) -> dict[str, str]:
 
 
 def describe_model(model: CometForCausalLM) -> dict[str, str]:
-    """How `cometlm.load` makes the model again: name or path, dtype, and sizes if it needs them."""
-    checkpoint = model.config.name_or_path
-    name = checkpoint or model.config.backbone
-    # A memory that ships may be read with another chunk size than its own.
-    fixed = checkpoint and checkpoint not in BUILT_IN
+    """How `cometlm.load` makes the model again: name or path, dtype and sizes."""
+    name = model.config.name_or_path or model.config.backbone
     return {
         "name": str(Path(name).resolve()) if _is_folder(name) else name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "sizes": "{}" if fixed else json.dumps(model.config.comet_config.to_dict()),
+        "sizes": json.dumps(model.config.comet_config.to_dict()),
     }
 
 
@@ -177,6 +175,13 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _same_sizes(made_by: str, ours: str) -> bool:
+    """Whether two configurations are one, though an older file lacks what is newer."""
+    if not _is_sizes(made_by):
+        return False
+    return CometConfig.from_dict(json.loads(made_by)) == CometConfig.from_dict(json.loads(ours))
 
 
 def _is_sizes(text: str) -> bool:

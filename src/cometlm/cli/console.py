@@ -71,9 +71,11 @@ def print_error(error: Exception) -> None:
 def describe(model: CometForCausalLM) -> str:
     """One line: what was loaded, where, and its sizes."""
     sizes = model.config.comet_config
+    overlap = f" ({sizes.overlap} read twice)" if sizes.overlap else ""
     return (
         f"{model.config.backbone or 'model'} · {model.dtype} on {model.device} · chunk "
-        f"{sizes.chunk_size}, {sizes.global_slots} global + {sizes.temporary_slots} temporary slots"
+        f"{sizes.chunk_size}{overlap}, {sizes.global_slots} global + {sizes.temporary_slots} "
+        "temporary slots"
     )
 
 

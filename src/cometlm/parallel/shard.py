@@ -48,11 +48,14 @@ def shard(model: CometForCausalLM, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh[DATA])
 
 
-def gathered(model: CometForCausalLM, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+def gathered(
+    model: CometForCausalLM, wanted: Callable[[str], bool], *, keep: bool = True
+) -> dict[str, Tensor]:
     """Whole weights of a sharded model on the CPU, for a checkpoint; every rank has to call it.
 
     Args:
         wanted: whether a weight of this name is.
+        keep: False on a rank that only takes part.
 
     Returns:
         As `state_dict()`; weights that are tied are one tensor.
@@ -62,30 +65,52 @@ def gathered(model: CometForCausalLM, wanted: Callable[[str], bool]) -> dict[str
     for name, value in model.state_dict(keep_vars=True).items():
         if wanted(name):
             if id(value) not in whole:
-                whole[id(value)] = _whole(value.detach()).cpu()
+                whole[id(value)] = _whole(value.detach(), keep)
             weights[name] = whole[id(value)]
     return weights
 
 
-def gathered_state(optimizer: Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` of whole tensors, for a checkpoint; every rank has to call it."""
+def gathered_state(optimizer: Optimizer, *, keep: bool = True) -> dict[str, Any]:
+    """`optimizer.state_dict()` of whole tensors on the CPU; every rank has to call it.
+
+    Args:
+        keep: False on a rank that only takes part.
+    """
     kept: dict[str, Any] = optimizer.state_dict()
     state = {
-        number: {name: _whole(value) for name, value in own.items()}
+        number: {name: _whole(value, keep) for name, value in own.items()}
         for number, own in kept["state"].items()
     }
     return {**kept, "state": state}
 
 
-def shard_state(optimizer: Optimizer) -> None:
-    """Shard what an optimiser was given of whole tensors, as its parameters are."""
-    for parameter, state in optimizer.state.items():
-        if isinstance(parameter, DTensor):
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    mesh, placements = parameter.device_mesh, parameter.placements
-                    state[name] = distribute_tensor(value, mesh, placements)
+def shard_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """What `gathered_state` gave, sharded as the optimiser's parameters are, one after the other.
+
+    Args:
+        state: its tensors on the CPU; for `optimizer.load_state_dict`.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    sharded = dict(state["state"])
+    for number, parameter in zip(numbers, parameters, strict=True):
+        own = sharded.get(number, {})
+        sharded[number] = {name: _like(value, parameter) for name, value in own.items()}
+    return {**state, "state": {number: own for number, own in sharded.items() if own}}
 
 
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _whole(value: Any, keep: bool) -> Any:
+    """The whole tensor on the CPU, or where it is not kept an empty one."""
+    if not isinstance(value, Tensor):
+        return value
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    return full.cpu() if keep else full.new_empty(0, device="cpu")
+
+
+def _like(value: Any, parameter: Tensor) -> Any:
+    if not (isinstance(value, Tensor) and isinstance(parameter, DTensor)):
+        return value
+    if value.shape != parameter.shape:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(parameter.device), mesh, placements)

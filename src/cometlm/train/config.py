@@ -180,8 +180,8 @@ class TrainConfig:
         mode: what is trained: the memory alone, the memory and LoRA, or everything.
         comet: `CometConfig` fields, for a new memory; without any, a checkpoint or a built-in
             model goes on from the memory that it has.
-        sizes: `chunk_size`, `stride` and `capacity` that this memory is read with from now on;
-            `gate: false` takes its gates away.
+        sizes: `chunk_size`, `stride`, `capacity` and `overlap` that this memory is read with from
+            now on; `gate: false` takes its gates away.
         start: what the tokens of a new memory are like at first.
         records: training data, a file or a name that `data.read_records` takes; or
         generated: samples made here.
@@ -244,6 +244,14 @@ class TrainConfig:
                     f"chunk_parallel={self.chunk_parallel}, shard_weights={self.shard_weights}: "
                     'use "end"'
                 )
+        recompute = self.recompute
+        one_device = recompute.every > 1 or recompute.offload or recompute.truncate_after > 0
+        if (self.chunk_parallel > 1 or self.shard_weights) and one_device:
+            raise ValueError(
+                "recompute.every, offload and truncate_after are for one device that reads a "
+                f"sample alone: not with chunk_parallel={self.chunk_parallel}, "
+                f"shard_weights={self.shard_weights}"
+            )
         if self.shard_weights:
             self._check_sharded()
 

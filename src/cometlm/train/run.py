@@ -27,10 +27,8 @@ from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
 SETTINGS = "train.json"
 # What may differ between a run and its resumption without changing what is learned.
-_FREE = {
-    *("output", "save_steps", "trainer", "recompute", "compile"),
-    *("chunk_parallel", "shard_weights"),
-}
+_FREE = {"output", "save_steps", "trainer", "recompute", "compile", "chunk_parallel"}
+_FREE |= {"shard_weights"}
 
 Say = Callable[[str], None]
 BeforeStep = Callable[[int], None]
@@ -59,8 +57,9 @@ def train(
         check_same(output, config, checkpoint)
         say(f"going on from {checkpoint}")
     sizes = {"seed": config.seed, **config.comet} if config.comet else config.sizes
+    merge = config.mode == "full"  # an adapter is trained on, or becomes a part of the whole
     model, tokenizer = load(
-        config.model, device=device, dtype=as_dtype(config.dtype), merge=False, **sizes
+        config.model, device=device, dtype=as_dtype(config.dtype), merge=merge, **sizes
     )
     if config.comet and checkpoint is None:
         start_like(model, tokenizer, config.start)
@@ -125,6 +124,7 @@ def make_trainer(
             whole=config.mode == "full",
         )
     _check_lengths(trainer.train_dataset, config, model.config.comet_config.chunk_size, say)
+    _check_shared(trainer.train_dataset, config, model.config.comet_config.chunk_size)
     return trainer
 
 
@@ -285,6 +285,21 @@ def _stage_rates(config: TrainConfig, batches: GeneratedBatches) -> Callable[[in
         return min(1.0, (step + 1) / max(1, config.warmup)) * rate / config.learning_rate
 
     return share
+
+
+def _check_shared(dataset: Any, config: TrainConfig, chunk_size: int) -> None:
+    """Refuse samples that not every rank has a chunk of, where all are needed.
+
+    Raises:
+        ValueError: says how many.
+    """
+    ranks = config.chunk_parallel
+    short = sum(-(-len(ids) // chunk_size) < ranks for ids in dataset["input_ids"])
+    if config.shard_weights and short:
+        raise ValueError(
+            f"{short} of {len(dataset)} samples have fewer chunks of {chunk_size} tokens than "
+            f"chunk_parallel={ranks}; with shard_weights every rank needs one"
+        )
 
 
 def _check_lengths(dataset: Any, config: TrainConfig, chunk_size: int, say: Say) -> None:

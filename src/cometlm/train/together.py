@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.parallel.agreement import check_alike
-from cometlm.parallel.mesh import CHUNK, make_mesh
+from cometlm.parallel.mesh import CHUNK, DATA, make_mesh
 from cometlm.parallel.pipeline import Pipeline, sum_gradients
 
 
@@ -42,12 +42,27 @@ def share_samples(
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise ValueError(
-            f"chunk_parallel={ranks} needs a job of several ranks, and this process is alone; run: "
-            f"torchrun --nproc-per-node {ranks} --no-python cometlm train …"
+            f"chunk_parallel={ranks} and shard_weights need a job of several ranks, not of one; "
+            f"run: torchrun --nproc-per-node {max(2, ranks)} --no-python cometlm train …"
         )
     check_alike(alike)
     mesh = make_mesh(ranks, model.device)
     model.model.pipeline = Pipeline(mesh[CHUNK].get_group(), timeout)
+    return mesh
+
+
+def shard_over(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh again, if weights can be sharded over its ranks.
+
+    Raises:
+        ValueError: all ranks share their samples.
+    """
+    if mesh[DATA].size() == 1:
+        ranks = mesh[CHUNK].size()
+        raise ValueError(
+            f"shard_weights shards over the ranks beside chunk_parallel={ranks}, and {ranks} are "
+            "all that there are"
+        )
     return mesh
 
 

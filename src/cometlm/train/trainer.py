@@ -32,9 +32,15 @@ from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
 from cometlm.parallel.p2p import PipelineError, answering
 from cometlm.parallel.shard import gathered, gathered_state, shard, shard_state
-from cometlm.pretrained import load_lora
+from cometlm.pretrained import check_can_save, load_lora
 from cometlm.train.lora import parameter_groups
-from cometlm.train.together import SharedBatches, alone, average_gradients, share_samples
+from cometlm.train.together import (
+    SharedBatches,
+    alone,
+    average_gradients,
+    shard_over,
+    share_samples,
+)
 
 STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
 
@@ -83,10 +89,13 @@ class CometTrainer(SFTTrainer):
         self._sharded = shard_weights
         self._gathered: dict[str, Tensor] | None = None
         super().__init__(**others)
+        check_can_save(self._comet, whole)
         self._mesh: DeviceMesh | None = None
         if chunk_parallel > 1 or shard_weights:
             timeout = timedelta(seconds=self.args.ddp_timeout)
             self._mesh = share_samples(self._comet, chunk_parallel, alike or {}, timeout)
+        if shard_weights and self._mesh is not None:
+            shard_over(self._mesh)
 
     @property
     def _comet(self) -> CometForCausalLM:
@@ -251,7 +260,7 @@ class CometTrainer(SFTTrainer):
     def save_model(self, *args: Any, **options: Any) -> None:
         """See `Trainer.save_model`; of sharded weights, the first rank saves whole ones."""
         if self._sharded:
-            self._gathered = gathered(self._comet, self._is_saved)
+            self._gathered = gathered(self._comet, self._is_saved, keep=self.args.should_save)
         super().save_model(*args, **options)
         self._gathered = None
 
@@ -259,6 +268,8 @@ class CometTrainer(SFTTrainer):
         return self._whole or ".comet." in name or ".lora_" in name
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = output_dir or str(self.args.output_dir)
         state_dict = self._gathered if state_dict is None else state_dict
         self._comet.save_pretrained(folder, state_dict=state_dict, backbone=self._whole)
@@ -269,15 +280,20 @@ class CometTrainer(SFTTrainer):
             return super()._save_optimizer_and_scheduler(output_dir)
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        state = gathered_state(self.optimizer)
+        state = gathered_state(self.optimizer, keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._sharded and self.optimizer is not None:
-            shard_state(self.optimizer)
+        if not self._sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), "cpu", weights_only=True, mmap=True)
+        self.optimizer.load_state_dict(shard_state(self.optimizer, state))
+        schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self._comet, resume_from_checkpoint, whole=self._whole)
