@@ -141,5 +141,5 @@ def test_frozen():
 @given(configs)
 def test_dict_round_trip(config):
     values = json.loads(json.dumps(config.to_dict()))
-    assert set(values) == {*SIZES, *SWITCHES}
+    assert set(values) == {*SIZES, *SWITCHES, "overlap"}
     assert CometConfig.from_dict(values) == config

@@ -214,7 +214,7 @@ def test_sizes_that_change_no_weight_keep_the_trained_memory(trained):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"readout_tokens": 4}, {"rank": 3}, {"gate": False}, {"seed": 0}]
+    "sizes", [{"readout_tokens": 4}, {"rank": 3}, {"temporary_memory": False}, {"seed": 0}]
 )
 def test_other_sizes_and_a_seed_ask_for_an_untrained_memory(trained, sizes):
     model, readout = memory_of(**sizes)

@@ -256,7 +256,10 @@ def _layer(file: Any, model: CometForCausalLM, i: int, wanted: Mapping[str, Any]
     device = device_of(model.model.cells[i])
 
     def tensor(name: str) -> Tensor | None:
-        return file.get_tensor(name).to(device) if name in wanted else None
+        if name not in wanted:
+            return None
+        # In memory of its own: products round by how a tensor is aligned, in a file by its header.
+        return file.get_tensor(name).clone().to(device)
 
     entries = tensor(f"entries.{i}")
     return LayerState(LayerMemory(tensor(f"state.{i}"), () if entries is None else (entries,)))

@@ -71,9 +71,10 @@ def print_error(error: Exception) -> None:
 def describe(model: CometForCausalLM) -> str:
     """One line: what was loaded, where, and its sizes."""
     sizes = model.config.comet_config
-    overlap = f" ({sizes.overlap} read twice)" if sizes.overlap else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    overlap = f" ({sizes.overlap} twice)" if sizes.overlap else ""
     return (
-        f"{model.config.backbone or 'model'} · {model.dtype} on {model.device} · chunk "
+        f"{model.config.backbone or 'model'} · {dtype} on {model.device} · chunk "
         f"{sizes.chunk_size}{overlap}, {sizes.global_slots} global + {sizes.temporary_slots} "
         "temporary slots"
     )
