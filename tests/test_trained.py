@@ -35,11 +35,11 @@ def test_it_finds_keys_far_behind_its_temporary_memory(loaded):
     task = PasskeyTask(tokenizer, FillerHay(tokenizer), MEASURING)
     whole, without_global = [], []
     for seed in range(10):
-        # A border would cut these questions, or part them from their answers.
+        # Fixed borders would cut some of these questions, or part them from their answers.
         sample = task.draw(random.Random(seed), 8 * 256 + 4 * seed, depth=0.2)
         session = Session(model, tokenizer)
         session.read(sample.text)
-        assert session.stats().chunks == 7
+        assert session.stats().chunks in (7, 8)
         whole.append((sample.key, said(session, sample)))
         without_global.append((sample.key, said(session, sample, ("global",))))
     assert digits(whole) > 0.85
