@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from cometlm import Session
 from cometlm.parallel.reading import SharedSession
 from tests import real
 from tests.ranks import run_ranks
+from tests.sessions import going_on
 
 TEXT = "".join(
     f"On day {i} the keeper of the lamp wrote: wind {i * 37 % 100}, naïve ☂️ sea.\n"
@@ -18,21 +18,9 @@ TEXT = "".join(
 )
 
 
-def logits_after(session):
-    """The exact next logits: all that a session holds shows in them."""
-    seen = []
-    hook = session.model.lm_head.register_forward_hook(
-        lambda module, given, out: seen.append(out[0, -1].clone())
-    )
-    try:
-        return session.continuation(3), torch.stack(seen)
-    finally:
-        hook.remove()
-
-
 def difference(ours, theirs):
     """Of stats, of the next tokens, and of their logits."""
-    (ids, logits), (want_ids, want) = logits_after(ours), logits_after(theirs)
+    (ids, logits), (want_ids, want) = going_on(ours), going_on(theirs)
     return ours.stats() == theirs.stats(), ids == want_ids, float((logits - want).abs().max())
 
 

@@ -8,10 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cometlm import Session, text
+from cometlm import Session
 from cometlm.reference import reference_generate
 from tests import real
+from tests.sessions import assert_same, going_on
 from tests.tiny import random_ids, tiny_comet
+
+pytestmark = pytest.mark.usefixtures("small_windows")
 
 TEXT = "".join(
     f"On day {i} the keeper of the lamp wrote: <|im_start|> wind {i * 37 % 100}, naïve ☂️ sea.\n"
@@ -25,16 +28,6 @@ def model(request):
     return real.tiny_comet(request.param)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_windows():
-    """Text comes out of the tokenizer in many steps, as it does in a long text."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "_WINDOW", 160)
-        patch.setattr(text, "_MARGIN", 96)
-        patch.setattr(text, "_CONTEXT", 128)
-        yield
-
-
 def session_of(model, *sources, finish=True):
     session = Session(model, real.tokenizer("smollm2"))
     for source in sources:
@@ -46,25 +39,6 @@ def session_of(model, *sources, finish=True):
 
 def ids_of(given_text):
     return torch.tensor(real.tokenizer("smollm2")(given_text)["input_ids"])
-
-
-def going_on(session, count=4):
-    """The next tokens, and the exact logits that they were chosen by: what the session holds."""
-    logits = []
-    hook = session.model.lm_head.register_forward_hook(
-        lambda module, given_input, out: logits.append(out[0, -1].clone())
-    )
-    try:
-        return session.continuation(count), torch.stack(logits)
-    finally:
-        hook.remove()
-
-
-def assert_same(ours, theirs):
-    assert ours.stats() == theirs.stats()
-    (ids, logits), (want_ids, want_logits) = going_on(ours), going_on(theirs)
-    assert ids == want_ids
-    assert torch.equal(logits, want_logits)
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import SequentialSampler
 
 import cometlm
 from cometlm.parallel.agreement import check_alike
+from cometlm.parallel.mesh import make_mesh
 from cometlm.pretrained import WEIGHTS, read_weights
 from cometlm.train.config import config_of, read_config
-from cometlm.train.run import train
-from cometlm.train.together import SharedBatches
+from cometlm.train.run import _check_shared, train
+from cometlm.train.together import SharedBatches, shard_over
 from cometlm.train.trainer import last_checkpoint
 from tests.ranks import run_ranks
 from tests.real import tiny_comet, tokenizer
@@ -176,6 +178,27 @@ def test_sharded_weights_train_as_whole_ones(settings, tmp_path, ranks, parallel
         loaded = [cometlm.load(str(folder), dtype=torch.float64)[0] for folder in (sharded, whole)]
         ids = torch.arange(40)[None]
         assert error(loaded[0](ids).logits, loaded[1](ids).logits) < 1e-6
+
+
+def test_samples_of_too_few_chunks_are_counted(settings):
+    config = config_of({**settings, "output": "x", "chunk_parallel": 3, "shard_weights": True})
+    samples = Dataset.from_dict({"input_ids": [[1] * 25, [1] * 24, [1] * 3]})
+    with pytest.raises(ValueError, match="2 of 3 samples have fewer chunks of 12 tokens than"):
+        _check_shared(samples, config, 12)
+    _check_shared(samples, config_of({**settings, "output": "x", "chunk_parallel": 3}), 12)
+
+
+def nothing_to_shard_over():
+    try:
+        shard_over(make_mesh(2))
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def test_weights_are_sharded_over_ranks_that_are_there():
+    wanted = "shard_weights shards over the ranks beside chunk_parallel=2, and 2 are all"
+    assert all(said.startswith(wanted) for said in run_ranks(2, nothing_to_shard_over))
 
 
 def test_sharing_needs_a_job(settings, tmp_path):
