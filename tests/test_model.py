@@ -590,6 +590,25 @@ def test_compiled_cells_give_the_same_numbers():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_last_chunk_of_another_length_compiles_nothing_new():
+    """Once lengths have differed, each further one would cost a training step its seconds."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_comet("llama", chunk_size=40)
+    assert model.model.compile_cells(backend=counted)
+    for last in (5, 38, 9):
+        model(batch_of(1, 80 + last))
+    settled = len(graphs)
+    for last in (13, 18, 22, 27, 35):
+        model(batch_of(1, 80 + last))
+    assert len(graphs) == settled > 0
+
+
 def test_cells_that_do_not_compile_stay_as_they_were():
     model = tiny_comet("llama")
     ids = batch_of(1, 43)

@@ -264,9 +264,8 @@ class ChunkLayout:
         return self._table(rows, filling=0)
 
     def _table(self, rows: list[list[int]], filling: int) -> Tensor:
-        width = max(len(row) for row in rows)
-        full = [row + [filling] * (width - len(row)) for row in rows]
-        return torch.tensor(full, dtype=torch.long).view(len(rows), width).to(self.device)
+        table: Tensor = _padded(rows, filling)
+        return table.to(self.device)
 
     # --- positions --------------------------------------------------------------------------
 
@@ -327,6 +326,14 @@ class ChunkLayout:
         before = torch.tensor([self.rows[b].items for b in self.distinct])
         slot = torch.arange(max(self.items))[None, :] + before[:, None]
         return _sees(slot, torch.arange(max(self.slots)), window)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _padded(rows: list[list[int]], filling: int) -> Tensor:
+    """[rows, widest] of lists, which are constants to a compiler: one graph for each length."""
+    width = max(len(row) for row in rows)
+    full = [row + [filling] * (width - len(row)) for row in rows]
+    return torch.tensor(full, dtype=torch.long).view(len(rows), width)
 
 
 def _sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
