@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from cometlm import text
-from tests.tiny import tiny_comet
+from tests import real
+from tests.tiny import tiny_backbone, tiny_comet
 
 settings.register_profile(
     "default",
@@ -31,3 +32,13 @@ def small_windows():
 def small():
     """A tiny model of 96 ids, for what needs no text."""
     return tiny_comet("llama")
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A tiny backbone as a plain transformers directory, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("backbone") / "tiny"
+    tokenizer = real.tokenizer("like gemma")
+    tiny_backbone("llama", vocab_size=len(tokenizer)).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

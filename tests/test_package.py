@@ -164,7 +164,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.causal_lm"],
     ["cometlm.attachment", "cometlm.merge", "cometlm.reference", "cometlm.session_file"],
     ["cometlm.pretrained", "cometlm.session"],
-    ["cometlm.checkpoint", "cometlm.train"],
+    ["cometlm.by_name", "cometlm.checkpoint", "cometlm.train"],
     ["cometlm.train.config", "cometlm.train.lora", "cometlm.train.templates"],
     ["cometlm"],
     ["cometlm.parallel"],

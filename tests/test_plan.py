@@ -5,12 +5,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from cometlm.by_name import described, load
 from cometlm.cli.main import app
 from cometlm.config import CometConfig
 from cometlm.parallel.calibrate import Weights, counted, measured
 from cometlm.parallel.simulate import Costs, Job, Span, simulate
 from cometlm.parallel.timeline import draw, merged
-from cometlm.pretrained import described, load
 from tests.real import tokenizer
 from tests.tiny import tiny_comet
 

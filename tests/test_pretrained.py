@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,30 +17,10 @@ from transformers import (
 )
 
 import cometlm
-from cometlm import CometForCausalLM, CometModelConfig, checkpoint, pretrained
+from cometlm import CometForCausalLM, CometModelConfig, pretrained
 from tests import real
-from tests.tiny import GOLDEN, error, load_golden, random_ids, scramble, tiny_backbone
-
-SIZES = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5, "rank": 2}
-IDS = random_ids(40)[None]
-
-
-@pytest.fixture(scope="module")
-def named(tmp_path_factory):
-    """A tiny backbone as a plain transformers directory, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("backbone") / "tiny"
-    tokenizer = real.tokenizer("like gemma")
-    tiny_backbone("llama", vocab_size=len(tokenizer)).float().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def attached(folder, **sizes):
-    backbone = AutoModelForCausalLM.from_pretrained(folder).eval()
-    model = cometlm.attach(backbone, **{**SIZES, **sizes})
-    torch.manual_seed(5)
-    scramble(model.model.comet, 0.5)
-    return model
+from tests.checkpoints import IDS, SIZES, attached, logits
+from tests.tiny import random_ids, tiny_backbone
 
 
 @pytest.fixture
@@ -53,11 +32,6 @@ def model(named):
 def saved(model, tmp_path):
     model.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS.to(model.device)).logits
 
 
 # --- what is written ----------------------------------------------------------------------------
@@ -426,111 +400,6 @@ def test_saving_may_push(model, tmp_path, hub):
     assert hub.repo == "me/other"
 
 
-# --- LoRA ---------------------------------------------------------------------------------------
-
-
-def with_lora(model, targets):
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, lora_alpha=4))
-    torch.manual_seed(8)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
-
-
-@pytest.mark.parametrize(
-    "targets",
-    [
-        ["q_proj", "v_proj"],
-        ["k_proj", "o_proj", "gate_proj"],
-        ["q_proj", "down_proj"],  # the name of a projection in the memory, too
-        "all-linear",
-    ],
-    ids=str,
-)
-def test_lora_adapters_are_saved_and_loaded(named, tmp_path, targets):
-    model = attached(named)
-    plain = logits(model)
-    with_lora(model, targets)
-    want = logits(model)
-    assert not torch.equal(want, plain)
-    model.save_pretrained(tmp_path / "checkpoint")
-    files = {path.name for path in (tmp_path / "checkpoint" / "lora").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
-    for loader in (CometForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
-        assert torch.equal(logits(loader(str(tmp_path / "checkpoint"))), want)
-
-
-def test_lora_is_merged_on_loading_unless_it_is_to_be_trained(named, tmp_path):
-    model = with_lora(attached(named), ["q_proj", "down_proj"])
-    assert not cometlm.merge_lora(attached(named))
-    model.save_pretrained(tmp_path / "adapter")
-    apart, _ = cometlm.load(
-        str(tmp_path / "adapter"), device="cpu", dtype=torch.float64, merge=False
-    )
-    want = logits(apart)
-    assert error(logits(model), want) < 1e-5
-    apart.save_pretrained(tmp_path / "again")
-    merged, _ = cometlm.load(str(tmp_path / "adapter"), device="cpu", dtype=torch.float64)
-    assert not any("lora_" in name for name in merged.state_dict())
-    assert error(logits(merged), want) < 1e-12
-    with pytest.raises(ValueError, match="save with backbone=True, or load with merge=False"):
-        merged.save_pretrained(tmp_path / "wrong")
-    assert not (tmp_path / "wrong").exists()
-    merged.save_pretrained(tmp_path / "whole", backbone=True)
-    whole = CometForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float64)
-    assert not whole.merged
-    assert error(logits(whole), want) < 1e-12
-
-
-def test_a_backbone_is_saved_without_its_adapter(named, tmp_path):
-    """Which is saved beside it; after a merge, a new one."""
-    model = with_lora(attached(named), ["q_proj", "down_proj"])
-    for step in ("adapter", "another"):
-        want = logits(model)
-        model.save_pretrained(tmp_path / step, backbone=True)
-        again = CometForCausalLM.from_pretrained(tmp_path / step)
-        assert error(logits(again), want) < 1e-6
-        assert cometlm.merge_lora(again)
-        assert error(logits(again), want) < 1e-5
-        model = with_lora(again, ["v_proj"])
-
-
-def test_lora_on_tied_weights_or_switched_off_is_not_merged(named):
-    backbone = tiny_backbone("llama", tie_word_embeddings=True)
-    model = with_lora(cometlm.attach(backbone, **SIZES), ["embed_tokens"])
-    assert not cometlm.merge_lora(model)
-    off = with_lora(attached(named), ["q_proj"])
-    off.disable_adapters()
-    assert not cometlm.merge_lora(off)
-    off.enable_adapters()
-    assert cometlm.merge_lora(off)
-    assert cometlm.attach(cometlm.detach(off), **SIZES).merged
-
-
-def test_lora_stays_beside_weights_that_cannot_be_changed(named):
-    model = with_lora(attached(named), ["q_proj"])
-    layer = next(one for name, one in model.named_modules() if name.endswith("q_proj"))
-    layer.base_layer = type("Packed", (torch.nn.Linear,), {})(1, 1)
-    assert not cometlm.merge_lora(model)
-    assert any("lora_" in name for name in model.state_dict())
-    assert not model.merged
-
-
-def test_lora_is_part_of_what_a_session_depends_on(named, tmp_path):
-    model = with_lora(attached(named), ["q_proj", "v_proj"])
-    session = model.session()
-    session.read(random_ids(40))
-    session.save(tmp_path / "s")
-    with pytest.raises(ValueError, match="another model"):
-        cometlm.Session.load(tmp_path / "s", attached(named))
-    model.save_pretrained(tmp_path / "checkpoint")
-    loaded = CometForCausalLM.from_pretrained(tmp_path / "checkpoint")
-    again = cometlm.Session.load(tmp_path / "s", loaded)
-    assert again.continuation(5) == session.continuation(5)
-
-
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -593,112 +462,3 @@ def test_what_the_trainer_saved_loads(named, tmp_path):
     want = logits(model.eval())
     for folder in (tmp_path / "done", tmp_path / "run" / "checkpoint-4"):
         assert torch.equal(logits(CometForCausalLM.from_pretrained(folder)), want)
-
-
-# --- published checkpoints ----------------------------------------------------------------------
-
-PUBLISHED = {
-    "compression_stride": "temp_beacon_stride",
-    "temporary_capacity": "temp_mem_budget",
-    "readout_token_ids": "global_beacon_ids",
-    "compression_token_id": "temp_beacon_id",
-    "placeholder_token_id": "placeholder_id",
-}
-
-
-def published(folder, path, shards=1, rename=False):
-    """A golden file as the folder that its authors would have uploaded."""
-    _, tensors, config = load_golden(path)
-    weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
-    if rename:
-        config = {PUBLISHED.get(name, name): value for name, value in config.items()}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    if shards == 1:
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        return tensors
-    names, index = sorted(weights), {}
-    for number in range(shards):
-        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        part = {name: weights[name] for name in names[number::shards]}
-        save_file(part, folder / file, {"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    document = {"metadata": {"total_size": 0}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(document))
-    return tensors
-
-
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-@pytest.mark.parametrize(("shards", "rename"), [(1, False), (2, True)])
-def test_published_checkpoints_are_converted(path, shards, rename, tmp_path):
-    tensors = published(tmp_path / "theirs", path, shards, rename)
-    model = checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
-    shutil.rmtree(tmp_path / "theirs")
-    loaded = CometForCausalLM.from_pretrained(tmp_path / "ours")
-    ids = tensors["input_ids"][None]
-    with torch.no_grad():
-        ours = loaded(ids).logits
-        assert torch.equal(ours, model(ids).logits)
-    assert error(ours[0], tensors["logits"]) < 5e-5
-    assert loaded.config.suppressed_tokens == model.config.suppressed_tokens
-    assert loaded.config.suppressed_tokens
-
-
-def test_the_published_tokenizer_comes_along(tmp_path):
-    published(tmp_path / "theirs", GOLDEN[0])
-    real.tokenizer("like gemma").save_pretrained(tmp_path / "theirs")
-    checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
-    _, tokenizer = cometlm.load(str(tmp_path / "ours"), device="cpu")
-    assert len(tokenizer) == len(real.tokenizer("like gemma"))
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    published(tmp_path / "theirs", GOLDEN[0], shards=2)
-    (tmp_path / "theirs" / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks model-00002-of-00002"):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
-
-
-def test_a_shard_outside_of_the_folder_is_refused(tmp_path):
-    published(tmp_path / "theirs", GOLDEN[0], shards=2)
-    shard = tmp_path / "theirs" / "model-00002-of-00002.safetensors"
-    shard.rename(tmp_path / shard.name)
-    index = tmp_path / "theirs" / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
-    with pytest.raises(ValueError, match="lacks"):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
-
-
-def test_a_folder_without_weights_is_refused(tmp_path):
-    published(tmp_path / "theirs", GOLDEN[0])
-    (tmp_path / "theirs" / "model.safetensors").unlink()
-    with pytest.raises((ValueError, OSError), match="theirs"):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
-
-
-@pytest.mark.parametrize("field", ["chunk_size", "temp_beacon_stride", "global_beacon_ids"])
-def test_a_missing_field_is_named(tmp_path, field):
-    published(tmp_path / "theirs", GOLDEN[0], rename=True)
-    file = tmp_path / "theirs" / "config.json"
-    config = json.loads(file.read_text())
-    del config[field]
-    file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=field):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
-
-
-@pytest.mark.parametrize("config", [{}, {"model_type": "qwen3"}, [], "text", None], ids=repr)
-def test_a_config_that_says_too_little_is_refused_before_anything_is_built(
-    tmp_path, monkeypatch, config
-):
-    """A backbone of default sizes would fill the memory of the machine."""
-
-    def built(*arguments, **options):
-        pytest.fail("a backbone was built")
-
-    published(tmp_path / "theirs", GOLDEN[0])
-    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", built)
-    with pytest.raises(ValueError, match=r"theirs|published"):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as hf_logging
 
+from cometlm.by_name import load
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.device import as_dtype, readable_bytes
-from cometlm.pretrained import load
 from cometlm.session import SessionStats
 from cometlm.session_file import read_document
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cometlm.by_name import described
 from cometlm.cli import options
 from cometlm.cli.console import err, load_quietly, out
 from cometlm.config import CometConfig
@@ -15,7 +16,6 @@ from cometlm.device import readable_bytes
 from cometlm.parallel.calibrate import Weights, counted, measured
 from cometlm.parallel.simulate import WAYS, Costs, Job, Link, Outcome, simulate
 from cometlm.parallel.timeline import NAMES, draw
-from cometlm.pretrained import described
 
 _MANY = 300_000  # cells that take a while
 

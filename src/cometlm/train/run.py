@@ -12,12 +12,12 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig
 
+from cometlm.by_name import load
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
 from cometlm.data.records import read_records
 from cometlm.device import as_dtype
 from cometlm.files import write_whole
-from cometlm.pretrained import load
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
 from cometlm.train.config import TrainConfig, config_of
 from cometlm.train.lora import lora_config, set_trainable

@@ -1,0 +1,102 @@
+"""LoRA adapters in checkpoints, and merged into the weights that they adapt."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cometlm
+from cometlm import CometForCausalLM
+from tests.checkpoints import SIZES, attached, logits, with_lora
+from tests.tiny import error, random_ids, tiny_backbone
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "v_proj"],
+        ["k_proj", "o_proj", "gate_proj"],
+        ["q_proj", "down_proj"],  # the name of a projection in the memory, too
+        "all-linear",
+    ],
+    ids=str,
+)
+def test_lora_adapters_are_saved_and_loaded(named, tmp_path, targets):
+    model = attached(named)
+    plain = logits(model)
+    with_lora(model, targets)
+    want = logits(model)
+    assert not torch.equal(want, plain)
+    model.save_pretrained(tmp_path / "checkpoint")
+    files = {path.name for path in (tmp_path / "checkpoint" / "lora").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+    for loader in (CometForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        assert torch.equal(logits(loader(str(tmp_path / "checkpoint"))), want)
+
+
+def test_lora_is_merged_on_loading_unless_it_is_to_be_trained(named, tmp_path):
+    model = with_lora(attached(named), ["q_proj", "down_proj"])
+    assert not cometlm.merge_lora(attached(named))
+    model.save_pretrained(tmp_path / "adapter")
+    apart, _ = cometlm.load(
+        str(tmp_path / "adapter"), device="cpu", dtype=torch.float64, merge=False
+    )
+    want = logits(apart)
+    assert error(logits(model), want) < 1e-5
+    apart.save_pretrained(tmp_path / "again")
+    merged, _ = cometlm.load(str(tmp_path / "adapter"), device="cpu", dtype=torch.float64)
+    assert not any("lora_" in name for name in merged.state_dict())
+    assert error(logits(merged), want) < 1e-12
+    with pytest.raises(ValueError, match="save with backbone=True, or load with merge=False"):
+        merged.save_pretrained(tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    merged.save_pretrained(tmp_path / "whole", backbone=True)
+    whole = CometForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float64)
+    assert not whole.merged
+    assert error(logits(whole), want) < 1e-12
+
+
+def test_a_backbone_is_saved_without_its_adapter(named, tmp_path):
+    """Which is saved beside it; after a merge, a new one."""
+    model = with_lora(attached(named), ["q_proj", "down_proj"])
+    for step in ("adapter", "another"):
+        want = logits(model)
+        model.save_pretrained(tmp_path / step, backbone=True)
+        again = CometForCausalLM.from_pretrained(tmp_path / step)
+        assert error(logits(again), want) < 1e-6
+        assert cometlm.merge_lora(again)
+        assert error(logits(again), want) < 1e-5
+        model = with_lora(again, ["v_proj"])
+
+
+def test_lora_on_tied_weights_or_switched_off_is_not_merged(named):
+    backbone = tiny_backbone("llama", tie_word_embeddings=True)
+    model = with_lora(cometlm.attach(backbone, **SIZES), ["embed_tokens"])
+    assert not cometlm.merge_lora(model)
+    off = with_lora(attached(named), ["q_proj"])
+    off.disable_adapters()
+    assert not cometlm.merge_lora(off)
+    off.enable_adapters()
+    assert cometlm.merge_lora(off)
+    assert cometlm.attach(cometlm.detach(off), **SIZES).merged
+
+
+def test_lora_stays_beside_weights_that_cannot_be_changed(named):
+    model = with_lora(attached(named), ["q_proj"])
+    layer = next(one for name, one in model.named_modules() if name.endswith("q_proj"))
+    layer.base_layer = type("Packed", (torch.nn.Linear,), {})(1, 1)
+    assert not cometlm.merge_lora(model)
+    assert any("lora_" in name for name in model.state_dict())
+    assert not model.merged
+
+
+def test_lora_is_part_of_what_a_session_depends_on(named, tmp_path):
+    model = with_lora(attached(named), ["q_proj", "v_proj"])
+    session = model.session()
+    session.read(random_ids(40))
+    session.save(tmp_path / "s")
+    with pytest.raises(ValueError, match="another model"):
+        cometlm.Session.load(tmp_path / "s", attached(named))
+    model.save_pretrained(tmp_path / "checkpoint")
+    loaded = CometForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    again = cometlm.Session.load(tmp_path / "s", loaded)
+    assert again.continuation(5) == session.continuation(5)
