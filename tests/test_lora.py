@@ -1,5 +1,6 @@
 """LoRA adapters in checkpoints, and merged into the weights that they adapt."""
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -100,3 +101,31 @@ def test_lora_is_part_of_what_a_session_depends_on(named, tmp_path):
     loaded = CometForCausalLM.from_pretrained(tmp_path / "checkpoint")
     again = cometlm.Session.load(tmp_path / "s", loaded)
     assert again.continuation(5) == session.continuation(5)
+
+
+def test_a_session_is_not_bound_to_how_a_machine_rounds_when_it_merges(
+    named, tmp_path, monkeypatch
+):
+    with_lora(attached(named), ["q_proj", "v_proj"]).save_pretrained(tmp_path / "adapter")
+
+    def loaded():
+        return cometlm.load(str(tmp_path / "adapter"), device="cpu", dtype=torch.float32)[0]
+
+    model = loaded()
+    session = model.session()
+    session.read(random_ids(40))
+    session.save(tmp_path / "s")
+    exact = peft.tuners.lora.Linear.get_delta_weight
+    monkeypatch.setattr(
+        peft.tuners.lora.Linear,
+        "get_delta_weight",
+        lambda layer, adapter: exact(layer, adapter) * (1 + 1e-6),
+    )
+    other = loaded()
+    name = next(name for name, _ in other.named_parameters() if "v_proj" in name)
+    assert not torch.equal(other.get_parameter(name), model.get_parameter(name))
+    cometlm.Session.load(tmp_path / "s", other)
+    with torch.no_grad():
+        other.get_parameter(name).mul_(1.5)
+    with pytest.raises(ValueError, match="another model"):
+        cometlm.Session.load(tmp_path / "s", other)

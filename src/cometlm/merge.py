@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from cometlm.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from cometlm.causal_lm import CometForCausalLM
@@ -35,13 +38,48 @@ def merge_lora(model: CometForCausalLM) -> bool:
     if not all(_can_merge(layer, uses) for layer in layers.values()):
         return False
     for name, layer in layers.items():
+        base, parts = layer.get_base_layer(), _digest_of_parts(layer)
         layer.merge()
-        model.set_submodule(name, layer.get_base_layer())
+        base.lora_origin = _Origin(fingerprint([("", base.weight)]), parts)
+        model.set_submodule(name, base)
     del model.peft_config
     model._hf_peft_config_loaded = False
     backbone: Any = model._backbone  # where detach() and attach() keep it
     backbone.lora_merged = True
     return True
+
+
+def weights_before_merging(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters by name, to tell models apart: a merged one as a digest of its parts.
+
+    Merging rounds as the machine multiplies, so that what comes out is not the same on every one.
+    A weight that was changed after merging counts as it is.
+    """
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    for name, layer in model.named_modules():
+        origin = getattr(layer, "lora_origin", None)
+        if origin and fingerprint([("", layer.weight)]) == origin.merged:
+            weights[f"{name}.weight"] = origin.parts
+    return weights
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a merged weight came from.
+
+    Attributes:
+        merged: digest of the weight as merging left it.
+        parts: digest of the weight before, the adapter and its scale.
+    """
+
+    merged: str
+    parts: Tensor
+
+
+def _digest_of_parts(layer: Any) -> Tensor:
+    scales = {name: torch.tensor(float(scale)) for name, scale in layer.scaling.items()}
+    digest = fingerprint([*layer.named_parameters(), *scales.items()])
+    return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
 
 
 def _can_merge(layer: Any, uses: Counter[int]) -> bool:

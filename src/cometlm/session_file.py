@@ -32,6 +32,7 @@ from cometlm.grid import Cell, LayerState
 from cometlm.layout import RowCounts
 from cometlm.loading import BUILT_IN
 from cometlm.memory import LayerMemory
+from cometlm.merge import weights_before_merging
 
 FORMAT = 1
 _KEY = "cometlm"
@@ -147,7 +148,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
 def identity(model: CometForCausalLM) -> dict[str, str]:
     """Digests of everything that a memory depends on."""
     comet = "model.comet."
-    weights = dict(model.named_parameters())
+    weights = weights_before_merging(model)
     return {
         "backbone": fingerprint((n, w) for n, w in weights.items() if not n.startswith(comet)),
         "memory weights": fingerprint((n, w) for n, w in weights.items() if n.startswith(comet)),
