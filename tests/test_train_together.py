@@ -78,6 +78,29 @@ def on_ranks(count, path, *changes):
     )
 
 
+def as_ranks(command, folders):
+    """A rank in each folder, without torchrun's agent, which ends all where one ends."""
+    job = {"WORLD_SIZE": str(len(folders)), "MASTER_ADDR": "127.0.0.1"}
+    job |= {"MASTER_PORT": str(a_port()), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command, "--device", "cpu"],
+            env={**os.environ, **job, "RANK": str(i), "LOCAL_RANK": str(i)},
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for i, folder in enumerate(folders)
+    ]
+
+
+def a_port():
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
 def as_config(settings, folder, **changes):
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump({**settings, **changes}))
@@ -136,23 +159,28 @@ def test_two_groups_of_two_train_as_one_process_with_two_batches_a_step(settings
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel", "mode"),
+    ("ranks", "parallel", "mode", "accumulated"),
     [
-        (2, 1, "full"),
-        pytest.param(4, 2, "full", marks=pytest.mark.slow),
-        pytest.param(2, 1, "lora", marks=pytest.mark.slow),
+        (2, 1, "full", 1),
+        pytest.param(2, 1, "full", 2, marks=pytest.mark.slow),
+        pytest.param(4, 2, "full", 1, marks=pytest.mark.slow),
+        pytest.param(2, 1, "lora", 1, marks=pytest.mark.slow),
     ],
 )
-def test_sharded_weights_train_as_whole_ones(settings, tmp_path, ranks, parallel, mode):
+def test_sharded_weights_train_as_whole_ones(
+    settings, tmp_path, ranks, parallel, mode, accumulated
+):
     """Adam's state too: each goes on from the other's checkpoint."""
-    stage = {**settings["generated"]["stages"][0], "steps": 16}
+    batches = accumulated * (ranks // parallel)  # a step
+    stage = {**settings["generated"]["stages"][0], "steps": 8 * batches}
     trainer = {**settings["trainer"], "optim": "adamw_torch", "max_steps": 8}
     changes = {"generated": {**settings["generated"], "stages": [stage]}, "trainer": trainer}
     path = as_config(settings, tmp_path, mode=mode, **changes)
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    one = [f"trainer.gradient_accumulation_steps={ranks // parallel}", f"output={whole}"]
+    one = [f"trainer.gradient_accumulation_steps={batches}", f"output={whole}"]
     train(read_config(path, one), device="cpu", say=lambda _: None)
     several = (f"chunk_parallel={parallel}", "shard_weights=true")
+    several += (f"trainer.gradient_accumulation_steps={accumulated}",)
     done = on_ranks(ranks, path, *several, f"output={sharded}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(sharded, whole)
@@ -178,6 +206,23 @@ def test_sharded_weights_train_as_whole_ones(settings, tmp_path, ranks, parallel
         loaded = [cometlm.load(str(folder), dtype=torch.float64)[0] for folder in (sharded, whole)]
         ids = torch.arange(40)[None]
         assert error(loaded[0](ids).logits, loaded[1](ids).logits) < 1e-6
+
+
+def test_no_file_is_written_by_two_ranks(settings, tmp_path):
+    """Which would damage it, where they share a folder; here each has its own."""
+    path = as_config(settings, tmp_path, chunk_parallel=2, output="out")
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    command = ["-c", "from cometlm.cli.main import run; run()", "train", str(path)]
+    for rank in as_ranks(command, folders):
+        _, heard = rank.communicate(timeout=240)
+        assert rank.returncode == 0, heard[-3000:]
+    assert last_checkpoint(folders[0] / "out") == folders[0] / "out" / "checkpoint-8"
+    files = [{file.name for file in folder.rglob("*") if file.is_file()} for folder in folders]
+    assert files[1] == {"rng_state_1.pth"}
+    assert files[0] > {"rng_state_0.pth", WEIGHTS}
+    assert not files[0] & files[1]
 
 
 def test_samples_of_too_few_chunks_are_counted(settings):
@@ -261,12 +306,6 @@ def test_ranks_that_are_not_alike_are_found():
     assert run_ranks(2, differing, 0) == ["", ""]
 
 
-def a_port():
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "victim", "said"),
@@ -280,24 +319,13 @@ def a_port():
 def test_a_rank_that_is_lost_ends_the_job_and_no_checkpoint(
     settings, tmp_path, moment, victim, said
 ):
-    """No agent of torchrun looks on here, which would end the others before they can say why."""
+    """And the other says why."""
     output, timeout = tmp_path / "out", 15
     trainer = {**settings["trainer"], "ddp_timeout": timeout}
     changes = {"output": str(output), "chunk_parallel": 2, "save_steps": 3, "trainer": trainer}
     path = as_config(settings, tmp_path, **changes)
-    command = [sys.executable, "-m", "tests.fault", str(victim), moment]
-    command += ["train", str(path), "--device", "cpu"]
-    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(a_port())}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **job, "RANK": str(i), "LOCAL_RANK": str(i), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    command = ["-m", "tests.fault", str(victim), moment, "train", str(path)]
+    ranks = as_ranks(command, [None, None])
     try:
         _, heard = ranks[1 - victim].communicate(timeout=240)
         assert ranks[1 - victim].returncode == 1, heard[-3000:]
