@@ -48,6 +48,8 @@ bench: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python benchmarks/pipeline.py --paper
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/passkey.py
+	$(BIN)/python benchmarks/borders.py
+	$(BIN)/python benchmarks/shapes.py
 
 clean:
 	rm -rf $(VENV) out build dist

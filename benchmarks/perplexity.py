@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ def chunks(ids: Tensor, size: int, first: int) -> Tensor:
     return ids[first - 1 :].unfold(0, size + 1, size)
 
 
+def say(line: str) -> None:
+    """What is being done, since it takes minutes."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -70,9 +76,12 @@ def main() -> None:
         ids = ids.to(model.device)
         rows = chunks(ids, size, SKIPPED)
         counted = rows.numel() - len(rows)
+        say(f"{path.stem}: {SKIPPED + counted:,} tokens with memory …")
         with_memory = loss_with_memory(model, ids[: SKIPPED + counted], SKIPPED) / counted
+        say(f"{path.stem}: {math.exp(with_memory):.2f}; with memory cleared at each chunk …")
         cleared = loss_of(model, rows) / counted
         within = rows[:64, :size]
+        say(f"{path.stem}: {math.exp(cleared):.2f}; within a chunk, and the backbone …")
         ours, theirs = (loss_of(m, within) / (within.numel() - 64) for m in (model, backbone))
         novels[path.stem] = {
             "within_a_chunk": math.exp(ours),
