@@ -326,6 +326,17 @@ def test_demo_of_a_shorter_text_reads_all_of_it(command, text_file):
     assert code == 0
     read = TEXT + NEEDLE.format(key=12345)  # at its end, since its place is beyond
     assert count_of(out) == len(real.tokenizer("smollm2")(read)["input_ids"])
+    assert "tokens (where the text ended)" in out
+
+
+def test_demo_hides_inside_a_text_that_is_shorter_than_asked_for(command, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 40, encoding="utf-8")
+    total = len(real.tokenizer("smollm2")(TEXT * 40)["input_ids"])
+    code, out, _ = command("demo", "--file", str(path), "--passkey", "12345", "--depth", "0.5")
+    assert code == 0
+    hidden = int(re.search(r"hidden  12345, after ([\d,]+) tokens\n", out)[1].replace(",", ""))
+    assert 0.5 * total <= hidden <= 0.5 * total + 700
 
 
 def subprocess_of(*arguments, **options):

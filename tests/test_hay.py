@@ -47,6 +47,12 @@ def test_a_draw_longer_than_its_file_goes_on_in_others(words, files):
     assert len(FileHay(words, files[-1:]).draw(random.Random(0), 2000)) == 2000
 
 
+def test_a_file_that_is_no_text_ends_no_draw(words, tmp_path):
+    (tmp_path / "data").write_bytes(b"\xff" * 1000)
+    with pytest.raises(ValueError, match="data holds no text to draw from"):
+        FileHay(words, [tmp_path / "data"]).draw(random.Random(0), 10)
+
+
 def test_files_without_text_are_refused(words, files):
     with pytest.raises(ValueError, match="no text to draw from"):
         FileHay(words, files[:1])
@@ -117,6 +123,12 @@ def test_the_first_wordings_need_no_owner(words):
     task = PasskeyTask(words, FillerHay(words), TRAINING.first(1))
     texts = [words.decode(task.draw(random.Random(i), 200).input_ids) for i in range(9)]
     assert all("The pass key is" in text and "What is the pass key?" in text for text in texts)
+
+
+def test_few_wordings_for_several_keys_come_with_owners(words):
+    task = PasskeyTask(words, FillerHay(words), TRAINING.first(2, owned=True), keys=(1, 3))
+    for seed in range(12):
+        assert len(task.draw(random.Random(seed), 400).text) > 300
 
 
 def test_what_is_measured_with_is_no_sentence_of_the_training():

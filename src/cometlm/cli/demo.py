@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from itertools import chain
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -30,6 +32,7 @@ NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key?"
 _DIGITS = 5  # of the keys that the recipe trains with
 _PIECE = 2048  # characters between two looks at how far the reading is
+_HEAD = 1 << 16  # bytes of a file that are looked at to know how many tokens it may have
 
 
 def demo(
@@ -51,8 +54,9 @@ def demo(
     """Hide a number in a long text, let a real model read all of it, and ask for the number."""
     key = passkey or str(random.randrange(10_000, 100_000))
     _check_key(key)
-    place = round(tokens * (random.random() if depth is None else depth))
     loaded, tokenizer = load_quietly(model, device, dtype)
+    whole = tokens if file is None else min(tokens, _tokens_of(file, tokenizer))
+    place = round(whole * (random.random() if depth is None else depth))
     out.print(describe(loaded), highlight=False)
     if is_untrained(loaded):
         out.print(UNTRAINED, style="yellow")
@@ -80,7 +84,8 @@ def demo(
         seconds = progress.seconds
     answer = " ".join("".join(answer).split())
     out.print(f"read    {progress.summary(stats)}", highlight=False)
-    out.print(f"hidden  {key}, after {haystack.hidden_at:,} tokens", highlight=False)
+    where = " (where the text ended)" if haystack.ended else ""
+    out.print(f"hidden  {key}, after {haystack.hidden_at:,} tokens{where}", highlight=False)
     out.print(f"asked   {QUESTION}")
     out.print(f"answer  {answer}", style="bold", markup=False, highlight=False, soft_wrap=True)
     verdict, style = ("found", "green") if answer == key else ("not found", "red")
@@ -100,6 +105,7 @@ class Haystack:
 
     Attributes:
         hidden_at: tokens read before the needle, or None as long as it is not hidden.
+        ended: whether the text ended before the needle's place, which is then its end.
         characters: of the text, without the needle.
     """
 
@@ -109,6 +115,7 @@ class Haystack:
         self._needle = needle
         self._place = place
         self.hidden_at: int | None = None
+        self.ended = False
         self.characters = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -124,6 +131,7 @@ class Haystack:
                     piece = piece[cut:]
                 yield piece
         if self.hidden_at is None and self.characters:
+            self.ended = True
             yield from self._hide()
 
     def _hide(self) -> Iterator[str]:
@@ -172,6 +180,17 @@ def _texts(file: str | None) -> tuple[Iterator[str], str]:
     except OSError:  # not a Debian, or no packages to be had
         files = map(str, text_files("python"))
         return _file_texts(files), "the sources of Python's standard library"
+
+
+def _tokens_of(file: str, tokenizer: Any) -> float:
+    """About how many tokens a file has, by its beginning; what is no file has any number."""
+    path = Path(file)
+    if not path.is_file():
+        return math.inf
+    with path.open("rb") as begun:
+        head = begun.read(_HEAD)
+    count = len(tokenizer.encode(head.decode("utf-8", errors="ignore"), add_special_tokens=False))
+    return count * path.stat().st_size / max(1, len(head))
 
 
 def _file_texts(names: Iterator[str] | list[str]) -> Iterator[str]:

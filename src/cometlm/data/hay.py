@@ -17,6 +17,8 @@ FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 )
 
+_TRIES = 32  # places of files that hold nothing, one after the other
+
 
 class Hay(ABC):
     """A source of token ids."""
@@ -32,7 +34,7 @@ class FileHay(Hay):
     A draw that is longer than what its file has left goes on in other files.
 
     Raises:
-        ValueError: no files, or none with text in it.
+        ValueError: no files, or only empty ones; when drawing, no text in them.
     """
 
     def __init__(self, tokenizer: Any, files: Iterable[str | Path]) -> None:
@@ -46,6 +48,7 @@ class FileHay(Hay):
     def draw(self, rng: random.Random, tokens: int) -> list[int]:
         """See `Hay.draw`."""
         ids: list[int] = []
+        in_vain = 0
         while len(ids) < tokens:
             (path,) = rng.choices(self._files, self._weights)
             text = self._read(path)
@@ -54,7 +57,11 @@ class FileHay(Hay):
             size = min(len(text), max(64, missing * 7))
             start = rng.randrange(len(text) - size + 1)
             piece = text[start : start + size].decode("utf-8", errors="ignore")
-            ids += encode(self._tokenizer, piece)[:missing]
+            found = encode(self._tokenizer, piece)[:missing]
+            in_vain = 0 if found else in_vain + 1
+            if in_vain == _TRIES:
+                raise ValueError(f"{path} holds no text to draw from, or none in UTF-8")
+            ids += found
         return ids
 
     def _read(self, path: Path) -> bytes:

@@ -48,14 +48,22 @@ class Wording:
     answered: tuple[str, ...] = ("{key}",)
     whats: tuple[str, ...] = ("number",)
 
-    def first(self, count: int | None) -> Wording:
-        """The first so many sentences, questions and names of those without an owner, or all."""
+    def first(self, count: int | None, owned: bool = False) -> Wording:
+        """The first so many sentences, questions and names, or all.
+
+        Args:
+            owned: take as many with an owner too, which several keys in one text need.
+        """
         if count is None:
             return self
-        hidden, asked = (
-            tuple(s for s in sentences if "{owner}" not in s)[:count]
-            for sentences in (self.hidden, self.asked)
-        )
+
+        def few(sentences: tuple[str, ...]) -> tuple[str, ...]:
+            kinds: tuple[list[str], list[str]] = ([], [])
+            for sentence in sentences:
+                kinds["{owner}" in sentence].append(sentence)
+            return (*kinds[0][:count], *(kinds[1][:count] if owned else ()))
+
+        hidden, asked = few(self.hidden), few(self.asked)
         return replace(self, hidden=hidden, asked=asked, whats=self.whats[:count])
 
 
