@@ -90,6 +90,14 @@ def test_lora_stays_beside_weights_that_cannot_be_changed(named):
     assert not model.merged
 
 
+def test_an_adapter_that_stood_there_before_is_not_loaded(named, tmp_path):
+    with_lora(attached(named), ["q_proj"]).save_pretrained(tmp_path)
+    plain = attached(named)
+    plain.save_pretrained(tmp_path)
+    assert not (tmp_path / "lora").exists()
+    assert torch.equal(logits(CometForCausalLM.from_pretrained(tmp_path)), logits(plain))
+
+
 def test_lora_is_part_of_what_a_session_depends_on(named, tmp_path):
     model = with_lora(attached(named), ["q_proj", "v_proj"])
     session = model.session()

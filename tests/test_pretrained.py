@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -452,6 +453,19 @@ def test_the_trainer_resumes_to_the_same_weights(named, tmp_path):
         assert not torch.equal(halfway[name], weight) or not weight.any(), name
     resumed.eval()
     assert torch.equal(logits(resumed), logits(whole.eval()))
+
+
+def test_a_trainer_that_cannot_save_what_it_trained_says_so(named, tmp_path):
+    model = attached(named)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "begun")
+    trainer = trainer_of(model, tmp_path / "run", train="0.layer.mlp")
+    with pytest.warns(UserWarning, match=r"[36] weights of the backbone were changed \(model\."):
+        trainer.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "whole", backbone=True)
 
 
 def test_what_the_trainer_saved_loads(named, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -17,6 +17,7 @@ import cometlm
 from cometlm.grid import Cell
 from cometlm.train.templates import TEMPLATES
 from tests.real import tiny_comet, tokenizer
+from tests.tiny import error
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -173,6 +174,29 @@ def test_peft_config_of_ours_trains_lora_and_memory(model, tmp_path):
     assert any(".lora_A." in name for name in names)
     assert any("comet.modules_to_save" in name for name in names)
     assert all("lora_" in name or "modules_to_save" in name for name in names)
+
+
+def test_what_a_peft_trainer_saved_becomes_a_checkpoint(model, tmp_path):
+    """As the documentation says: merged, and saved with its backbone."""
+    begun = copy.deepcopy(model)
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments(tmp_path, max_length=None),
+        train_dataset=Dataset.from_dict(ROWS["text"]),
+        processing_class=copy.deepcopy(tokenizer("smollm2")),
+        peft_config=cometlm.lora_config(r=2),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "done"))
+    ids = torch.tensor([tokenizer("smollm2").encode(ROWS["text"]["text"][2])])
+    with torch.no_grad():
+        wanted = trainer.model.eval()(ids).logits
+        merged = PeftModel.from_pretrained(begun, str(tmp_path / "done")).merge_and_unload()
+        with pytest.warns(UserWarning, match="weights of the backbone were changed"):
+            merged.save_pretrained(tmp_path / "memory")
+        merged.save_pretrained(tmp_path / "mine", backbone=True)
+        loaded = cometlm.CometForCausalLM.from_pretrained(tmp_path / "mine")
+        assert error(loaded.eval()(ids).logits, wanted) < 1e-5
 
 
 def test_a_memory_frozen_unasked_is_an_error(model, tmp_path):

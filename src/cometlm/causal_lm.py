@@ -27,12 +27,15 @@ from cometlm.base import CometPreTrainedModel
 from cometlm.batch import check_shape, next_labels
 from cometlm.cache import CometCache
 from cometlm.call import Aside, Scored, Told
+from cometlm.fingerprint import sample
 from cometlm.generation import MemoryGenerationMixin
 from cometlm.model import CometModel
 from cometlm.model_config import CometModelConfig
 
 if TYPE_CHECKING:
     from cometlm.session import Session
+
+_COMET = "model.comet."
 
 
 @dataclass
@@ -69,11 +72,27 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         object.__setattr__(self, "_undo", None)
         self.post_init()
         self.generation_config = copy.deepcopy(backbone.generation_config)
+        named = self.named_parameters()
+        self._begun = {name: sample(p) for name, p in named if not name.startswith(_COMET)}
 
     @property
     def merged(self) -> bool:
         """Whether a LoRA adapter was merged into the backbone, which is then another one."""
         return bool(getattr(self._backbone, "lora_merged", False))
+
+    def changed_backbone_weights(self) -> list[str]:
+        """Names of the backbone's weights that are others than on `attach`, as far as samples say.
+
+        A weight that has another number of elements since, as after quantising, is passed over.
+        """
+        changed = []
+        for name, p in self.named_parameters():
+            begun, now = self._begun.get(name.replace(".base_layer.", ".")), sample(p)
+            if begun is None or now is None or begun.shape != now.shape:
+                continue
+            if p.is_floating_point() and not torch.equal(begun.to(now), now):
+                changed.append(name)
+        return changed
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's embedding."""

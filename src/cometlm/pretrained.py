@@ -12,7 +12,9 @@ Footguns:
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,8 @@ def save_model(
         OSError: the folder cannot be written.
     """
     check_can_save(model, backbone)
+    if not backbone:
+        _warn_of_what_is_lost(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     weights = memory_weights(model.state_dict() if state_dict is None else state_dict)
@@ -74,10 +78,24 @@ def save_model(
     model.generation_config.save_pretrained(folder)
     if getattr(model, "_hf_peft_config_loaded", False):
         _save_lora(model, folder / LORA, state_dict)
+    elif (folder / LORA).exists():  # of a model that stood here before
+        shutil.rmtree(folder / LORA)
     card = folder / "README.md"
     if not card.exists():
         card.write_text(model_card(model), encoding="utf-8")
     write_whole(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
+
+
+def _warn_of_what_is_lost(model: CometForCausalLM) -> None:
+    """Name weights of the backbone that were changed and are not saved."""
+    changed = model.changed_backbone_weights()
+    if changed:
+        warnings.warn(
+            f"{len(changed)} weights of the backbone were changed ({changed[0]} …) and are not in "
+            "the checkpoint: save with backbone=True. A Trainer cannot; use `cometlm train` with "
+            "mode: full, or CometTrainer(whole=True)",
+            stacklevel=3,
+        )
 
 
 def check_can_save(model: CometForCausalLM, backbone: bool) -> None:
