@@ -22,6 +22,7 @@ from tests.real import tiny_comet, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 WORDS = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters. "
 
 
@@ -149,6 +150,100 @@ def test_another_configuration_is_not_resumed(settings, tmp_path):
     quietly(changed, restart=True)
 
 
+def test_a_run_that_was_stopped_after_a_restart_goes_on_from_itself(settings, tmp_path):
+    """And what stood there before is kept, an adapter too, where it is in nobody's way."""
+    first = read_config(as_config(settings, tmp_path, mode="lora"))
+    quietly(first)
+    output = Path(first.output)
+    second = read_config(as_config(settings, tmp_path, mode="memory", learning_rate=5e-4))
+    said = []
+    train(second, device="cpu", say=said.append, restart=True)
+    assert any("earlier-1" in line for line in said)
+    assert (output / "earlier-1" / "lora").is_dir()
+    assert last_checkpoint(output / "earlier-1").name == "checkpoint-8"
+    assert not (output / "lora").exists()
+    (output / "checkpoint-8" / "trainer_state.json").unlink()  # as if stopped before
+    train(second, device="cpu", say=said.append)
+    assert any(line == f"going on from {output / 'checkpoint-6'}" for line in said)
+    model, _ = cometlm.load(str(output), device="cpu", merge=False)
+    assert not any(".lora_" in name for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="which a restart clears"):
+        quietly(read_config(as_config(settings, tmp_path, model=str(output))), restart=True)
+
+
+def test_what_changes_learning_in_trl_or_recomputation_is_not_resumed(settings, tmp_path):
+    config = read_config(as_config(settings, tmp_path))
+    quietly(config)
+    for changes, said in (
+        ({"trainer": {**settings["trainer"], "weight_decay": 0.1}}, "trainer: was"),
+        ({"recompute": {"truncate_after": 2}}, "recompute: was 0, is 2"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            quietly(read_config(as_config(settings, tmp_path, **changes)))
+    free = {"trainer": {**settings["trainer"], "logging_steps": 3}, "recompute": {"every": 2}}
+    quietly(read_config(as_config(settings, tmp_path, **free)))
+    Path(config.output, "train.json").unlink()
+    with pytest.raises(ValueError, match=r"holds checkpoint-8 but no train\.json"):
+        quietly(config)
+
+
+def test_a_run_that_is_done_stays_as_it_is(settings, tmp_path):
+    rows = [{"text": WORDS * n} for n in (2, 3, 4, 5)]
+    config = records_run(settings, tmp_path, rows)
+    quietly(config)
+    before = (Path(config.output) / "model.safetensors").read_bytes()
+    said = []
+    train(config, device="cpu", say=said.append)
+    assert any("all 2 steps are done" in line for line in said)
+    assert (Path(config.output) / "model.safetensors").read_bytes() == before
+    assert sorted(losses(config.output)) == [1, 2]
+
+
+def test_stages_count_steps_of_the_optimiser(settings, tmp_path):
+    """With two batches a step, data, rates and plans change stage together."""
+    trainer = {**settings["trainer"], "gradient_accumulation_steps": 2}
+    first = {"steps": 2, "tokens": [20, 20], "batch_tokens": 20, "passkey": 0.0}
+    first["learning_rate"] = 1e-3
+    second = {**first, "tokens": [30, 30], "learning_rate": 5e-4}
+    generated = {**settings["generated"], "stages": [first, second]}
+    changes = {"generated": generated, "trainer": trainer, "learning_rate": 1e-3, "warmup": 0}
+    config = read_config(as_config(settings, tmp_path, **changes))
+    quietly(config)
+    assert [count for _, count in losses(config.output).values()] == [40, 80, 140, 200]
+    state = json.loads((Path(config.output) / "trainer_state.json").read_text())
+    rates = [row["learning_rate"] for row in state["log_history"] if "loss" in row]
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
+
+
+def test_records_to_evaluate_are_evaluated(settings, tmp_path):
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": WORDS * 3}) + "\n")
+    changes = {"evaluate": str(tmp_path / "held.jsonl"), "save_steps": 1}
+    config = records_run(settings, tmp_path, [{"text": WORDS * 3}] * 4, **changes)
+    quietly(config)
+    state = json.loads((Path(config.output) / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == [1, 2]
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path, monkeypatch, mode):
+    def worse_and_worse(trainer, *_, **__):
+        return {"eval_loss": float(trainer.state.global_step)}
+
+    monkeypatch.setattr(running.CometTrainer, "evaluate", worse_and_worse)
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": WORDS * 3}) + "\n")
+    trainer = {**settings["trainer"], "max_steps": 3, "load_best_model_at_end": True}
+    changes = {"evaluate": str(tmp_path / "held.jsonl"), "save_steps": 1, "mode": mode}
+    rows = [{"text": WORDS * 3}] * 4
+    config = records_run(settings, tmp_path, rows, **changes, trainer=trainer, learning_rate=1e-2)
+    model = quietly(config).eval()
+    first = Path(config.output, "checkpoint-1")
+    best, _ = cometlm.load(str(first), device="cpu", dtype=model.dtype, merge=False)
+    ids = torch.tensor([tokenizer("smollm2").encode(WORDS * 3)])
+    with torch.no_grad():
+        got, wanted = model(ids).logits, best(ids).logits
+    assert float((got - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
 def test_stages_that_have_not_begun_may_change(settings, tmp_path):
     config = read_config(as_config(settings, tmp_path))
     quietly(config)
@@ -195,6 +290,12 @@ def test_records_are_trained_with_the_assistants_words_only(settings, tmp_path):
         ({"generated": {"stages": [{"steps": 1}]}}, "generated.stages.0.tokens is missing"),
         ({"lora": {"r": 1.5}}, "lora.r must be int, got 1.5"),
         ({"chunks": {"sizes": 3}}, "chunks.sizes must be a list, got 3"),
+        ({"recompute": {"every": 0}}, "recompute.every must be at least 1, got 0"),
+        ({"recompute": {"truncate_after": -1}}, "recompute.truncate_after must be at least 0"),
+        ({"lora": {"r": 0}}, "lora.r must be at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be more than 0, got nan"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"trainer": {"max_length": 9}}, "trainer.max_length is a field of the run itself"),
     ],
     ids=str,
 )
@@ -211,6 +312,29 @@ def test_changes_on_the_command_line(settings, tmp_path):
     assert [stage.steps for stage in config.generated.stages] == [4, 7]
     with pytest.raises(ValueError, match="must look like key=value, got 'seed'"):
         read_config(path, ["seed"])
+    with pytest.raises(ValueError, match="the value of 'model=@x' is not YAML"):
+        read_config(path, ["model=@x"])
+    with pytest.raises(ValueError, match=r"seed\.x is no field: seed is "):
+        read_config(path, ["seed=1", "seed.x=1"])
+
+
+def test_a_change_does_not_reach_what_shares_its_anchor(settings, tmp_path):
+    plain = {name: value for name, value in settings.items() if name != "generated"}
+    path = as_config(plain, tmp_path, output=str(tmp_path / "out"))
+    stage = "steps: 1, tokens: [20, 30], batch_tokens: 40"
+    path.write_text(
+        path.read_text()
+        + f"generated:\n  stages:\n  - {{{stage}, hay: &hay {{texts: 1}}}}\n"
+        + f"  - {{{stage}, hay: *hay}}\n"
+    )
+    first, second = read_config(path, ["generated.stages.0.hay.texts=3"]).generated.stages
+    assert (first.hay.texts, second.hay.texts) == (3, 1)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_read(path):
+    config = read_config(path)
+    assert config.generated.stages
 
 
 def test_a_plan_or_a_trainer_field_that_does_not_exist(settings, tmp_path):
@@ -224,17 +348,35 @@ def test_long_samples_are_cut_only_if_told_to(settings, tmp_path):
     rows = [{"text": WORDS * n} for n in (1, 3, 4)]
     config = records_run(settings, tmp_path, rows, max_length=50)
     with pytest.raises(
-        ValueError, match=r"2 of 3 samples are longer than max_length=50 .*cut: true"
+        ValueError, match=r"2 of 3 samples of .* are longer than max_length=50 .*cut: true"
     ):
         quietly(config)
-    quietly(records_run(settings, tmp_path, rows, max_length=50, cut=True))
+    said = []
+    train(
+        records_run(settings, tmp_path, rows, max_length=50, cut=True),
+        device="cpu",
+        say=said.append,
+    )
+    assert any(line.startswith("2 of 3 samples end at max_length=50") for line in said)
+
+
+def test_packed_rows_are_cut_only_if_told_to(settings, tmp_path):
+    """And documents are what is held against a chunk, not the rows."""
+    rows = [{"text": "The ship left."}] * 8
+    trainer = {**settings["trainer"], "max_steps": 2, "packing": True}
+    with pytest.raises(ValueError, match=r"trainer\.packing fills rows of max_length tokens"):
+        quietly(records_run(settings, tmp_path, rows, max_length=50, trainer=trainer))
+    said = []
+    config = records_run(settings, tmp_path, rows, max_length=50, cut=True, trainer=trainer)
+    train(config, device="cpu", say=said.append)
+    assert any("no sample is longer than one chunk" in line for line in said)
 
 
 def test_a_warning_where_no_sample_exceeds_a_chunk(settings, tmp_path):
     said = []
     config = records_run(settings, tmp_path, [{"text": "The ship left."}] * 4)
     train(config, device="cpu", say=said.append)
-    assert any("no sample is longer than one chunk (12 tokens" in line for line in said)
+    assert any("no sample is longer than one chunk (6 tokens" in line for line in said)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, monkeypatch):
@@ -257,6 +399,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, monkeypatch
     quietly(config)  # and goes on from there
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_checkpoint(
+    settings, tmp_path, monkeypatch
+):
+    """The loss says nothing; the weights would be lost in this step, and saved."""
+    config = read_config(as_config(settings, tmp_path))
+    own = running.CometTrainer.training_step
+
+    def poison(self, *args):
+        loss = own(self, *args)
+        if self.state.global_step == 5:
+            self._comet.model.comet.readout.grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(running.CometTrainer, "training_step", poison)
+    said = r"gradient's norm is (inf|nan); step 6, .* checkpoint is .*checkpoint-4"
+    with pytest.raises(FloatingPointError, match=said):
+        quietly(config)
+    monkeypatch.undo()
+    quietly(config)
+    assert sorted(losses(config.output)) == list(range(1, 9))
+
+
 def test_a_full_disk_while_saving_loses_nothing(settings, tmp_path, monkeypatch):
     config = read_config(as_config(settings, tmp_path))
     save = torch.save
@@ -268,7 +432,7 @@ def test_a_full_disk_while_saving_loses_nothing(settings, tmp_path, monkeypatch)
         return save(value, path, *args, **options)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises((OSError, RuntimeError), match="No space left"):
+    with pytest.raises(OSError, match=r"step 6 cannot be written \(.*the last one is .*-4"):
         quietly(config)
     assert last_checkpoint(config.output) == Path(config.output, "checkpoint-4")
     monkeypatch.undo()

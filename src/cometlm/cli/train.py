@@ -21,7 +21,8 @@ def train(
         typer.Option("--set", help="Change a field: key=value, key.inner.0=value."),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew, whatever the output holds.")
+        bool,
+        typer.Option("--restart", help="Begin anew; what the output holds moves to earlier-1."),
     ] = False,
     device: options.Device = None,
 ) -> None:
@@ -48,7 +49,8 @@ def train(
         try:
             run.train(chosen, device=device, restart=restart, say=say)
         except KeyboardInterrupt:
-            say("\ninterrupted; the same command goes on from the last checkpoint")
+            again = "the same command without --restart" if restart else "the same command"
+            say(f"\ninterrupted; {again} goes on from the last checkpoint, if there is one")
             raise typer.Exit(130) from None
     if speaks:
         out.print(f"saved {chosen.output}: cometlm chat {chosen.output}", highlight=False)

@@ -26,11 +26,22 @@ AGAIN = "\n\nOnce more, word for word:\n\n"
 
 
 class GeneratedBatches:
-    """Passkey samples, texts read twice and plain texts, stage after stage."""
+    """Passkey samples, texts read twice and plain texts, stage after stage.
+
+    Args:
+        sizes: of the memory that reads them.
+        per_step: batches that one step of the optimiser takes, on all ranks together.
+    """
 
     def __init__(
-        self, settings: Generated, tokenizer: Any, seed: int, sizes: CometConfig | None = None
+        self,
+        settings: Generated,
+        tokenizer: Any,
+        seed: int,
+        sizes: CometConfig | None = None,
+        per_step: int = 1,
     ) -> None:
+        self._per_step = per_step
         self._sizes = CometConfig() if sizes is None else sizes
         self._stages = settings.stages
         self._seed = seed
@@ -51,20 +62,20 @@ class GeneratedBatches:
         self._again = encode(tokenizer, AGAIN)
 
     def __len__(self) -> int:
-        return sum(stage.steps for stage in self._stages)
+        return sum(stage.steps for stage in self._stages) * self._per_step
 
-    def stage(self, number: int) -> Stage:
-        """The stage that batch `number` belongs to."""
+    def stage(self, step: int) -> Stage:
+        """The stage that a step of the optimiser belongs to."""
         for stage in self._stages:
-            if number < stage.steps:
+            if step < stage.steps:
                 return stage
-            number -= stage.steps
+            step -= stage.steps
         return self._stages[-1]
 
     def __getitem__(self, number: int) -> dict[str, list[list[int]]]:
         """Batch `number`: ids and labels of its rows."""
         chance = random.Random(f"{self._seed}/{number}")
-        stage = self.stage(number)
+        stage = self.stage(number // self._per_step)
         kind = chance.random()
         length = _drawn_length(chance, stage)
         rows = max(1, stage.batch_tokens // length)
@@ -83,11 +94,11 @@ class GeneratedBatches:
         ids, labels = map(list, zip(*pairs, strict=True))
         return {"input_ids": ids, "labels": labels}
 
-    def hidden_keys(self, number: int) -> Iterator[list[PasskeySample]]:
-        """Texts with keys in them to fit gates to, as the stage of batch `number` hides them."""
-        stage = self.stage(number)
+    def hidden_keys(self, step: int) -> Iterator[list[PasskeySample]]:
+        """Texts with keys in them to fit gates to, as the stage of a step hides them."""
+        stage = self.stage(step)
         gates = stage.gates or Gates()
-        chance = random.Random(f"{self._seed}/gates/{number}")
+        chance = random.Random(f"{self._seed}/gates/{step}")
         task = self._task_of(stage)
         for _ in range(gates.texts // _TEXTS_AT_ONCE):
             yield [
@@ -101,7 +112,7 @@ class GeneratedBatches:
             hay=self._mixed(stage.hay or self._shares),
             keys=stage.keys,
             distinct=stage.distinct,
-            wording=TRAINING.first(stage.wordings),
+            wording=TRAINING.first(stage.wordings, owned=max(stage.keys) > 1),
         )
 
     def _asked_on_the_way(
@@ -164,7 +175,16 @@ def _some(text: list[int], chance: random.Random) -> list[int]:
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """One generated batch, which comes as the only feature, as tensors [rows, length]."""
+    """One generated batch, which comes as the only feature, as tensors [rows, length].
+
+    Raises:
+        ValueError: several of them.
+    """
+    if len(features) != 1:
+        raise ValueError(
+            f"trainer.per_device_train_batch_size must be 1 for generated batches, which are "
+            f"batches already, got {len(features)}; set batch_tokens of the stages"
+        )
     (feature,) = features
     return {name: torch.tensor(values) for name, values in feature.items() if values is not None}
 

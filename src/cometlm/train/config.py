@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 Mode = Literal["memory", "lora", "full"]
+# Fields of trl's that a run has itself.
+_OURS = {
+    "output_dir": "output",
+    "learning_rate": "learning_rate",
+    "max_length": "max_length, with cut",
+    "save_steps": "save_steps",
+    "seed": "seed",
+    "warmup_steps": "warmup",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +113,8 @@ class Stage:
     """Some steps on generated samples of certain lengths.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimiser steps; each takes a batch for every group of ranks that share one, times
+            `trainer.gradient_accumulation_steps`.
         tokens: shortest and longest sample.
         batch_tokens: tokens of one batch, which is as many samples of one length as fit.
         learning_rate: of the backbone's adapters here; the run's own if None.
@@ -124,7 +135,8 @@ class Stage:
         told_weight: with "borders", what it counts that readout tokens say the key, digit by digit
             and over again, at the end of the chunk that says it; 0 asks nothing of them.
         wordings: use only so many of the sentences and questions; all if None. Few of them, in
-            plain hay, are learned first.
+            plain hay, are learned first. Where a text has several keys, as many that name an owner
+            come with them.
         hay: as in `Generated`, for these steps.
         chunks: as in the run, for these steps; the run's own if None.
         gates: set the gates before the first of these steps.
@@ -232,10 +244,24 @@ class TrainConfig:
         if self.comet and self.sizes:
             raise ValueError("comet gives a new memory all of its sizes; leave sizes out")
         for name in ("learning_rate", "memory_factor", "gate_factor"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
-        if self.chunk_parallel < 1:
-            raise ValueError(f"chunk_parallel must be at least 1, got {self.chunk_parallel}")
+        for name, value, least in (
+            ("chunk_parallel", self.chunk_parallel, 1),
+            ("save_steps", self.save_steps, 1),
+            ("warmup", self.warmup, 0),
+            ("max_length", self.max_length, 1),
+            ("lora.r", self.lora.r, 1),
+            ("recompute.every", self.recompute.every, 1),
+            ("recompute.truncate_after", self.recompute.truncate_after, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, own in _OURS.items():
+            if name in self.trainer:
+                raise ValueError(f"trainer.{name} is a field of the run itself: {own}")
+        if self.generated is not None:
+            _check_generated(self.generated)
         for stage in self.generated.stages if self.generated is not None else ():
             _check_stage(stage)
             if (self.chunk_parallel > 1 or self.shard_weights) and stage.ask == "borders":
@@ -270,6 +296,23 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+def _check_generated(generated: Generated) -> None:
+    fewest, most = generated.digits
+    if not 1 <= fewest <= most:
+        raise ValueError(
+            f"generated.digits must be [shortest, longest], got {list(generated.digits)}"
+        )
+    if not generated.stages:
+        raise ValueError("generated.stages must have at least one stage")
+    _check_hay("generated.hay", generated.hay)
+
+
+def _check_hay(name: str, hay: HayShares) -> None:
+    shares = dataclasses.astuple(hay)
+    if min(shares) < 0 or not sum(shares):
+        raise ValueError(f"{name} must have shares of at least 0, and one of more, got {hay}")
+
+
 def _check_stage(stage: Stage) -> None:
     low, high = stage.tokens
     if not 0 < low <= high:
@@ -279,6 +322,15 @@ def _check_stage(stage: Stage) -> None:
             f"stages.passkey and stages.repeat must be shares that add up to at most 1, got "
             f"{stage.passkey} and {stage.repeat}"
         )
+    fewest, many = stage.keys
+    if not 1 <= fewest <= many:
+        raise ValueError(f"stages.keys must be [fewest, most] from 1, got {list(stage.keys)}")
+    if stage.wordings is not None and stage.wordings < 1:
+        raise ValueError(f"stages.wordings must be at least 1, got {stage.wordings}")
+    if stage.batch_tokens < 1:
+        raise ValueError(f"stages.batch_tokens must be at least 1, got {stage.batch_tokens}")
+    if stage.hay is not None:
+        _check_hay("stages.hay", stage.hay)
     fewest, many = stage.distinct
     if not 2 <= fewest <= many <= 10:
         raise ValueError(
@@ -317,12 +369,23 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold fields of a training run, got {type(values).__name__}")
+    values = _unshared(values)
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"a change must look like key=value, got {change!r}")
-        _set(values, name.strip().split("."), yaml.safe_load(value))
+        try:
+            _set(values, name.strip().split("."), yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value of {change!r} is not YAML: {error}") from error
     return config_of(values)
+
+
+def _unshared(values: Any) -> Any:
+    """A copy in which what an anchor names stands in each of its places."""
+    if isinstance(values, dict):
+        return {name: _unshared(value) for name, value in values.items()}
+    return [_unshared(value) for value in values] if isinstance(values, list) else values
 
 
 def config_of(values: Mapping[str, Any]) -> TrainConfig:
@@ -337,11 +400,14 @@ def config_of(values: Mapping[str, Any]) -> TrainConfig:
 
 def _set(values: Any, path: list[str], value: Any) -> None:
     *way, last = path
-    for name in way:
+    for i, name in enumerate(way):
         if isinstance(values, list):
             values = values[_index(name, values)]
         else:
             values = values.setdefault(name, {})
+        if not isinstance(values, (dict, list)):
+            above = ".".join(path[: i + 1])
+            raise ValueError(f"{'.'.join(path)} is no field: {above} is {values!r}")
     if isinstance(values, list):
         values[_index(last, values)] = value
     else:

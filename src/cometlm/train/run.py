@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from cometlm.by_name import load
@@ -18,17 +19,26 @@ from cometlm.chunking import Chunking
 from cometlm.data.records import read_records
 from cometlm.device import as_dtype
 from cometlm.files import write_whole
+from cometlm.parallel.p2p import PipelineError
+from cometlm.pretrained import BACKBONE, LORA, WEIGHTS
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
 from cometlm.train.config import TrainConfig, config_of
 from cometlm.train.lora import lora_config, set_trainable
 from cometlm.train.start import fit_gates, said_in, start_like
 from cometlm.train.templates import generation_template
-from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
+from cometlm.train.trainer import STATE, CometTrainer, last_checkpoint, steps_done
 
 SETTINGS = "train.json"
-# What may differ between a run and its resumption without changing what is learned.
-_FREE = {"output", "save_steps", "trainer", "recompute", "compile", "chunk_parallel"}
-_FREE |= {"shard_weights"}
+EARLIER = "earlier"  # folders in the output for what stood there before a restart
+# What may differ between a run and its resumption without changing what is learned, or with the
+# same batches on another number of ranks, or more of them.
+_FREE = {"output", "save_steps", "compile", "chunk_parallel", "shard_weights", "evaluate"}
+_FREE_OF_TRL = (
+    "logging_", "log_", "report_to", "run_name", "disable_tqdm", "project", "trackio_",
+    "save_", "push_to_hub", "hub_", "eval_", "per_device_eval_", "include_", "load_best_model",
+    "metric_for_best", "greater_is_better", "ddp_", "dataloader_", "use_cpu", "torch_empty_cache",
+    "gradient_accumulation_steps", "per_device_train_", "max_steps", "num_train_epochs",
+)  # fmt: skip
 
 Say = Callable[[str], None]
 BeforeStep = Callable[[int], None]
@@ -40,7 +50,7 @@ def train(
     """Train, going on from the last checkpoint in `config.output` if there is one.
 
     Args:
-        restart: begin anew beside the checkpoints that are there.
+        restart: begin anew; what `config.output` holds of another run moves to a folder in it.
         say: called with what a person should know.
 
     Returns:
@@ -48,10 +58,12 @@ def train(
 
     Raises:
         ValueError: data that cannot be trained on, or checkpoints of another configuration.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or its gradient is not finite.
         OSError: something cannot be read or written.
     """
     output = Path(config.output)
+    if restart and Path(config.model).resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"model {config.model} lies in output {output}, which a restart clears")
     checkpoint = None if restart else last_checkpoint(output)
     if checkpoint is not None:
         check_same(output, config, checkpoint)
@@ -70,11 +82,22 @@ def train(
     say(describe_trained(model))
     if config.compile:
         model.model.train().compile_cells()
-    trainer = make_trainer(config, model, tokenizer, say)
+    try:
+        trainer = make_trainer(config, model, tokenizer, say)
+    except (RuntimeError, ImportError) as error:  # trl and its reporters: something is missing
+        if isinstance(error, PipelineError):
+            raise
+        raise ValueError(f"the trainer cannot be made: {error}") from error
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
+        if restart:
+            set_aside(output, say)
         write_whole(output / SETTINGS, json.dumps(config.to_dict(), indent=2).encode())
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and 0 < trainer.args.max_steps <= steps_done(checkpoint):
+        say(f"all {trainer.args.max_steps} steps are done")
+        trainer.take(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output / "trainer_state.json"))
@@ -85,7 +108,7 @@ def make_trainer(
     config: TrainConfig, model: CometForCausalLM, tokenizer: Any, say: Say = print
 ) -> CometTrainer:
     """The trainer of a run, ready to start."""
-    common = {
+    common: dict[str, Any] = {
         "model": model,
         "processing_class": tokenizer,
         "memory_factor": config.memory_factor,
@@ -95,11 +118,15 @@ def make_trainer(
         "alike": {"the configuration": config.to_dict()},
     }
     if config.generated is not None:
-        sizes = model.config.comet_config
-        batches = GeneratedBatches(config.generated, tokenizer, config.seed, sizes)
+        sizes, stages = model.config.comet_config, config.generated.stages
+        arguments = _arguments(config, model.device, steps=sum(stage.steps for stage in stages))
+        groups = max(1, arguments.world_size // config.chunk_parallel)
+        per_step = arguments.gradient_accumulation_steps * groups
+        batches = GeneratedBatches(config.generated, tokenizer, config.seed, sizes, per_step)
+        _warn_of_single_chunks(max(stage.tokens[1] for stage in stages), config, model, say)
         return CometTrainer(
             **common,
-            args=_arguments(config, steps=len(batches)),
+            args=arguments,
             train_dataset=_as_dataset(batches),
             data_collator=collate,
             chunking=_stage_chunking(config, batches, tokenizer),
@@ -111,7 +138,7 @@ def make_trainer(
     assert config.records is not None
     chunking = chunking_of(config.chunks, tokenizer, config.seed)
     records = read_records(config.records)
-    arguments = _arguments(config)
+    arguments = _arguments(config, model.device)
     if "messages" in records.column_names and "assistant_only_loss" not in config.trainer:
         arguments.assistant_only_loss = True
     with _marked(tokenizer):
@@ -123,7 +150,11 @@ def make_trainer(
             chunking=lambda step: chunking,
             whole=config.mode == "full",
         )
-    _check_lengths(trainer.train_dataset, config, model.config.comet_config.chunk_size, say)
+    _check_lengths(trainer.train_dataset, config, model, say)
+    if config.cut and not arguments.packing:
+        _tell_cuts(trainer.train_dataset, config, len(records), say)
+    if trainer.eval_dataset is not None:
+        _check_lengths(trainer.eval_dataset, config)
     _check_shared(trainer.train_dataset, config, model.config.comet_config.chunk_size)
     return trainer
 
@@ -140,8 +171,11 @@ def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
         # Through the class, so that fields that are newer than the file have their defaults.
         values = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
         before = json.loads(json.dumps(config_of(values).to_dict()))
-    except FileNotFoundError:
-        return
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{output} holds {checkpoint.name} but no {SETTINGS} of a run to go on with; use "
+            "--restart to begin anew, or another output"
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"{output / SETTINGS} cannot be compared with this configuration ({error}); use "
@@ -149,19 +183,51 @@ def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
         ) from error
     now = json.loads(json.dumps(config.to_dict()))
     done = steps_done(checkpoint)
-    for settings in (before, now):
-        if settings.get("generated"):
-            settings["generated"]["stages"] = _begun(settings["generated"]["stages"], done)
+    before, now = _decisive(before, done), _decisive(now, done)
     differing = [
         f"{name}: was {before.get(name)!r}, is {now[name]!r}"
         for name in now
-        if name not in _FREE and before.get(name) != now[name]
+        if before.get(name) != now[name]
     ]
     if differing:
         raise ValueError(
             f"{output} holds checkpoints of another configuration ({'; '.join(differing)}); "
             "use --restart to begin anew, or another output"
         )
+
+
+def set_aside(output: Path, say: Say = print) -> None:
+    """Move what an earlier run left into a folder beside the new one's files, settings last.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    parts = (WEIGHTS, "config.json", BACKBONE, LORA, STATE, SETTINGS)
+    left = [*sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), *(output / part for part in parts)]
+    left = [path for path in left if path.exists()]
+    if not left:
+        return
+    number = 1 + len(list(output.glob(f"{EARLIER}-*")))
+    folder = output / f"{EARLIER}-{number}"
+    folder.mkdir()
+    for path in left:
+        path.rename(folder / path.name)
+    say(f"what {output} held is in {folder} now")
+
+
+def _decisive(settings: dict[str, Any], done: int) -> dict[str, Any]:
+    """What the first `done` steps were learned by, of a run's settings."""
+    settings = {name: value for name, value in settings.items() if name not in _FREE}
+    if settings["generated"]:
+        stages = _begun(settings["generated"]["stages"], done)
+        settings["generated"] = {**settings["generated"], "stages": stages}
+    settings["recompute"] = settings["recompute"]["truncate_after"]
+    settings["trainer"] = {
+        name: value
+        for name, value in settings["trainer"].items()
+        if not name.startswith(_FREE_OF_TRL)
+    }
+    return settings
 
 
 def _begun(stages: list[dict[str, Any]], done: int) -> list[dict[str, Any]]:
@@ -183,8 +249,17 @@ def describe_trained(model: CometForCausalLM) -> str:
     return f"training {memory:,} weights of the memory and {others:,} of the backbone"
 
 
-def _arguments(config: TrainConfig, steps: int | None = None) -> SFTConfig:
-    """Configuration of trl; `config.trainer` has the last word."""
+def _arguments(config: TrainConfig, device: torch.device, steps: int | None = None) -> SFTConfig:
+    """Configuration of trl; `config.trainer` has the last word.
+
+    Raises:
+        ValueError: a field that trl does not have or take, or a device that it would not use.
+    """
+    if device.index:
+        raise ValueError(
+            f"training takes the first device that the process sees: hide the others from it, got "
+            f"device={device}"
+        )
     recompute = config.recompute
     options: dict[str, Any] = {
         "output_dir": config.output,
@@ -202,7 +277,8 @@ def _arguments(config: TrainConfig, steps: int | None = None) -> SFTConfig:
         "logging_steps": 10,
         "report_to": "none",
         # The frozen backbone is in its own dtype already, and what is trained in float32.
-        "bf16": config.mode == "full" and not _on_cpu(),
+        "bf16": config.mode == "full" and device.type != "cpu",
+        "use_cpu": device.type == "cpu",
         "activation_checkpointing": recompute.enabled,
         "activation_checkpointing_kwargs": {
             "every": recompute.every,
@@ -210,6 +286,8 @@ def _arguments(config: TrainConfig, steps: int | None = None) -> SFTConfig:
             "truncate_after": recompute.truncate_after,
         },
     }
+    if config.evaluate is not None:
+        options |= {"eval_strategy": "steps", "eval_steps": config.save_steps}
     if steps is not None:
         options |= {
             "max_steps": steps,
@@ -220,7 +298,15 @@ def _arguments(config: TrainConfig, steps: int | None = None) -> SFTConfig:
     for name in config.trainer:
         if name not in SFTConfig.__dataclass_fields__:
             raise ValueError(f"trainer.{name} is no field of trl's SFTConfig")
-    return SFTConfig(**{**options, **config.trainer})
+    if config.trainer.get("packing") and not (config.max_length and config.cut):
+        raise ValueError(
+            "trainer.packing fills rows of max_length tokens and cuts what is longer: set "
+            "max_length, and cut: true"
+        )
+    arguments = SFTConfig(**{**options, **config.trainer})
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one model is one stream of memory: ranks, not threads, share work
+    return arguments
 
 
 @contextlib.contextmanager
@@ -232,10 +318,6 @@ def _marked(tokenizer: Any) -> Iterator[None]:
         yield
     finally:
         tokenizer.chat_template = own
-
-
-def _on_cpu() -> bool:
-    return not torch.accelerator.is_available()
 
 
 def _as_dataset(batches: GeneratedBatches) -> Dataset:
@@ -302,25 +384,63 @@ def _check_shared(dataset: Any, config: TrainConfig, chunk_size: int) -> None:
         )
 
 
-def _check_lengths(dataset: Any, config: TrainConfig, chunk_size: int, say: Say) -> None:
+def _lengths(dataset: Any) -> list[int]:
+    """Tokens of each sample, also where several were packed into a row."""
+    if "seq_lengths" in dataset.column_names:
+        return [length for row in dataset["seq_lengths"] for length in row]
+    return [len(ids) for ids in dataset["input_ids"]]
+
+
+def _check_lengths(
+    dataset: Any,
+    config: TrainConfig,
+    model: CometForCausalLM | None = None,
+    say: Say = print,
+) -> None:
     """Refuse what would be cut unasked, and warn where there is nothing to remember.
+
+    Args:
+        model: what is trained on it; None if nothing is.
 
     Raises:
         ValueError: no samples, or samples longer than `max_length`.
     """
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+    lengths = _lengths(dataset)
+    source = config.evaluate if model is None else config.records
     if not lengths:
-        raise ValueError(f"{config.records} has no sample with a token to learn from")
+        raise ValueError(f"{source} has no sample with a token to learn from")
     limit = config.max_length
     if limit is not None and not config.cut:
         longer = sum(length > limit for length in lengths)
         if longer:
             raise ValueError(
-                f"{longer} of {len(lengths)} samples are longer than max_length={limit} (the "
-                f"longest has {max(lengths):,} tokens); set cut: true to cut their ends off"
+                f"{longer} of {len(lengths)} samples of {source} are longer than "
+                f"max_length={limit} (the longest has {max(lengths):,} tokens); set cut: true to "
+                "cut their ends off"
             )
-    if max(lengths) <= chunk_size:
+    if model is not None:
+        _warn_of_single_chunks(max(lengths), config, model, say)
+
+
+def _warn_of_single_chunks(
+    longest: int, config: TrainConfig, model: CometForCausalLM, say: Say
+) -> None:
+    """Warn where there is nothing to remember, for samples of at most `longest` tokens."""
+    own = (model.config.comet_config.chunk_size,)
+    stages = config.generated.stages if config.generated is not None else (config,)
+    size = min(min((one.chunks or config.chunks).sizes or own) for one in stages)
+    if longest <= size:
         say(
-            f"warning: no sample is longer than one chunk ({chunk_size} tokens; the longest has "
-            f"{max(lengths)}), so the memory is never read and learns nothing"
+            f"warning: no sample is longer than one chunk ({size} tokens; the longest has "
+            f"{longest}), so the memory is never read and learns nothing"
+        )
+
+
+def _tell_cuts(dataset: Any, config: TrainConfig, records: int, say: Say) -> None:
+    """Say how many samples lost their ends, and how many all that was to be learned."""
+    cut = sum(length == config.max_length for length in _lengths(dataset))
+    if cut or len(dataset) < records:
+        say(
+            f"{cut} of {records} samples end at max_length={config.max_length}, and "
+            f"{records - len(dataset)} had nothing to learn before it and are left out"
         )

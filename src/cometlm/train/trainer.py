@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -87,6 +88,7 @@ class CometTrainer(SFTTrainer):
         self._micro_steps = (-1, 0)  # the step, and how many of its batches came before this one
         self._sharing = chunk_parallel
         self._sharded = shard_weights
+        self._inputs: dict[str, Any] = {}  # of the last batch, to name it
         self._gathered: dict[str, Tensor] | None = None
         super().__init__(**others)
         check_can_save(self._comet, whole)
@@ -147,7 +149,7 @@ class CometTrainer(SFTTrainer):
         """See `Trainer.train`.
 
         Raises:
-            FloatingPointError: a loss is not finite.
+            FloatingPointError: a loss or gradient is not finite; the weights have not moved then.
             PipelineError: another rank does not answer; names it, the cell and the step.
         """
         try:
@@ -166,6 +168,7 @@ class CometTrainer(SFTTrainer):
         Raises:
             FloatingPointError: the loss is not finite; names the step and the sample.
         """
+        self._inputs = inputs
         step = self.state.global_step
         self._micro_steps = (step, self._micro_steps[1] + 1 if self._micro_steps[0] == step else 0)
         if self._before_step is not None and not self._micro_steps[1]:
@@ -176,12 +179,23 @@ class CometTrainer(SFTTrainer):
             loss = cast("Tensor", super().training_step(model, inputs, *args))
             value = float(loss.detach())
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error}; {self._where(inputs)}") from error
+            raise FloatingPointError(f"{error}; {self._where()}") from error
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value}; {self._where(inputs)}")
+            raise FloatingPointError(f"the loss is {value}; {self._where()}")
         if self._sharded and self._mesh is not None and self.accelerator.sync_gradients:
             average_gradients(self._comet, self._mesh)
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> Any:
+        """The gradient's norm, before the optimiser's step.
+
+        Raises:
+            FloatingPointError: it is not finite; a scaler for float16 deals with that itself.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}; {self._where()}")
+        return norm
 
     def _place_plans(self) -> None:
         """Draw as a run would that came here without a stop."""
@@ -245,14 +259,14 @@ class CometTrainer(SFTTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return (loss, out) if return_outputs else loss
 
-    def _where(self, inputs: dict[str, Any]) -> str:
-        """The step and the beginning of the batch's first sample, for a person to find it by."""
-        text = self._tokenizer.decode(inputs["input_ids"][0, :24])
-        rows, width = inputs["input_ids"].shape
-        saved = last_checkpoint(self.args.output_dir)
+    def _where(self) -> str:
+        """The step and the beginnings of the batch's samples, for a person to find them by."""
+        ids = self._inputs["input_ids"]
+        (rows, width), saved = ids.shape, last_checkpoint(self.args.output_dir)
+        texts = "; ".join(repr(text) for text in self._tokenizer.batch_decode(ids[:, :24]))
         return (
-            f"step {self.state.global_step + 1}, a batch of {rows} × {width} tokens whose first "
-            f"sample begins {text!r}; the last checkpoint is {saved or 'none'}"
+            f"step {self.state.global_step + 1}, a batch of {rows} × {width} tokens that begin "
+            f"{texts}; the last checkpoint is {saved or 'none'}"
         )
 
     # --- checkpoints ------------------------------------------------------------------------
@@ -295,9 +309,36 @@ class CometTrainer(SFTTrainer):
         schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
 
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """See `Trainer._save_checkpoint`.
+
+        Raises:
+            OSError: it cannot be written; says which checkpoint is the last one.
+        """
+        self.state.num_input_tokens_seen = int(self._total_train_tokens)
+        try:
+            super()._save_checkpoint(*args, **options)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
+            if isinstance(error, PipelineError):
+                raise
+            saved = last_checkpoint(self.args.output_dir)
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} cannot be written ({error}); the "
+                f"last one is {saved or 'none'}"
+            ) from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self._comet, resume_from_checkpoint, whole=self._whole)
         self._total_train_tokens = tokens_seen(Path(resume_from_checkpoint))
+
+    def take(self, checkpoint: Path) -> None:
+        """Be where a checkpoint is, without a further step."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        restore(self._comet, self.state.best_model_checkpoint, whole=self._whole)
 
 
 def restore(model: CometForCausalLM, checkpoint: str | Path, whole: bool) -> None:
@@ -333,10 +374,8 @@ def steps_done(checkpoint: Path) -> int:
 
 
 def tokens_seen(checkpoint: Path) -> int:
-    """Tokens that a run had trained on when it last logged before a checkpoint."""
-    log = _state(checkpoint)["log_history"]
-    counts = [entry["num_tokens"] for entry in log if "num_tokens" in entry]
-    return int(counts[-1]) if counts else 0
+    """Tokens that a run had trained on at a checkpoint."""
+    return int(_state(checkpoint)["num_input_tokens_seen"])
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
