@@ -215,6 +215,39 @@ def test_stages_count_steps_of_the_optimiser(settings, tmp_path):
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
 
 
+def test_questions_on_the_way_and_fitted_gates_in_a_run(settings, tmp_path):
+    """Their losses are logged and weigh in the sum; gates are set once, before their stage."""
+    asked = {"steps": 1, "tokens": [150, 200], "batch_tokens": 400, "passkey": 1.0}
+    asked |= {"ask": "borders", "answer_weight": 2.0, "told_weight": 0.5}
+    gates = {"texts": 4, "tokens": 200, "keep": 0.9, "keep_at_key": 0.1}
+    changes = {
+        "generated": {
+            **settings["generated"],
+            "stages": [asked, {**asked, "gates": gates}],
+            "digits": [3, 3],  # as many as there are readout tokens to say them
+        },
+        "sizes": {"chunk_size": 48},
+        "chunks": {},
+        "save_steps": 1,
+    }
+    config = read_config(as_config(settings, tmp_path, **changes))
+    said = []
+    model = train(config, device="cpu", say=said.append)
+    assert [line for line in said if line.startswith("fitting")] == [
+        "fitting the gates to 4 texts, before step 2"
+    ]
+    state = json.loads((Path(config.output) / "trainer_state.json").read_text())
+    rows = [row for row in state["log_history"] if "loss" in row]
+    for row in rows:
+        parts = [float(row[name]) for name in ("text_loss", "answer_loss", "told_loss")]
+        assert all(part > 0 for part in parts)
+        assert float(row["loss"]) == pytest.approx(parts[0] + 2 * parts[1] + parts[2] / 2, rel=1e-2)
+    first, _ = cometlm.load(f"{config.output}/checkpoint-1", device="cpu", merge=False)
+    gate = "model.comet.layers.0.global_memory.gate"
+    change = (model.get_parameter(gate) - first.get_parameter(gate)).abs().max()
+    assert change > 10 * config.learning_rate * config.memory_factor  # no step of Adam's
+
+
 def test_records_to_evaluate_are_evaluated(settings, tmp_path):
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": WORDS * 3}) + "\n")
     changes = {"evaluate": str(tmp_path / "held.jsonl"), "save_steps": 1}

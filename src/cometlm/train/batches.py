@@ -145,6 +145,11 @@ class GeneratedBatches:
     def _spelled(self, key: str) -> list[int]:
         """A key's tokens over and over, as often as they fit into the readout tokens."""
         ids = encode(self._task.tokenizer, key)
+        if len(ids) > self._sizes.global_slots:
+            raise ValueError(
+                f"stages.told_weight asks {self._sizes.global_slots} readout tokens for the "
+                f"{len(ids)} tokens of a key; set told_weight: 0, or fewer generated.digits"
+            )
         often, rest = divmod(self._sizes.global_slots, len(ids))
         return ids * often + [-100] * rest
 

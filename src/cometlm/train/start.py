@@ -59,9 +59,11 @@ def fit_gates(model: CometForCausalLM, texts: Iterable[Said], gates: Gates) -> N
     holds: list[Tensor] = []
     try:
         with _seen(memories) as seen:
+            size = model.config.comet_config.chunk_size
             for ids, said in texts:
-                model.model(ids.to(model.device), use_cache=False, more_text=True)
-                holds.append(_holding(model, ids.shape[1], said))
+                whole = ids.shape[1] // size * size  # an open chunk writes nothing
+                model.model(ids[:, :whole].to(model.device), use_cache=False, more_text=True)
+                holds.append(_holding(model, whole, said))
     finally:
         model.config.comet = own.to_dict()
     if not memories:
