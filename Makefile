@@ -24,7 +24,7 @@ demo: $(VENV)/.demo $(VENV)/.smollm2
 	$(BIN)/cometlm demo $(DEMO)
 
 test: $(VENV)/.dev $(VENV)/.smollm2
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma
 	$(BIN)/python -m pytest -m slow

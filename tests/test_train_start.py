@@ -12,7 +12,7 @@ from tests.real import tokenizer
 from tests.tiny import random_ids, tiny_comet
 
 
-def kept(model, ids, monkeypatch):
+def kept(model, ids, monkeypatch, read=None):
     """What each layer's gate keeps at each fold, [layers, folds, B · M]."""
     seen = {}
     own = GlobalMemory.update
@@ -25,7 +25,7 @@ def kept(model, ids, monkeypatch):
 
     monkeypatch.setattr(GlobalMemory, "update", noting)
     with torch.no_grad():
-        model(ids, more_text=True)
+        model(ids, past_key_values=read, more_text=True)
     return torch.stack([torch.stack(folds) for folds in seen.values()])
 
 
@@ -50,6 +50,23 @@ def test_gates_let_go_where_a_key_is_said(monkeypatch):
         second = layer[0].view(3, 3)
         assert second[:2].sub(0.2).abs().max() < 0.1
         assert second[2:].sub(0.9).abs().max() < 0.1
+
+
+def test_gates_of_memories_that_have_read_before(monkeypatch):
+    """They are fitted at the states of those memories, and at the first chunk of a text too."""
+    model = tiny_comet("llama").eval()
+    ids, said = texts_with_keys()
+    said = [range(2, 8), *said[1:]]
+    history = torch.stack([random_ids(5 * 12, seed=50 + b) for b in range(3)])
+    with torch.no_grad():
+        read = model(history[:, : 4 * 12], use_cache=True, more_text=True).past_key_values
+    fit_gates(model, [(ids, said)], Gates(keep=0.9, keep_at_key=0.2, history=60), [history])
+    seen = kept(model, ids, monkeypatch, read)
+    assert seen.shape[1] == 3
+    for layer in seen:
+        first = layer[0].view(3, 3)
+        assert first[[0, 2]].sub(0.2).abs().max() < 0.1
+        assert first[1].sub(0.9).abs().max() < 0.1
 
 
 def test_gates_that_look_at_nothing(monkeypatch):

@@ -106,6 +106,20 @@ class GeneratedBatches:
                 for _ in range(_TEXTS_AT_ONCE)
             ]
 
+    def histories(self, step: int) -> Iterator[list[list[int]]]:
+        """What memories have read before such texts: hay alone, and hay with a key somewhere."""
+        stage = self.stage(step)
+        tokens = (stage.gates or Gates()).history
+        if not tokens:
+            return
+        chance = random.Random(f"{self._seed}/histories/{step}")
+        task = self._task_of(stage)
+        yield [task.hay.draw(chance, tokens) for _ in range(_TEXTS_AT_ONCE)]
+        yield [
+            task.draw(chance, tokens, depth=chance.random(), asked=False).text
+            for _ in range(_TEXTS_AT_ONCE)
+        ]
+
     def _task_of(self, stage: Stage) -> PasskeyTask:
         return replace(
             self._task,

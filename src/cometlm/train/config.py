@@ -99,6 +99,9 @@ class Gates:
         chunk_size: of the texts that they are fitted to; the model's own if None.
         texts: how many; four are read at once.
         tokens: of each.
+        history: tokens that memories have read before these texts, at most. A state that has read
+            for long is another thing than one of a few chunks, and gates fitted to those alone
+            leak and jam at it. Hay, and hay with a key, in four rows each.
     """
 
     keep: float = 0.998
@@ -106,6 +109,7 @@ class Gates:
     chunk_size: int | None = None
     texts: int = 144
     tokens: int = 768
+    history: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +351,8 @@ def _check_stage(stage: Stage) -> None:
     if stage.gates is not None:
         if stage.gates.texts < 4:
             raise ValueError(f"stages.gates.texts must be at least 4, got {stage.gates.texts}")
+        if stage.gates.history < 0:
+            raise ValueError(f"stages.gates.history must be at least 0, got {stage.gates.history}")
         for name in ("keep", "keep_at_key"):
             share = getattr(stage.gates, name)
             if not 0 < share < 1:

@@ -338,7 +338,8 @@ def _stage_gates(model: CometForCausalLM, batches: GeneratedBatches, say: Say) -
         gates = batches.stage(step).gates
         if gates is not None and (step == 0 or batches.stage(step - 1).gates is not gates):
             say(f"fitting the gates to {gates.texts} texts, before step {step + 1}")
-            fit_gates(model, map(said_in, batches.hidden_keys(step)), gates)
+            histories = map(torch.tensor, batches.histories(step))
+            fit_gates(model, map(said_in, batches.hidden_keys(step)), gates, histories)
 
     return fit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -10,12 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from cometlm.cache import CometCache
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.data.passkey import PasskeySample
 from cometlm.memory import GlobalMemory, LayerMemoryWeights
 from cometlm.train.config import Gates, Start
 
 _RIDGE = 5e-4  # of the mean square of what gates look at: keeps what is fitted small
+_HISTORY_STEP = 4  # chunks between two memories of one history
 _ENOUGH = 20  # tokens of a key's sentence in a chunk, for the chunk to be one that holds a key
 Said = tuple[Tensor, Sequence[range]]  # texts [B, N], and where each says its key
 
@@ -40,7 +43,12 @@ def start_like(model: CometForCausalLM, tokenizer: Any, start: Start) -> None:
 
 
 @torch.no_grad()
-def fit_gates(model: CometForCausalLM, texts: Iterable[Said], gates: Gates) -> None:
+def fit_gates(
+    model: CometForCausalLM,
+    texts: Iterable[Said],
+    gates: Gates,
+    histories: Iterable[Tensor] = (),
+) -> None:
     """Fit every gate to keep the state at chunks of hay, and to let go of it where a key is said.
 
     What a gate looks at, [candidate ; state], has a mean that is far longer than what differs from
@@ -48,6 +56,10 @@ def fit_gates(model: CometForCausalLM, texts: Iterable[Said], gates: Gates) -> N
     some all of the first chunk, others nothing for long. Whether a chunk holds a key can be seen
     there all the same. The fit is a weighted ridge regression of the gate's logit, layer by layer;
     what is learned afterwards goes on from it.
+
+    Args:
+        histories: [B, N] each, with as many rows as texts have. The texts are read by memories
+            that stand somewhere in them; by new memories if there are none.
 
     Raises:
         ValueError: texts of less than three chunks, or without a key in a chunk that has a past.
@@ -60,10 +72,21 @@ def fit_gates(model: CometForCausalLM, texts: Iterable[Said], gates: Gates) -> N
     try:
         with _seen(memories) as seen:
             size = model.config.comet_config.chunk_size
+            memories_before = [cache for ids in histories for cache in _read_on(model, ids)]
+            for one in seen:
+                one.clear()
+            chance = random.Random(0)
             for ids, said in texts:
+                before = chance.choice(memories_before) if memories_before else None
                 whole = ids.shape[1] // size * size  # an open chunk writes nothing
-                model.model(ids[:, :whole].to(model.device), use_cache=False, more_text=True)
-                holds.append(_holding(model, whole, said))
+                model.model(
+                    ids[:, :whole].to(model.device),
+                    past_key_values=before,
+                    use_cache=False,
+                    more_text=True,
+                )
+                first = size if before is None else 0  # a new memory has no state to be kept
+                holds.append(_holding(model, range(first, whole, size), said))
     finally:
         model.config.comet = own.to_dict()
     if not memories:
@@ -99,13 +122,25 @@ def _logit(share: float) -> float:
     return math.log(share / (1 - share))
 
 
-def _holding(model: CometForCausalLM, tokens: int, said: Sequence[range]) -> Tensor:
+def _read_on(model: CometForCausalLM, ids: Tensor) -> Iterator[CometCache]:
+    """The memory of texts [B, N] on the way, every few chunks."""
+    step = _HISTORY_STEP * model.config.comet_config.chunk_size
+    cache = None
+    for begin in range(0, ids.shape[1] - step + 1, step):
+        piece = ids[:, begin : begin + step].to(model.device)
+        out = model.model(piece, past_key_values=cache, use_cache=True, more_text=True)
+        assert out.past_key_values is not None
+        cache = out.past_key_values
+        yield cache
+
+
+def _holding(model: CometForCausalLM, chunks: range, said: Sequence[range]) -> Tensor:
     """Whether a key stands in what each sample of `_seen` saw: 1, 0, or -1 for a part of it."""
     sizes = model.config.comet_config
     kinds = []
-    for begin in range(sizes.chunk_size, tokens, sizes.chunk_size):  # the first has no state yet
+    for begin in chunks:
         for place in said:
-            end = min(begin + sizes.chunk_size, tokens)
+            end = begin + sizes.chunk_size
             inside = len(range(max(begin, place.start), min(end, place.stop)))
             part = -1 if inside < min(_ENOUGH, len(place)) else 1
             kinds += [part if inside else 0] * sizes.readout_tokens
