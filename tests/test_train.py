@@ -248,6 +248,33 @@ def test_questions_on_the_way_and_fitted_gates_in_a_run(settings, tmp_path):
     assert change > 10 * config.learning_rate * config.memory_factor  # no step of Adam's
 
 
+def test_a_stage_that_is_too_short_is_known_before_the_run(settings, tmp_path):
+    stages = [*settings["generated"]["stages"], {"steps": 1, "tokens": [9, 200]}]
+    stages[-1] |= {"batch_tokens": 200, "passkey": 0.1}
+    generated = {**settings["generated"], "stages": stages}
+    with pytest.raises(ValueError, match=r"generated\.stages\.2: tokens must be at least"):
+        quietly(read_config(as_config(settings, tmp_path, generated=generated)))
+    assert last_checkpoint(settings["output"]) is None
+
+
+def test_comet_is_for_new_memories(settings, start, tmp_path):
+    """Which start as they are told to, also without any."""
+    with pytest.raises(ValueError, match="is a checkpoint and has its memory: comet is for new"):
+        quietly(read_config(as_config(settings, tmp_path, comet={"chunk_size": 12})))
+    tokenizer("smollm2").save_pretrained(start / "backbone")
+    plain = {"model": str(start / "backbone"), "start": {"readout": "the"}, "mode": "memory"}
+    stages = [{**settings["generated"]["stages"][0], "steps": 1}]
+    changes = {"generated": {**settings["generated"], "stages": stages}, **plain}
+    changes["sizes"] = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5}
+    seen = []
+    own = running.start_like
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "start_like", lambda *args: seen.append(args[2]) or own(*args))
+        model = quietly(read_config(as_config(settings, tmp_path, **changes)))
+    assert [one.readout for one in seen] == ["the"]
+    assert model.config.comet_config.chunk_size == 12
+
+
 def test_records_to_evaluate_are_evaluated(settings, tmp_path):
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": WORDS * 3}) + "\n")
     changes = {"evaluate": str(tmp_path / "held.jsonl"), "save_steps": 1}

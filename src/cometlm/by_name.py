@@ -73,6 +73,15 @@ def load(
     return model, _load_tokenizer(name, config)
 
 
+def has_memory(name: str) -> bool:
+    """Whether a trained memory comes with a name: a checkpoint, or a built-in model's own.
+
+    Raises:
+        ValueError, OSError: as `load`.
+    """
+    return _trained_config(name, _config_of(name), {}) is not None
+
+
 def described(name: str, **sizes: Any) -> tuple[Any, CometConfig]:
     """The backbone's config and the memory's sizes that `load` would take; no weights are loaded.
 

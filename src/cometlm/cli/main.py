@@ -6,6 +6,7 @@ import os
 import sys
 
 import typer
+from safetensors import SafetensorError
 
 from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
 from cometlm.cli.console import err, print_error
@@ -36,7 +37,7 @@ def run() -> None:
     except KeyboardInterrupt:
         err.print("\ninterrupted")
         sys.exit(130)
-    except (ValueError, OSError, ArithmeticError, PipelineError) as error:
+    except (ValueError, OSError, ArithmeticError, PipelineError, SafetensorError) as error:
         if os.environ.get("COMETLM_DEBUG"):
             raise
         err.quiet = False  # a rank that says nothing else says this

@@ -21,6 +21,7 @@ from cometlm.data.texts import text_files
 from cometlm.train.config import ChunkSettings, Gates, Generated, HayShares, Stage
 
 _TEXTS_AT_ONCE = 4
+_DRAWS = 8  # of each stage, to see that its shortest samples have room for their words
 _LEARNED = 0.25  # share of a text that is learned beside the answers about it
 AGAIN = "\n\nOnce more, word for word:\n\n"
 
@@ -71,6 +72,23 @@ class GeneratedBatches:
                 return stage
             step -= stage.steps
         return self._stages[-1]
+
+    def check(self) -> None:
+        """Draw a shortest sample of each stage, so that one that is too short is known at once.
+
+        Raises:
+            ValueError: names the stage.
+        """
+        for i, stage in enumerate(self._stages):
+            chance = random.Random(f"{self._seed}/check/{i}")
+            try:
+                for _ in range(_DRAWS if stage.passkey else 0):
+                    asked = stage.ask == "end"
+                    sample = self._task_of(stage).draw(chance, stage.tokens[0], asked=asked)
+                    if stage.told_weight:
+                        self._spelled(sample.key)
+            except ValueError as error:
+                raise ValueError(f"generated.stages.{i}: {error}") from error
 
     def __getitem__(self, number: int) -> dict[str, list[list[int]]]:
         """Batch `number`: ids and labels of its rows."""

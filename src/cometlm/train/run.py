@@ -13,12 +13,13 @@ from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
-from cometlm.by_name import load
+from cometlm.by_name import has_memory, load
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
 from cometlm.data.records import read_records
 from cometlm.device import as_dtype
 from cometlm.files import write_whole
+from cometlm.loading import BUILT_IN
 from cometlm.parallel.p2p import PipelineError
 from cometlm.pretrained import BACKBONE, LORA, WEIGHTS
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
@@ -68,12 +69,18 @@ def train(
     if checkpoint is not None:
         check_same(output, config, checkpoint)
         say(f"going on from {checkpoint}")
-    sizes = {"seed": config.seed, **config.comet} if config.comet else config.sizes
+    is_new = bool(config.comet) or not has_memory(config.model)
+    if config.comet and config.model not in BUILT_IN and has_memory(config.model):
+        raise ValueError(
+            f"model {config.model} is a checkpoint and has its memory: comet is for new ones; say "
+            "in sizes what this one is to be read with"
+        )
+    sizes = {**config.comet, **config.sizes, **({"seed": config.seed} if is_new else {})}
     merge = config.mode == "full"  # an adapter is trained on, or becomes a part of the whole
     model, tokenizer = load(
         config.model, device=device, dtype=as_dtype(config.dtype), merge=merge, **sizes
     )
-    if config.comet and checkpoint is None:
+    if is_new and checkpoint is None:
         start_like(model, tokenizer, config.start)
     lora = config.lora
     adapters = lora_config(lora.r, lora.alpha, lora.dropout, lora.modules)
@@ -123,6 +130,7 @@ def make_trainer(
         groups = max(1, arguments.world_size // config.chunk_parallel)
         per_step = arguments.gradient_accumulation_steps * groups
         batches = GeneratedBatches(config.generated, tokenizer, config.seed, sizes, per_step)
+        batches.check()
         _warn_of_single_chunks(max(stage.tokens[1] for stage in stages), config, model, say)
         return CometTrainer(
             **common,
