@@ -44,7 +44,7 @@ def settings(tmp_path_factory):
     tiny_comet().float().save_pretrained(folder, backbone=True)
     tokenizer("smollm2").save_pretrained(folder)
     (folder / "text.txt").write_text(WORDS * 200)
-    stage = {"steps": 8, "tokens": [70, 110], "batch_tokens": 240, "passkey": 0.5}
+    stage = {"steps": 8, "tokens": [80, 110], "batch_tokens": 240, "passkey": 0.5}
     return {
         "model": str(folder),
         "dtype": "float64",

@@ -19,8 +19,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sample(weight: Tensor) -> Tensor | None:
-    """A few of a weight's numbers, evenly spaced; None of one without storage."""
-    if weight.device.type == "meta" or not weight.numel():
+    """A few of a weight's numbers, evenly spaced; None of one that is not here, or not whole."""
+    sharded = hasattr(weight, "to_local")
+    if sharded or weight.device.type == "meta" or not weight.numel():
         return None
     numbers = weight.detach().reshape(-1)
     return numbers[:: max(1, numbers.numel() // _FEW)].clone()
