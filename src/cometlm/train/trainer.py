@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -196,6 +196,11 @@ class CometTrainer(SFTTrainer):
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}; {self._where()}")
         return norm
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Nothing waits for the last batch of a step: each one's gradients are summed at once."""
+        yield
 
     def _place_plans(self) -> None:
         """Draw as a run would that came here without a stop."""
