@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -263,7 +264,7 @@ def _arguments(config: TrainConfig, device: torch.device, steps: int | None = No
     Raises:
         ValueError: a field that trl does not have or take, or a device that it would not use.
     """
-    if device.index:
+    if device.index and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # a rank has its own
         raise ValueError(
             f"training takes the first device that the process sees: hide the others from it, got "
             f"device={device}"
