@@ -324,8 +324,8 @@ class CometTrainer(SFTTrainer):
         try:
             super()._save_checkpoint(*args, **options)
         except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
-            if isinstance(error, PipelineError):
-                raise
+            if self._mesh is not None and not isinstance(error, OSError):
+                raise  # of a lost rank, which is named above
             saved = last_checkpoint(self.args.output_dir)
             raise OSError(
                 f"the checkpoint of step {self.state.global_step} cannot be written ({error}); the "
