@@ -56,12 +56,13 @@ def arguments(folder, **options):
     return SFTConfig(**{**common, **options})
 
 
-def sft(model, data, folder, **options):
+def sft(model, data, folder, peft_config=None, **options):
     return SFTTrainer(
         model=model,
         args=arguments(folder, **options),
         train_dataset=Dataset.from_dict(data),
         processing_class=copy.deepcopy(tokenizer("smollm2")),
+        peft_config=peft_config,
     )
 
 
@@ -157,13 +158,8 @@ def test_our_template_renders_like_the_models_own():
 
 
 def test_peft_config_of_ours_trains_lora_and_memory(model, tmp_path):
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments(tmp_path, max_length=None),
-        train_dataset=Dataset.from_dict(ROWS["text"]),
-        processing_class=copy.deepcopy(tokenizer("smollm2")),
-        peft_config=cometlm.lora_config(r=2),
-    )
+    adapter = cometlm.lora_config(r=2)
+    trainer = sft(model, ROWS["text"], tmp_path, peft_config=adapter, max_length=None)
     named = dict(trainer.model.named_parameters())
     lora = [name for name in named if ".lora_" in name]
     assert lora
@@ -179,13 +175,8 @@ def test_peft_config_of_ours_trains_lora_and_memory(model, tmp_path):
 def test_what_a_peft_trainer_saved_becomes_a_checkpoint(model, tmp_path):
     """As the documentation says: merged, and saved with its backbone."""
     begun = copy.deepcopy(model)
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments(tmp_path, max_length=None),
-        train_dataset=Dataset.from_dict(ROWS["text"]),
-        processing_class=copy.deepcopy(tokenizer("smollm2")),
-        peft_config=cometlm.lora_config(r=2),
-    )
+    adapter = cometlm.lora_config(r=2)
+    trainer = sft(model, ROWS["text"], tmp_path, peft_config=adapter, max_length=None)
     trainer.train()
     trainer.save_model(str(tmp_path / "done"))
     ids = torch.tensor([tokenizer("smollm2").encode(ROWS["text"]["text"][2])])
@@ -200,13 +191,8 @@ def test_what_a_peft_trainer_saved_becomes_a_checkpoint(model, tmp_path):
 
 
 def test_a_memory_frozen_unasked_is_an_error(model, tmp_path):
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments(tmp_path, max_length=None),
-        train_dataset=Dataset.from_dict(ROWS["text"]),
-        processing_class=copy.deepcopy(tokenizer("smollm2")),
-        peft_config=LoraConfig(target_modules=["q_proj"], r=2),
-    )
+    adapter = LoraConfig(target_modules=["q_proj"], r=2)
+    trainer = sft(model, ROWS["text"], tmp_path, peft_config=adapter, max_length=None)
     with pytest.raises(ValueError, match=r"the memory is frozen .* cometlm\.lora_config\(\)"):
         trainer.train()
     model.model.memory_frozen = True
