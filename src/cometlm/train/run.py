@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -216,8 +217,8 @@ def set_aside(output: Path, say: Say = print) -> None:
     left = [path for path in left if path.exists()]
     if not left:
         return
-    number = 1 + len(list(output.glob(f"{EARLIER}-*")))
-    folder = output / f"{EARLIER}-{number}"
+    names = (output / f"{EARLIER}-{number}" for number in itertools.count(1))
+    folder = next(name for name in names if not name.exists())
     folder.mkdir()
     for path in left:
         path.rename(folder / path.name)
