@@ -46,6 +46,25 @@ def test_an_aside_is_a_question_to_a_fork(asked, family, since, after):
     assert error(got.loss, model(ids, labels=ids).loss) < 1e-9  # the text does not notice
 
 
+def test_places_are_those_of_the_calls_own_text(asked):
+    """A memory that has read before is asked, and told, where a new one would be."""
+    ids, beside, labels = asked
+    model = tiny_comet("llama").eval()
+    said = torch.stack([random_ids(3, seed=20 + b) for b in range(2)])
+
+    def read(start, since, until, **more):
+        ends = {"told_labels": said, "told_until": torch.tensor(until) - start}
+        return loss_of(model, ids[:, start:], beside, labels, since - start, **ends, **more)
+
+    whole = read(0, since=3 * CHUNK - 5, until=[30, 40])
+    before = model(ids[:, : 2 * CHUNK], use_cache=True, more_text=True).past_key_values
+    rest = read(2 * CHUNK, since=3 * CHUNK - 5, until=[30, 40], past_key_values=before)
+    assert error(rest.told_loss, whole.told_loss) < 1e-9
+    third, last = (asked_after(model, ids, beside, labels, chunks).loss for chunks in (3, 5))
+    fourth = asked_after(model, ids, beside, labels, 4).loss
+    assert error(rest.aside_loss, (third + fourth + last) / 3) < 1e-9
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_gradients_are_the_plain_graphs(asked, every):
     model = tiny_comet("llama").train()

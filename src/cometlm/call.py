@@ -39,9 +39,9 @@ class Aside(NamedTuple):
     Attributes:
         ids: [B, A] text tokens, no more than a chunk.
         labels: [B, A], -100 where there is nothing to score.
-        since: [B] text tokens; asides follow those chunks by whose ends every row has read so many.
-            They grow rarer the further on: after the 1st of those chunks, the 2nd, 4th, 8th and so
-            on, and after the last.
+        since: [B] tokens of the call's text; asides follow those chunks by whose ends every row
+            has read so many. They grow rarer the further on: after the 1st of those chunks, the
+            2nd, 4th, 8th and so on, and after the last.
     """
 
     ids: Tensor
@@ -74,7 +74,7 @@ class Told(NamedTuple):
 
     Attributes:
         labels: [B, M], -100 where nothing is asked of a readout token.
-        until: [B] where in its text each row's part ends.
+        until: [B] where in the call's text each row's part ends.
     """
 
     labels: Tensor
@@ -130,6 +130,12 @@ class Call:
 
     def __post_init__(self) -> None:
         self.rows = self.cache.rows
+        # Rows count what was read since their memory began, the caller's places from here.
+        before = torch.tensor([row.tokens for row in self.rows])
+        if self.aside is not None:
+            self.aside = self.aside._replace(since=self.aside.since.cpu() + before)
+        if self.told is not None:
+            self.told = self.told._replace(until=self.told.until.cpu() + before)
         self.asides: list[bool] = []
         self._aside_step: Step = ()
         if self.aside is not None:
