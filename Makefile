@@ -49,6 +49,7 @@ bench: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/passkey.py
 	$(BIN)/python benchmarks/borders.py
+	$(BIN)/python benchmarks/second.py
 	$(BIN)/python benchmarks/shapes.py
 
 clean:
