@@ -1,12 +1,21 @@
 """Hay and passkey samples: exact lengths, keys where they belong, answers to learn."""
 
 import random
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cometlm.data.hay import FileHay, FillerHay, MixedHay, NumberHay, WordHay, encode
+from cometlm.data.hay import (
+    FileHay,
+    FillerHay,
+    MixedHay,
+    NumberHay,
+    StrewnHay,
+    WordHay,
+    encode,
+)
 from cometlm.data.passkey import MEASURING, TRAINING, PasskeyTask
 from tests.real import tokenizer
 
@@ -29,10 +38,10 @@ def files(tmp_path_factory):
 
 def hays(words, files):
     own = [FileHay(words, files), WordHay(words), FillerHay(words), NumberHay(words)]
-    return [*own, MixedHay(own, [1, 1, 1, 1])]
+    return [*own, MixedHay(own, [1, 1, 1, 1]), StrewnHay(words, own[0])]
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(6))
 @given(tokens=st.integers(0, 400), seed=st.integers(0, 5))
 def test_hay_is_as_long_as_asked_and_drawn_from_its_generator_alone(
     which, words, files, tokens, seed
@@ -41,6 +50,17 @@ def test_hay_is_as_long_as_asked_and_drawn_from_its_generator_alone(
     drawn = hay.draw(random.Random(seed), tokens)
     assert len(drawn) == tokens
     assert hay.draw(random.Random(seed), tokens) == drawn
+
+
+@given(seed=st.integers(0, 100))
+def test_numbers_are_strewn_in_and_the_text_goes_on(words, seed):
+    cycle = encode(words, " alpha beta gamma delta epsilon zeta")
+    hay = FillerHay(words, text=" alpha beta gamma delta epsilon zeta", anywhere=False)
+    ids = StrewnHay(words, hay).draw(random.Random(seed), 1500)
+    assert 3 <= len(re.findall(r"\d+", words.decode(ids))) <= 400
+    own = [id_ for id_ in ids if id_ in cycle]
+    assert len(own) > 300
+    assert own == (cycle * 300)[: len(own)]
 
 
 def test_a_draw_longer_than_its_file_goes_on_in_others(words, files):

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cometlm
 from cometlm.memory import GlobalMemory
 from cometlm.train.config import Gates, Start
 from cometlm.train.lora import parameter_groups, set_trainable
-from cometlm.train.start import fit_gates, start_like
+from cometlm.train.start import _fitted, fit_gates, start_like
 from tests.real import tokenizer
 from tests.tiny import random_ids, tiny_comet
 
@@ -48,8 +50,8 @@ def test_gates_let_go_where_a_key_is_said(monkeypatch):
         assert not memory.norm._forward_hooks
     for layer in kept(model, ids, monkeypatch):
         second = layer[0].view(3, 3)
-        assert second[:2].sub(0.2).abs().max() < 0.1
-        assert second[2:].sub(0.9).abs().max() < 0.1
+        assert second[:2].max() < 0.3
+        assert second[2:].min() > 0.8
 
 
 def test_gates_of_memories_that_have_read_before(monkeypatch):
@@ -60,13 +62,49 @@ def test_gates_of_memories_that_have_read_before(monkeypatch):
     history = torch.stack([random_ids(5 * 12, seed=50 + b) for b in range(3)])
     with torch.no_grad():
         read = model(history[:, : 4 * 12], use_cache=True, more_text=True).past_key_values
-    fit_gates(model, [(ids, said)], Gates(keep=0.9, keep_at_key=0.2, history=60), [history])
+    gates = Gates(keep=0.9, keep_at_key=0.2, history=60)
+    fit_gates(model, [(ids, said)], gates, [(history, [range(0)] * 3)])
     seen = kept(model, ids, monkeypatch, read)
     assert seen.shape[1] == 3
     for layer in seen:
-        first = layer[0].view(3, 3)
-        assert first[[0, 2]].sub(0.2).abs().max() < 0.1
-        assert first[1].sub(0.9).abs().max() < 0.1
+        first = layer[0].view(3, 3)  # of the text; the history's own chunks are fitted to as well
+        assert first[[0, 2]].max() < 0.3
+        assert first[1].min() > 0.8
+
+
+@given(seed=st.integers(0, 1000))
+def test_a_few_hard_samples_count_as_much_as_many_easy_ones(seed):
+    """Easy ones draw a regression to their mean away from what tells the hard ones apart."""
+    chance = torch.Generator().manual_seed(seed)
+    holds = torch.cat([torch.zeros(1000), torch.ones(1000)]).long()
+    x = torch.randn(2000, 3, generator=chance) * torch.tensor([0.1, 0.1, 0.0])
+    x[:, 2] = 1.0  # in place of a bias
+    x[:, 0] += torch.where(holds == 1, -1.0, 1.0)
+    x[:1000:50] += torch.tensor([-2.2, 5.0, 0.0])  # hay that looks like a key but for one thing
+    weights = _fitted(x, holds, Gates(keep=0.99, keep_at_key=0.01))
+    keep = torch.sigmoid(x @ weights)
+    assert keep[holds == 0].min() > 0.9
+    assert keep[holds == 1].max() < 0.1
+
+
+def test_histories_are_fitted_to_as_well():
+    """Their chunks are samples like any other: here none of the texts' own counts."""
+    model = tiny_comet("llama").eval()
+    ids = torch.stack([random_ids(60, seed=b) for b in range(3)])
+    parts = [(ids[:, :36], [range(36)] * 3)]  # of a key too long for one chunk
+    with pytest.raises(ValueError, match=r"got 0 with and 27 without"):
+        fit_gates(model, parts, Gates(history=60), [(ids, [range(0)] * 3)])
+    fit_gates(model, parts, Gates(history=60), [(ids, [range(14, 20)] * 3)])
+
+
+def test_gates_of_lower_layers_can_be_left():
+    model = tiny_comet("llama").eval()
+    gates = [one.global_memory.gate for one in model.model.comet.layers]
+    before = [gate.clone() for gate in gates]
+    ids, said = texts_with_keys()
+    fit_gates(model, [(ids, said)], Gates(first_layer=1))
+    changed = [not gate.equal(own) for gate, own in zip(gates, before, strict=True)]
+    assert changed == [False, *[True] * (len(gates) - 1)]
 
 
 def test_gates_that_look_at_nothing(monkeypatch):

@@ -103,6 +103,11 @@ class CometCache:
         return self.columns
 
     @property
+    def is_open(self) -> bool:
+        """Whether some row has text that is in no memory yet."""
+        return any(row.text for row in self.rows)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors held: constant once the memory is full."""
         return sum(layer.nbytes for layer in self.layers)

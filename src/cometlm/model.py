@@ -67,7 +67,8 @@ class CometModel(CometPreTrainedModel):
         recomputation: how a training step saves memory, or None to keep the whole graph; what
             `activation_checkpointing_enable()` sets.
         truncate_after: while training, gradients reach back at most this many chunks; 0 is all.
-        chunking: where training samples are cut; None cuts them as reading does.
+        chunking: where training samples are cut, unless a chunk is open; None cuts them as reading
+            does.
         pipeline: reads each sample together with other ranks; see `parallel.pipeline`.
         memory_frozen: train without the memory's weights; otherwise that is an error.
     """
@@ -168,7 +169,7 @@ class CometModel(CometPreTrainedModel):
         cache = self.cache_for(past_key_values, text.batch)
         if cuts is not None:
             check_cuts(cuts, text.lengths, cache.rows, self.config.comet_config.chunk_size)
-        elif self._learning and self.chunking is not None and past_key_values is None:
+        elif self._learning and self.chunking is not None and not cache.is_open:
             drawn = self.chunking.draw(text.rows(), self.config.comet_config.chunk_size)
             cuts, stride, capacity = drawn.cuts, drawn.stride or stride, drawn.capacity or capacity
         sizes = self._sizes(stride, capacity)

@@ -17,6 +17,17 @@ FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 )
 
+# Numbers that nobody asks to keep, as programs and books have them: N is a number, W a word.
+_STREWN = (
+    "\nMAX_W = N\n", "\n    W = N\n", "W[N:N]", " if W > N:", "[N, N, N, N]", "(N, N)", " W=N ",
+    '{"W": N, "W": N}', "\nN: 'W',\nN: 'W',\nN: 'W',\n", "\nN N N\nN N N\nN N N\n", " line N ",
+    "\n# N-N-N, N:N\n", "\nassert W(N) == N\n", "\n| N | N | W |\n| N | N | W |\n", " N.N ",
+    " (see page N) ", " In N there were N of them. ", " It cost N pounds. ", " about N or N, ",
+    " chapter N, verse N. ", " on the Nth at N o'clock ", " W N, ", " N W, ", " no. N ", " port N ",
+    " from N to N ", " +N N N ", " N% of N ", " error N: ",
+)  # fmt: skip
+_STREWN_WORDS = ("size", "count", "year", "offset", "limit", "people", "miles", "width", "total")
+
 _TRIES = 32  # places of files that hold nothing, one after the other
 
 
@@ -100,6 +111,38 @@ class NumberHay(Hay):
         """See `Hay.draw`."""
         numbers = [str(rng.randrange(1000, 1_000_000)) for _ in range(tokens)]  # more than enough
         return encode(self._tokenizer, " ".join(numbers))[:tokens]
+
+
+class StrewnHay(Hay):
+    """Text of another hay with numbers strewn in that nobody asks to keep, thinly or thickly."""
+
+    def __init__(self, tokenizer: Any, hay: Hay) -> None:
+        self._tokenizer = tokenizer
+        self._hay = hay
+
+    def draw(self, rng: random.Random, tokens: int) -> list[int]:
+        """See `Hay.draw`."""
+        text = self._hay.draw(rng, tokens)  # more than enough
+        apart = rng.choice((30, 80, 200))
+        ids: list[int] = []
+        while len(ids) < tokens:
+            length = rng.randint(apart // 2, apart * 2)
+            ids += text[:length] + encode(self._tokenizer, self._numbers(rng))
+            del text[:length]
+        return ids[:tokens]
+
+    def _numbers(self, rng: random.Random) -> str:
+        """One of the snippets, with numbers of one to seven digits and words put in."""
+        digits = rng.randint(1, 7)
+        parts = []
+        for letter in rng.choice(_STREWN):
+            if letter == "N":
+                parts.append(str(rng.randrange(10 ** (digits - 1), 10**digits)))
+            elif letter == "W":
+                parts.append(rng.choice(_STREWN_WORDS))
+            else:
+                parts.append(letter)
+        return "".join(parts)
 
 
 class FillerHay(Hay):

@@ -7,23 +7,26 @@ anywhere sees the same batches as one that never stopped.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cometlm.chunking import Chunking, sentence_ends
 from cometlm.config import CometConfig
-from cometlm.data.hay import FileHay, FillerHay, MixedHay, NumberHay, WordHay, encode
-from cometlm.data.passkey import TRAINING, PasskeySample, PasskeyTask
+from cometlm.data.hay import FileHay, FillerHay, MixedHay, NumberHay, StrewnHay, WordHay, encode
+from cometlm.data.passkey import TRAINING, PasskeyTask
 from cometlm.data.texts import text_files
 from cometlm.train.config import ChunkSettings, Gates, Generated, HayShares, Stage
+from cometlm.train.histories import CHUNKS_BETWEEN
 
 _TEXTS_AT_ONCE = 4
 _DRAWS = 8  # of each stage, to see that its shortest samples have room for their words
 _LEARNED = 0.25  # share of a text that is learned beside the answers about it
 AGAIN = "\n\nOnce more, word for word:\n\n"
+Said = tuple[Tensor, Sequence[range]]  # texts [B, N], and where each says its key
 
 
 class GeneratedBatches:
@@ -47,11 +50,13 @@ class GeneratedBatches:
         self._stages = settings.stages
         self._seed = seed
         texts = FileHay(tokenizer, [f for name in settings.texts for f in text_files(name)])
-        code = [f for name in settings.code for f in text_files(name)]
+        files = [f for name in settings.code for f in text_files(name)]
+        code = FileHay(tokenizer, files) if files else texts
         self._texts = texts
         self._hay = {
             "texts": texts,
-            "code": FileHay(tokenizer, code) if code else texts,
+            "code": code,
+            "strewn": StrewnHay(tokenizer, MixedHay([texts, code], [1, 1])),
             "words": WordHay(tokenizer),
             "filler": FillerHay(tokenizer),
             "same": FillerHay(tokenizer, anywhere=False),
@@ -74,7 +79,7 @@ class GeneratedBatches:
         return self._stages[-1]
 
     def check(self) -> None:
-        """Draw a shortest sample of each stage, so that one that is too short is known at once.
+        """Draw a shortest sample of each stage, so that what is too short is known at once.
 
         Raises:
             ValueError: names the stage.
@@ -89,6 +94,17 @@ class GeneratedBatches:
                         self._spelled(sample.key)
             except ValueError as error:
                 raise ValueError(f"generated.stages.{i}: {error}") from error
+            gates = stage.gates or Gates()
+            own = self._sizes.chunk_size
+            for name, tokens, size in (
+                ("history", stage.history, own),
+                ("gates.history", gates.history, gates.chunk_size or own),
+            ):
+                if 0 < tokens < CHUNKS_BETWEEN * size:
+                    raise ValueError(
+                        f"generated.stages.{i}.{name} must be 0, or at least {CHUNKS_BETWEEN} "
+                        f"chunks of {size} tokens, got {tokens}"
+                    )
 
     def __getitem__(self, number: int) -> dict[str, list[list[int]]]:
         """Batch `number`: ids and labels of its rows."""
@@ -112,31 +128,24 @@ class GeneratedBatches:
         ids, labels = map(list, zip(*pairs, strict=True))
         return {"input_ids": ids, "labels": labels}
 
-    def hidden_keys(self, step: int) -> Iterator[list[PasskeySample]]:
+    def hidden_keys(self, step: int) -> Iterator[Said]:
         """Texts with keys in them to fit gates to, as the stage of a step hides them."""
         stage = self.stage(step)
         gates = stage.gates or Gates()
         chance = random.Random(f"{self._seed}/gates/{step}")
         task = self._task_of(stage)
         for _ in range(gates.texts // _TEXTS_AT_ONCE):
-            yield [
-                task.draw(chance, gates.tokens, depth=chance.random(), asked=False)
-                for _ in range(_TEXTS_AT_ONCE)
-            ]
+            yield _drawn(task, chance, gates.tokens)
 
-    def histories(self, step: int) -> Iterator[list[list[int]]]:
-        """What memories have read before such texts: hay alone, and hay with a key somewhere."""
-        stage = self.stage(step)
-        tokens = (stage.gates or Gates()).history
+    def histories(self, step: int, tokens: int) -> Iterator[Said]:
+        """Texts that memories are to have read before a step: hay, and hay with a key somewhere."""
         if not tokens:
             return
         chance = random.Random(f"{self._seed}/histories/{step}")
-        task = self._task_of(stage)
-        yield [task.hay.draw(chance, tokens) for _ in range(_TEXTS_AT_ONCE)]
-        yield [
-            task.draw(chance, tokens, depth=chance.random(), asked=False).text
-            for _ in range(_TEXTS_AT_ONCE)
-        ]
+        task = self._task_of(self.stage(step))
+        hay = [task.hay.draw(chance, tokens) for _ in range(_TEXTS_AT_ONCE)]
+        yield torch.tensor(hay), [range(0)] * _TEXTS_AT_ONCE
+        yield _drawn(task, chance, tokens)
 
     def _task_of(self, stage: Stage) -> PasskeyTask:
         return replace(
@@ -196,6 +205,14 @@ class GeneratedBatches:
         return head + text[:half], [-100] * len(head) + text[:half]
 
 
+def _drawn(task: PasskeyTask, chance: random.Random, tokens: int) -> Said:
+    """Some texts with a key in each."""
+    samples = [
+        task.draw(chance, tokens, depth=chance.random(), asked=False) for _ in range(_TEXTS_AT_ONCE)
+    ]
+    return torch.tensor([one.text for one in samples]), [one.said for one in samples]
+
+
 def _drawn_length(chance: random.Random, stage: Stage) -> int:
     """Tokens of a batch's rows; with questions on the way, each octave is as likely as any."""
     if stage.ask == "end":
@@ -211,7 +228,7 @@ def _some(text: list[int], chance: random.Random) -> list[int]:
     return [-100] * start + text[start : start + length] + [-100] * (len(text) - start - length)
 
 
-def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
     """One generated batch, which comes as the only feature, as tensors [rows, length].
 
     Raises:

@@ -77,6 +77,7 @@ class HayShares:
 
     Attributes:
         texts, code: running text of either.
+        strewn: one of these with numbers strewn in that nobody asks to keep.
         words: random words.
         filler: the usual sentences over and over, from any word on.
         same: the filler from its first word on, so that nothing but the key varies.
@@ -84,6 +85,7 @@ class HayShares:
 
     texts: float = 0.0
     code: float = 0.0
+    strewn: float = 0.0
     words: float = 0.0
     filler: float = 0.0
     same: float = 0.0
@@ -102,6 +104,7 @@ class Gates:
         history: tokens that memories have read before these texts, at most. A state that has read
             for long is another thing than one of a few chunks, and gates fitted to those alone
             leak and jam at it. Hay, and hay with a key, in four rows each.
+        first_layer: layers below keep the gates that they have.
     """
 
     keep: float = 0.998
@@ -110,6 +113,7 @@ class Gates:
     texts: int = 144
     tokens: int = 768
     history: int = 0
+    first_layer: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +148,10 @@ class Stage:
         hay: as in `Generated`, for these steps.
         chunks: as in the run, for these steps; the run's own if None.
         gates: set the gates before the first of these steps.
+        history: tokens that memories have read when these batches begin, at most; 0 for new
+            memories. A state that has read for long, and may hold another key, is another thing
+            to write to than one of a few chunks. They are read without a gradient, by the weights
+            as they stand, and anew at each checkpoint.
     """
 
     steps: int
@@ -163,6 +171,7 @@ class Stage:
     hay: HayShares | None = None
     chunks: ChunkSettings | None = None
     gates: Gates | None = None
+    history: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,12 +277,8 @@ class TrainConfig:
             _check_generated(self.generated)
         for stage in self.generated.stages if self.generated is not None else ():
             _check_stage(stage)
-            if (self.chunk_parallel > 1 or self.shard_weights) and stage.ask == "borders":
-                raise ValueError(
-                    'stages.ask: "borders" reads from forks of the memory, which is not done with '
-                    f"chunk_parallel={self.chunk_parallel}, shard_weights={self.shard_weights}: "
-                    'use "end"'
-                )
+            if self.chunk_parallel > 1 or self.shard_weights:
+                self._check_shared(stage)
         recompute = self.recompute
         one_device = recompute.every > 1 or recompute.offload or recompute.truncate_after > 0
         if (self.chunk_parallel > 1 or self.shard_weights) and one_device:
@@ -284,6 +289,18 @@ class TrainConfig:
             )
         if self.shard_weights:
             self._check_sharded()
+
+    def _check_shared(self, stage: Stage) -> None:
+        shared = f"chunk_parallel={self.chunk_parallel}, shard_weights={self.shard_weights}"
+        if stage.ask == "borders":
+            raise ValueError(
+                'stages.ask: "borders" reads from forks of the memory, which is not done with '
+                f'{shared}: use "end"'
+            )
+        if stage.history:
+            raise ValueError(
+                f"stages.history begins with memories that one device has read, not with {shared}"
+            )
 
     def _check_sharded(self) -> None:
         stages = self.generated.stages if self.generated is not None else ()
@@ -345,14 +362,17 @@ def _check_stage(stage: Stage) -> None:
         raise ValueError(
             f"stages.depth must be [least, most] between 0 and 1, got {list(stage.depth)}"
         )
-    for name in ("before_question", "answer_weight", "told_weight"):
+    for name in ("before_question", "answer_weight", "told_weight", "history"):
         if getattr(stage, name) < 0:
             raise ValueError(f"stages.{name} must be at least 0, got {getattr(stage, name)}")
     if stage.gates is not None:
         if stage.gates.texts < 4:
             raise ValueError(f"stages.gates.texts must be at least 4, got {stage.gates.texts}")
-        if stage.gates.history < 0:
-            raise ValueError(f"stages.gates.history must be at least 0, got {stage.gates.history}")
+        for name in ("history", "first_layer"):
+            if getattr(stage.gates, name) < 0:
+                raise ValueError(
+                    f"stages.gates.{name} must be at least 0, got {getattr(stage.gates, name)}"
+                )
         for name in ("keep", "keep_at_key"):
             share = getattr(stage.gates, name)
             if not 0 < share < 1:

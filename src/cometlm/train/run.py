@@ -26,8 +26,9 @@ from cometlm.parallel.p2p import PipelineError
 from cometlm.pretrained import BACKBONE, LORA, WEIGHTS
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
 from cometlm.train.config import TrainConfig, config_of
+from cometlm.train.histories import Histories
 from cometlm.train.lora import lora_config, set_trainable
-from cometlm.train.start import fit_gates, said_in, start_like
+from cometlm.train.start import fit_gates, start_like
 from cometlm.train.templates import generation_template
 from cometlm.train.trainer import STATE, CometTrainer, last_checkpoint, steps_done
 
@@ -134,6 +135,7 @@ def make_trainer(
         batches = GeneratedBatches(config.generated, tokenizer, config.seed, sizes, per_step)
         batches.check()
         _warn_of_single_chunks(max(stage.tokens[1] for stage in stages), config, model, say)
+        histories = Histories(config.seed)
         return CometTrainer(
             **common,
             args=arguments,
@@ -141,7 +143,8 @@ def make_trainer(
             data_collator=collate,
             chunking=_stage_chunking(config, batches, tokenizer),
             rates=_stage_rates(config, batches),
-            before_step=_stage_gates(model, batches, say),
+            before_step=_stage_start(config, model, batches, histories, say),
+            memories=histories.of,
             in_order=True,
             whole=config.mode == "full",
         )
@@ -227,9 +230,11 @@ def set_aside(output: Path, say: Say = print) -> None:
 
 def _decisive(settings: dict[str, Any], done: int) -> dict[str, Any]:
     """What the first `done` steps were learned by, of a run's settings."""
-    settings = {name: value for name, value in settings.items() if name not in _FREE}
+    stages = _begun(settings["generated"]["stages"], done) if settings["generated"] else []
+    # Where batches begin behind a history, that is read again at each checkpoint.
+    free = _FREE - {"save_steps"} if any(stage["history"] for stage in stages) else _FREE
+    settings = {name: value for name, value in settings.items() if name not in free}
     if settings["generated"]:
-        stages = _begun(settings["generated"]["stages"], done)
         settings["generated"] = {**settings["generated"], "stages": stages}
     settings["recompute"] = settings["recompute"]["truncate_after"]
     settings["trainer"] = {
@@ -341,17 +346,33 @@ def _as_dataset(batches: GeneratedBatches) -> Dataset:
     return Dataset.from_dict({"batch": list(range(len(batches)))}).with_transform(make)
 
 
-def _stage_gates(model: CometForCausalLM, batches: GeneratedBatches, say: Say) -> BeforeStep:
-    """Fits the gates before the first step of a stage that says so."""
+def _stage_start(
+    config: TrainConfig,
+    model: CometForCausalLM,
+    batches: GeneratedBatches,
+    histories: Histories,
+    say: Say,
+) -> BeforeStep:
+    """What comes before a step: a stage's gates are fitted, and the memories read it begins with.
 
-    def fit(step: int) -> None:
-        gates = batches.stage(step).gates
-        if gates is not None and (step == 0 or batches.stage(step - 1).gates is not gates):
+    Those are read again wherever a checkpoint may be, so that a run that goes on from there has the
+    same ones.
+    """
+
+    def start(step: int) -> None:
+        stage = batches.stage(step)
+        begins = step == 0 or batches.stage(step - 1) is not stage
+        if (gates := stage.gates) is not None and begins:
             say(f"fitting the gates to {gates.texts} texts, before step {step + 1}")
-            histories = map(torch.tensor, batches.histories(step))
-            fit_gates(model, map(said_in, batches.hidden_keys(step)), gates, histories)
+            texts = batches.hidden_keys(step), batches.histories(step, gates.history)
+            fit_gates(model, texts[0], gates, texts[1])
+        at_checkpoint = step % config.save_steps == 0 or not histories
+        if begins or (stage.history and at_checkpoint):
+            if stage.history:
+                say(f"reading {stage.history:,} tokens that step {step + 1} begins behind")
+            histories.read(model, [ids for ids, _ in batches.histories(step, stage.history)])
 
-    return fit
+    return start
 
 
 def _stage_chunking(

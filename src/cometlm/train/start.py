@@ -13,14 +13,14 @@ from torch import Tensor
 
 from cometlm.cache import CometCache
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.data.passkey import PasskeySample
 from cometlm.memory import GlobalMemory, LayerMemoryWeights
+from cometlm.train.batches import Said
 from cometlm.train.config import Gates, Start
+from cometlm.train.histories import read_on
 
 _RIDGE = 5e-4  # of the mean square of what gates look at: keeps what is fitted small
-_HISTORY_STEP = 4  # chunks between two memories of one history
+_ROUNDS = 10  # of Newton's method; what falls short hardly changes after six
 _ENOUGH = 20  # tokens of a key's sentence in a chunk, for the chunk to be one that holds a key
-Said = tuple[Tensor, Sequence[range]]  # texts [B, N], and where each says its key
 
 
 @torch.no_grad()
@@ -47,46 +47,32 @@ def fit_gates(
     model: CometForCausalLM,
     texts: Iterable[Said],
     gates: Gates,
-    histories: Iterable[Tensor] = (),
+    histories: Iterable[Said] = (),
 ) -> None:
     """Fit every gate to keep the state at chunks of hay, and to let go of it where a key is said.
 
     What a gate looks at, [candidate ; state], has a mean that is far longer than what differs from
     chunk to chunk, so gates that are learned from nothing soon keep the same whatever is read:
     some all of the first chunk, others nothing for long. Whether a chunk holds a key can be seen
-    there all the same. The fit is a weighted ridge regression of the gate's logit, layer by layer;
-    what is learned afterwards goes on from it.
+    there all the same. A gate is a linear classifier of the two, fitted layer by layer; what is
+    learned afterwards goes on from it.
 
     Args:
-        histories: [B, N] each, with as many rows as texts have. The texts are read by memories
-            that stand somewhere in them; by new memories if there are none.
+        histories: with as many rows as texts have, and fitted to as well. The texts are read by
+            memories that stand somewhere in them; by new memories if there are none.
 
     Raises:
         ValueError: texts of less than three chunks, or without a key in a chunk that has a past.
     """
     layers = [cast("LayerMemoryWeights", one).global_memory for one in model.model.comet.layers]
-    memories = [one for one in layers if one is not None and one.gate is not None]
+    memories = [
+        one for one in layers[gates.first_layer :] if one is not None and one.gate is not None
+    ]
     own = model.config.comet_config
     model.config.comet = own.replace(chunk_size=gates.chunk_size or own.chunk_size).to_dict()
-    holds: list[Tensor] = []
     try:
         with _seen(memories) as seen:
-            size = model.config.comet_config.chunk_size
-            memories_before = [cache for ids in histories for cache in _read_on(model, ids)]
-            for one in seen:
-                one.clear()
-            chance = random.Random(0)
-            for ids, said in texts:
-                before = chance.choice(memories_before) if memories_before else None
-                whole = ids.shape[1] // size * size  # an open chunk writes nothing
-                model.model(
-                    ids[:, :whole].to(model.device),
-                    past_key_values=before,
-                    use_cache=False,
-                    more_text=True,
-                )
-                first = size if before is None else 0  # a new memory has no state to be kept
-                holds.append(_holding(model, range(first, whole, size), said))
+            holds = _read_all(model, texts, histories)
     finally:
         model.config.comet = own.to_dict()
     if not memories:
@@ -103,35 +89,66 @@ def fit_gates(
         memory.gate.copy_(fitted[None])
 
 
+def _read_all(
+    model: CometForCausalLM, texts: Iterable[Said], histories: Iterable[Said]
+) -> list[Tensor]:
+    """Read histories, and texts from somewhere in them; whether chunks held keys, see `_holding`.
+
+    Counted are whole chunks that found a state: an open chunk writes nothing, and a new memory has
+    no state to be kept.
+    """
+    size = model.config.comet_config.chunk_size
+    chance = random.Random(0)
+    holds: list[Tensor] = []
+    memories: list[CometCache] = []
+    for ids, said in histories:
+        shots = list(read_on(model, ids))
+        memories += shots
+        read = shots[-1].rows[0].tokens if shots else 0
+        holds.append(_holding(model, range(size, read, size), said))
+    for ids, said in texts:
+        before = chance.choice(memories) if memories else None
+        whole = ids.shape[1] // size * size
+        model.model(
+            ids[:, :whole].to(model.device),
+            past_key_values=before,
+            use_cache=False,
+            more_text=True,
+        )
+        holds.append(_holding(model, range(0 if before else size, whole, size), said))
+    return holds
+
+
 def _fitted(x: Tensor, holds: Tensor, gates: Gates) -> Tensor:
-    """Weights [2D] that make of x [samples, 2D] the logits wanted; solved in float64."""
-    x = x.double()
+    """Weights [2D] that make of x [samples, 2D] the logits wanted, or more than that.
+
+    The loss is a squared hinge: what lies beyond its logit costs nothing, so that the fit is to
+    what is hardest to tell apart. A few chunks of hay that look like a key are all that a memory
+    loses, and of them a regression to the mean knows little. Each round of Newton's method is a
+    ridge regression of what falls short.
+    """
+    x = x.float()
     wanted = torch.full_like(x[:, 0], _logit(gates.keep))
     wanted[holds == 1] = _logit(gates.keep_at_key)
+    above = torch.where(holds == 1, -1.0, 1.0)
     weights = torch.zeros_like(wanted)
     for kind in (0, 1):  # both kinds count the same, however many there are
         weights[holds == kind] = 0.5 / (holds == kind).sum()
-    square = (x * weights[:, None]).T @ x
-    ridge = _RIDGE * square.diagonal().mean()
-    return torch.linalg.solve(
-        square + ridge * torch.eye(len(square), dtype=x.dtype), x.T @ (weights * wanted)
-    )
+    ridge = _RIDGE * (x.square() * weights[:, None]).sum(0).mean()
+    short = weights
+    # Gates that are to look at nothing have nothing to tell apart.
+    for _ in range(_ROUNDS if gates.keep != gates.keep_at_key else 1):
+        square = ((x * short[:, None]).T @ x + ridge * torch.eye(x.shape[1])).double()
+        fitted = torch.linalg.solve(square, (x.T @ (short * wanted)).double()).float()
+        now = weights * ((wanted - x @ fitted) * above > 0)
+        if torch.equal(now, short):
+            break
+        short = now
+    return fitted
 
 
 def _logit(share: float) -> float:
     return math.log(share / (1 - share))
-
-
-def _read_on(model: CometForCausalLM, ids: Tensor) -> Iterator[CometCache]:
-    """The memory of texts [B, N] on the way, every few chunks."""
-    step = _HISTORY_STEP * model.config.comet_config.chunk_size
-    cache = None
-    for begin in range(0, ids.shape[1] - step + 1, step):
-        piece = ids[:, begin : begin + step].to(model.device)
-        out = model.model(piece, past_key_values=cache, use_cache=True, more_text=True)
-        assert out.past_key_values is not None
-        cache = out.past_key_values
-        yield cache
 
 
 def _holding(model: CometForCausalLM, chunks: range, said: Sequence[range]) -> Tensor:
@@ -144,7 +161,7 @@ def _holding(model: CometForCausalLM, chunks: range, said: Sequence[range]) -> T
             inside = len(range(max(begin, place.start), min(end, place.stop)))
             part = -1 if inside < min(_ENOUGH, len(place)) else 1
             kinds += [part if inside else 0] * sizes.readout_tokens
-    return torch.tensor(kinds)
+    return torch.tensor(kinds, dtype=torch.long)
 
 
 @contextmanager
@@ -175,8 +192,3 @@ def _seen(memories: Sequence[GlobalMemory]) -> Iterator[list[list[Tensor]]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def said_in(samples: Sequence[PasskeySample]) -> Said:
-    """Texts of one length, and where each says its key."""
-    return torch.tensor([sample.text for sample in samples]), [sample.said for sample in samples]

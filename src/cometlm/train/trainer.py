@@ -29,6 +29,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from cometlm.cache import CometCache
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
 from cometlm.parallel.p2p import PipelineError, answering
@@ -56,6 +57,7 @@ class CometTrainer(SFTTrainer):
         rates: from a step's number to the learning rate as a share of `args.learning_rate`;
             None for the schedule that `args` names.
         before_step: called with each step's number before its first batch.
+        memories: from a batch's number and its rows to the memory that it begins with.
         in_order: take the samples in their order.
         whole: save the backbone too, since it is trained.
         chunk_parallel: ranks that share each sample (`torchrun`), see `train.together`.
@@ -72,6 +74,7 @@ class CometTrainer(SFTTrainer):
         chunking: Callable[[int], Chunking] | None = None,
         rates: Callable[[int], float] | None = None,
         before_step: Callable[[int], None] | None = None,
+        memories: Callable[[int, int], CometCache | None] | None = None,
         in_order: bool = False,
         whole: bool = False,
         chunk_parallel: int = 1,
@@ -83,6 +86,7 @@ class CometTrainer(SFTTrainer):
         self._chunking = chunking
         self._rates = rates
         self._before_step = before_step
+        self._memories = memories
         self._in_order = in_order
         self._whole = whole
         self._micro_steps = (-1, 0)  # the step, and how many of its batches came before this one
@@ -206,12 +210,16 @@ class CometTrainer(SFTTrainer):
         """Draw as a run would that came here without a stop."""
         if self._chunking is None:
             return
-        step, seen = self._micro_steps
-        chunking = self._chunking(step)
-        accumulated, groups = self.args.gradient_accumulation_steps, self._groups
-        group = self.accelerator.process_index // self._sharing
-        chunking.batches = (step * accumulated + seen) * groups + group
+        chunking = self._chunking(self._micro_steps[0])
+        chunking.batches = self._batch
         self._comet.model.chunking = chunking
+
+    @property
+    def _batch(self) -> int:
+        """The number of the batch that is learned now, over all groups."""
+        step, seen = self._micro_steps
+        group = self.accelerator.process_index // self._sharing
+        return (step * self.args.gradient_accumulation_steps + seen) * self._groups + group
 
     @property
     def _groups(self) -> int:
@@ -229,6 +237,8 @@ class CometTrainer(SFTTrainer):
         mode = "train" if model.training else "eval"
         inputs = dict(inputs)
         weight, told_weight = (inputs.pop(f"{name}_weight", None) for name in ("aside", "told"))
+        if mode == "train" and self._memories is not None:
+            inputs["past_key_values"] = self._memories(self._batch, len(inputs["input_ids"]))
         together = nullcontext() if mode == "train" else alone(self._comet)
         with together:
             out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
