@@ -87,6 +87,22 @@ def test_a_few_hard_samples_count_as_much_as_many_easy_ones(seed):
     assert keep[holds == 1].max() < 0.1
 
 
+def test_keys_may_count_more_than_hay():
+    """Where the two cannot be told apart, the share says which side is served."""
+    holds = torch.cat([torch.zeros(500), torch.ones(500)]).long()
+    x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 1.0
+    x[:, 0] += torch.where(holds == 1, -0.5, 0.5)
+    keep = [
+        torch.sigmoid(x @ _fitted(x, holds, Gates(keep=0.99, keep_at_key=0.01, key_share=share)))
+        for share in (0.1, 0.5, 0.9)
+    ]
+    at_keys = [float(one[holds == 1].mean()) for one in keep]
+    at_hay = [float(one[holds == 0].mean()) for one in keep]
+    assert at_keys[0] > at_keys[1] + 0.1 > at_keys[2] + 0.2
+    assert at_hay[0] > at_hay[1] + 0.1 > at_hay[2] + 0.2
+
+
 def test_histories_are_fitted_to_as_well():
     """Their chunks are samples like any other: here none of the texts' own counts."""
     model = tiny_comet("llama").eval()

@@ -98,6 +98,8 @@ class Gates:
     Attributes:
         keep: the share of the state that is kept at a chunk of hay.
         keep_at_key: the same where a key is said. With both alike, gates look at nothing.
+        key_share: what chunks with a key count in the fit, of 1, however many there are. More of it
+            opens a gate at keys more surely, and at hay that looks like one more often.
         chunk_size: of the texts that they are fitted to; the model's own if None.
         texts: how many; four are read at once.
         tokens: of each.
@@ -109,6 +111,7 @@ class Gates:
 
     keep: float = 0.998
     keep_at_key: float = 0.3
+    key_share: float = 0.5
     chunk_size: int | None = None
     texts: int = 144
     tokens: int = 768
@@ -373,7 +376,7 @@ def _check_stage(stage: Stage) -> None:
                 raise ValueError(
                     f"stages.gates.{name} must be at least 0, got {getattr(stage.gates, name)}"
                 )
-        for name in ("keep", "keep_at_key"):
+        for name in ("keep", "keep_at_key", "key_share"):
             share = getattr(stage.gates, name)
             if not 0 < share < 1:
                 raise ValueError(f"stages.gates.{name} must be between 0 and 1, got {share}")

@@ -132,8 +132,8 @@ def _fitted(x: Tensor, holds: Tensor, gates: Gates) -> Tensor:
     wanted[holds == 1] = _logit(gates.keep_at_key)
     above = torch.where(holds == 1, -1.0, 1.0)
     weights = torch.zeros_like(wanted)
-    for kind in (0, 1):  # both kinds count the same, however many there are
-        weights[holds == kind] = 0.5 / (holds == kind).sum()
+    for kind, share in ((0, 1 - gates.key_share), (1, gates.key_share)):
+        weights[holds == kind] = share / (holds == kind).sum()
     ridge = _RIDGE * (x.square() * weights[:, None]).sum(0).mean()
     short = weights
     # Gates that are to look at nothing have nothing to tell apart.
