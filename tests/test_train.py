@@ -215,7 +215,7 @@ def test_stages_count_steps_of_the_optimiser(settings, tmp_path):
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
 
 
-def test_questions_on_the_way_and_fitted_gates_in_a_run(settings, tmp_path):
+def test_questions_on_the_way_and_fitted_gates_in_a_run(settings, tmp_path, monkeypatch):
     """Their losses are logged and weigh in the sum; gates are set once, before their stage."""
     asked = {"steps": 1, "tokens": [150, 200], "batch_tokens": 400, "passkey": 1.0}
     asked |= {"ask": "borders", "answer_weight": 2.0, "told_weight": 0.5}
@@ -232,7 +232,9 @@ def test_questions_on_the_way_and_fitted_gates_in_a_run(settings, tmp_path):
     }
     config = read_config(as_config(settings, tmp_path, **changes))
     said = []
+    monkeypatch.setattr(running, "_TOLD_EVERY", 800)
     model = train(config, device="cpu", say=said.append)
+    assert "800 tokens of texts with keys read" in said
     assert [line for line in said if line.startswith("fitting")] == [
         "fitting the gates to 4 texts, before step 2"
     ]

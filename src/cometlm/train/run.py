@@ -24,7 +24,7 @@ from cometlm.files import write_whole
 from cometlm.loading import BUILT_IN
 from cometlm.parallel.p2p import PipelineError
 from cometlm.pretrained import BACKBONE, LORA, WEIGHTS
-from cometlm.train.batches import GeneratedBatches, chunking_of, collate
+from cometlm.train.batches import GeneratedBatches, Said, chunking_of, collate
 from cometlm.train.config import TrainConfig, config_of
 from cometlm.train.histories import Histories
 from cometlm.train.lora import lora_config, set_trainable
@@ -43,6 +43,8 @@ _FREE_OF_TRL = (
     "metric_for_best", "greater_is_better", "ddp_", "dataloader_", "use_cpu", "torch_empty_cache",
     "gradient_accumulation_steps", "per_device_train_", "max_steps", "num_train_epochs",
 )  # fmt: skip
+
+_TOLD_EVERY = 50_000  # tokens; a minute or so on two cores
 
 Say = Callable[[str], None]
 BeforeStep = Callable[[int], None]
@@ -364,8 +366,9 @@ def _stage_start(
         begins = step == 0 or batches.stage(step - 1) is not stage
         if (gates := stage.gates) is not None and begins:
             say(f"fitting the gates to {gates.texts} texts, before step {step + 1}")
-            texts = batches.hidden_keys(step), batches.histories(step, gates.history)
-            fit_gates(model, texts[0], gates, texts[1])
+            past = _telling(batches.histories(step, gates.history), "histories", say)
+            texts = _telling(batches.hidden_keys(step), "texts with keys", say)
+            fit_gates(model, texts, gates, past)
         at_checkpoint = step % config.save_steps == 0 or not histories
         if begins or (stage.history and at_checkpoint):
             if stage.history:
@@ -373,6 +376,17 @@ def _stage_start(
             histories.read(model, [ids for ids, _ in batches.histories(step, stage.history)])
 
     return start
+
+
+def _telling(texts: Iterator[Said], what: str, say: Say) -> Iterator[Said]:
+    """The same texts; says on the way how many tokens of them were read."""
+    read = told = 0
+    for text in texts:
+        yield text
+        read += text[0].numel()
+        if read - told >= _TOLD_EVERY:
+            told = read
+            say(f"{read:,} tokens of {what} read")
 
 
 def _stage_chunking(
