@@ -62,6 +62,7 @@ def test_line_separators_inside_strings_end_no_line(tmp_path):
         ([{"text": " "}, {"text": "a"}], "1 of 2 records are empty: .* line 1"),
         ([{"messages": []}], "1 of 1 records are empty"),
         ([{"messages": TALK[:1]}], "1 of 1 records have no assistant turn with words in it"),
+        ([{"prompt": TALK[:1], "completion": TALK[:1]}], "1 of 1 records have no assistant turn"),
         ([{"messages": "[{"}], "messages is not JSON"),
         ([{"messages": "words"}], "messages is not JSON"),
         ([{"messages": [{"role": "user"}]}], "must have role and content"),

@@ -52,8 +52,7 @@ def read_records(source: str | Path) -> Dataset:
     form = _form(records[0][1])
     _refuse(records, lambda record: _form(record) != form, f"are not {form} like the first")
     _refuse(records, _is_empty, "are empty")
-    if "messages" in records[0][1]:
-        _refuse(records, _has_no_answer, "have no assistant turn with words in it")
+    _refuse(records, _has_no_answer, "have no assistant turn with words in it")
     return Dataset.from_list([record for _, record in records])
 
 
@@ -174,14 +173,21 @@ def _form(record: Record) -> str:
     return " and ".join(record) + kind
 
 
+def _learned(record: Record) -> Any:
+    """What of a record is learned: its words, or the messages that hold them."""
+    return list(record.values())[-1]  # a prompt may be empty
+
+
 def _is_empty(record: Record) -> bool:
-    last = list(record.values())[-1]  # the words to learn; a prompt may be empty
-    return not (last.strip() if isinstance(last, str) else last)
+    learned = _learned(record)
+    return not (learned.strip() if isinstance(learned, str) else learned)
 
 
 def _has_no_answer(record: Record) -> bool:
-    turns = record["messages"]
-    return not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns)
+    turns = _learned(record)
+    return isinstance(turns, list) and not any(
+        turn["role"] == "assistant" and turn["content"].strip() for turn in turns
+    )
 
 
 def _refuse(records: list[Placed], bad: Callable[[Record], bool], what: str) -> None:
