@@ -6,7 +6,8 @@ import pytest
 
 from cometlm.config import CometConfig
 from cometlm.train.batches import AGAIN, GeneratedBatches, collate
-from cometlm.train.config import Generated, HayShares, Stage, TrainConfig
+from cometlm.train.config import TrainConfig
+from cometlm.train.stages import Generated, HayShares, Stage
 from tests.real import tokenizer
 
 PROSE = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters.\n"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.train.config import read_config
+from cometlm.train.config_file import read_config
 from cometlm.train.histories import Histories, read_on
 from cometlm.train.run import train
 from tests.test_train import as_config, losses, quietly, settings, start

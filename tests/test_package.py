@@ -108,7 +108,7 @@ cometlm.cli.main.run()
 
 
 # Modules that stand on an extra; `cometlm train` says which when they cannot be imported.
-NEED_TRL = {"cometlm.train.trainer", "cometlm.train.run"}
+NEED_TRL = {"cometlm.train.resuming", "cometlm.train.trainer", "cometlm.train.run"}
 
 
 def test_every_module_imports_in_a_bare_install():
@@ -166,8 +166,9 @@ LAYERS: list[list[str]] = [
     ["cometlm.session_file"],
     ["cometlm.pretrained", "cometlm.session"],
     ["cometlm.by_name", "cometlm.checkpoint", "cometlm.train"],
-    ["cometlm.train.config", "cometlm.train.histories"],
-    ["cometlm.train.lora", "cometlm.train.templates"],
+    ["cometlm.train.histories", "cometlm.train.stages"],
+    ["cometlm.train.config", "cometlm.train.lora", "cometlm.train.templates"],
+    ["cometlm.train.config_file", "cometlm.train.lengths"],
     ["cometlm"],
     ["cometlm.parallel"],
     ["cometlm.parallel.agreement", "cometlm.parallel.blocks"],
@@ -177,6 +178,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.train.batches", "cometlm.train.together"],
     ["cometlm.train.start"],
     ["cometlm.train.trainer"],
+    ["cometlm.train.resuming"],
     ["cometlm.train.run"],
     ["cometlm.eval"],
     ["cometlm.eval.passkey"],

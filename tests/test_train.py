@@ -14,7 +14,8 @@ import yaml
 
 import cometlm
 from cometlm.train import run as running
-from cometlm.train.config import TrainConfig, read_config
+from cometlm.train.config import TrainConfig
+from cometlm.train.config_file import read_config
 from cometlm.train.lora import set_trainable
 from cometlm.train.run import train
 from cometlm.train.trainer import last_checkpoint
@@ -106,6 +107,16 @@ def test_a_run_trains_what_its_mode_says_and_saves_it(settings, start, tmp_path,
     assert moved & comet
     assert (moved <= comet) == (mode == "memory" or mode == "lora")
     assert any(".lora_" in name for name, _ in trained.named_parameters()) == (mode == "lora")
+
+
+def test_lora_settings_are_not_for_a_model_with_adapters(settings, start, tmp_path):
+    model, words = cometlm.load(str(start), device="cpu")
+    set_trainable(model, "lora", cometlm.lora_config(r=2))
+    model.save_pretrained(tmp_path / "adapted", backbone=True)
+    words.save_pretrained(tmp_path / "adapted")
+    adapted = as_config(settings, tmp_path, model=str(tmp_path / "adapted"))
+    with pytest.raises(ValueError, match=r"lora is for new adapters, and model .*adapted goes on"):
+        quietly(read_config(adapted))
 
 
 def test_killed_and_resumed_is_the_run_that_was_not(settings, tmp_path):
@@ -357,6 +368,10 @@ def test_records_are_trained_with_the_assistants_words_only(settings, tmp_path):
         ({"lora": {"r": 0}}, "lora.r must be at least 1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be more than 0, got nan"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        (
+            {"trainer": {"lr_scheduler_type": "linear"}},
+            "trainer.lr_scheduler_type is for records: stages have a learning_rate each",
+        ),
         ({"trainer": {"max_length": 9}}, "trainer.max_length is a field of the run itself"),
     ],
     ids=str,

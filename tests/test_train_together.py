@@ -22,8 +22,9 @@ import cometlm
 from cometlm.parallel.agreement import check_alike
 from cometlm.parallel.mesh import make_mesh
 from cometlm.pretrained import WEIGHTS, read_weights
-from cometlm.train.config import config_of, read_config
-from cometlm.train.run import _check_shared, train
+from cometlm.train.config_file import config_of, read_config
+from cometlm.train.lengths import check_shared
+from cometlm.train.run import train
 from cometlm.train.together import SharedBatches, shard_over
 from cometlm.train.trainer import last_checkpoint
 from tests.ranks import run_ranks
@@ -229,8 +230,8 @@ def test_samples_of_too_few_chunks_are_counted(settings):
     config = config_of({**settings, "output": "x", "chunk_parallel": 3, "shard_weights": True})
     samples = Dataset.from_dict({"input_ids": [[1] * 25, [1] * 24, [1] * 3]})
     with pytest.raises(ValueError, match="2 of 3 samples have fewer chunks of 12 tokens than"):
-        _check_shared(samples, config, 12)
-    _check_shared(samples, config_of({**settings, "output": "x", "chunk_parallel": 3}), 12)
+        check_shared(samples, config, 12)
+    check_shared(samples, config_of({**settings, "output": "x", "chunk_parallel": 3}), 12)
 
 
 def nothing_to_shard_over():

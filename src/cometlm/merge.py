@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from cometlm.causal_lm import CometForCausalLM
 
 
+def has_adapter(model: CometForCausalLM) -> bool:
+    """Whether a model has an adapter of transformers' peft integration."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def merge_lora(model: CometForCausalLM) -> bool:
     """Merge a model's LoRA adapter into its backbone and remove it.
 
@@ -25,7 +30,7 @@ def merge_lora(model: CometForCausalLM) -> bool:
         Whether that was done: not without a LoRA adapter that is switched on and the only one, nor
         where weights are quantised, kept elsewhere or tied to others. The adapter stays then.
     """
-    if not getattr(model, "_hf_peft_config_loaded", False):
+    if not has_adapter(model):
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -37,6 +37,7 @@ from cometlm.attachment import attach
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.files import write_whole
 from cometlm.loading import load_backbone
+from cometlm.merge import has_adapter
 from cometlm.model_config import CometModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -76,7 +77,7 @@ def save_model(
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapter(model):
         _save_lora(model, folder / LORA, state_dict)
     elif (folder / LORA).exists():  # of a model that stood here before
         shutil.rmtree(folder / LORA)
@@ -168,7 +169,7 @@ def load_lora(model: CometForCausalLM, checkpoint: str | Path) -> None:
         ValueError: they do not fit it.
     """
     file = Path(checkpoint) / LORA / "adapter_model.safetensors"
-    if not getattr(model, "_hf_peft_config_loaded", False):
+    if not has_adapter(model):
         if file.exists():
             raise ValueError(f"{checkpoint} has LoRA weights, but this model has no adapter")
         return

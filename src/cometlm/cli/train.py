@@ -27,7 +27,7 @@ def train(
     device: options.Device = None,
 ) -> None:
     """Fine-tune a model with memory; run it again to go on where it stopped."""
-    from cometlm.train.config import read_config
+    from cometlm.train.config_file import read_config
 
     chosen = read_config(config, set_ or [])
     try:

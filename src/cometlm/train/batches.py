@@ -19,8 +19,8 @@ from cometlm.config import CometConfig
 from cometlm.data.hay import FileHay, FillerHay, MixedHay, NumberHay, StrewnHay, WordHay, encode
 from cometlm.data.passkey import TRAINING, PasskeyTask
 from cometlm.data.texts import text_files
-from cometlm.train.config import ChunkSettings, Gates, Generated, HayShares, Stage
 from cometlm.train.histories import CHUNKS_BETWEEN
+from cometlm.train.stages import ChunkSettings, Gates, Generated, HayShares, Stage
 
 _TEXTS_AT_ONCE = 4
 _DRAWS = 8  # of each stage, to see that its shortest samples have room for their words

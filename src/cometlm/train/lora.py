@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cometlm.causal_lm import CometForCausalLM
+from cometlm.merge import has_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -69,7 +70,7 @@ def set_trainable(model: CometForCausalLM, mode: str, lora: LoraConfig | None = 
         torch.nn.Module.to(model, wide).requires_grad_(True)
         return
     model.requires_grad_(False)
-    if mode == "lora" and not getattr(model, "_hf_peft_config_loaded", False):
+    if mode == "lora" and not has_adapter(model):
         config = lora or lora_config()
         config.modules_to_save = None  # the memory is trained in place, not in a copy
         model.add_adapter(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from cometlm.by_name import has_memory, load
@@ -22,31 +20,20 @@ from cometlm.data.records import read_records
 from cometlm.device import as_dtype
 from cometlm.files import write_whole
 from cometlm.loading import BUILT_IN
+from cometlm.merge import has_adapter
 from cometlm.parallel.p2p import PipelineError
-from cometlm.pretrained import BACKBONE, LORA, WEIGHTS
 from cometlm.train.batches import GeneratedBatches, Said, chunking_of, collate
-from cometlm.train.config import TrainConfig, config_of
+from cometlm.train.config import LoraSettings, Say, TrainConfig
 from cometlm.train.histories import Histories
+from cometlm.train.lengths import check_lengths, check_shared, tell_cuts, warn_of_single_chunks
 from cometlm.train.lora import lora_config, set_trainable
+from cometlm.train.resuming import SETTINGS, check_same, set_aside
 from cometlm.train.start import fit_gates, start_like
 from cometlm.train.templates import generation_template
-from cometlm.train.trainer import STATE, CometTrainer, last_checkpoint, steps_done
-
-SETTINGS = "train.json"
-EARLIER = "earlier"  # folders in the output for what stood there before a restart
-# What may differ between a run and its resumption without changing what is learned, or with the
-# same batches on another number of ranks, or more of them.
-_FREE = {"output", "save_steps", "compile", "chunk_parallel", "shard_weights", "evaluate"}
-_FREE_OF_TRL = (
-    "logging_", "log_", "report_to", "run_name", "disable_tqdm", "project", "trackio_",
-    "save_", "push_to_hub", "hub_", "eval_", "per_device_eval_", "include_", "load_best_model",
-    "metric_for_best", "greater_is_better", "ddp_", "dataloader_", "use_cpu", "torch_empty_cache",
-    "gradient_accumulation_steps", "per_device_train_", "max_steps", "num_train_epochs",
-)  # fmt: skip
+from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
 _TOLD_EVERY = 50_000  # tokens; a minute or so on two cores
 
-Say = Callable[[str], None]
 BeforeStep = Callable[[int], None]
 
 
@@ -87,7 +74,11 @@ def train(
     )
     if is_new and checkpoint is None:
         start_like(model, tokenizer, config.start)
-    lora = config.lora
+    if config.lora is not None and has_adapter(model):
+        raise ValueError(
+            f"lora is for new adapters, and model {config.model} goes on with its own: leave it out"
+        )
+    lora = config.lora or LoraSettings()
     adapters = lora_config(lora.r, lora.alpha, lora.dropout, lora.modules)
     torch.manual_seed(config.seed)
     set_trainable(model, config.mode, adapters)
@@ -136,7 +127,7 @@ def make_trainer(
         per_step = arguments.gradient_accumulation_steps * groups
         batches = GeneratedBatches(config.generated, tokenizer, config.seed, sizes, per_step)
         batches.check()
-        _warn_of_single_chunks(max(stage.tokens[1] for stage in stages), config, model, say)
+        warn_of_single_chunks(max(stage.tokens[1] for stage in stages), config, model, say)
         histories = Histories(config.seed)
         return CometTrainer(
             **common,
@@ -165,97 +156,13 @@ def make_trainer(
             chunking=lambda step: chunking,
             whole=config.mode == "full",
         )
-    _check_lengths(trainer.train_dataset, config, model, say)
+    check_lengths(trainer.train_dataset, config, model, say)
     if config.cut and not arguments.packing:
-        _tell_cuts(trainer.train_dataset, config, len(records), say)
+        tell_cuts(trainer.train_dataset, config, len(records), say)
     if trainer.eval_dataset is not None:
-        _check_lengths(trainer.eval_dataset, config)
-    _check_shared(trainer.train_dataset, config, model.config.comet_config.chunk_size)
+        check_lengths(trainer.eval_dataset, config)
+    check_shared(trainer.train_dataset, config, model.config.comet_config.chunk_size)
     return trainer
-
-
-def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
-    """Refuse to go on from a checkpoint of another configuration.
-
-    Stages that have not begun, and the steps that one has left, may be others.
-
-    Raises:
-        ValueError: names the fields that differ, with both values.
-    """
-    try:
-        # Through the class, so that fields that are newer than the file have their defaults.
-        values = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-        before = json.loads(json.dumps(config_of(values).to_dict()))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{output} holds {checkpoint.name} but no {SETTINGS} of a run to go on with; use "
-            "--restart to begin anew, or another output"
-        ) from error
-    except ValueError as error:
-        raise ValueError(
-            f"{output / SETTINGS} cannot be compared with this configuration ({error}); use "
-            "--restart to begin anew, or another output"
-        ) from error
-    now = json.loads(json.dumps(config.to_dict()))
-    done = steps_done(checkpoint)
-    before, now = _decisive(before, done), _decisive(now, done)
-    differing = [
-        f"{name}: was {before.get(name)!r}, is {now[name]!r}"
-        for name in now
-        if before.get(name) != now[name]
-    ]
-    if differing:
-        raise ValueError(
-            f"{output} holds checkpoints of another configuration ({'; '.join(differing)}); "
-            "use --restart to begin anew, or another output"
-        )
-
-
-def set_aside(output: Path, say: Say = print) -> None:
-    """Move what an earlier run left into a folder beside the new one's files, settings last.
-
-    Raises:
-        OSError: it cannot be moved.
-    """
-    parts = (WEIGHTS, "config.json", BACKBONE, LORA, STATE, SETTINGS)
-    left = [*sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), *(output / part for part in parts)]
-    left = [path for path in left if path.exists()]
-    if not left:
-        return
-    names = (output / f"{EARLIER}-{number}" for number in itertools.count(1))
-    folder = next(name for name in names if not name.exists())
-    folder.mkdir()
-    for path in left:
-        path.rename(folder / path.name)
-    say(f"what {output} held is in {folder} now")
-
-
-def _decisive(settings: dict[str, Any], done: int) -> dict[str, Any]:
-    """What the first `done` steps were learned by, of a run's settings."""
-    stages = _begun(settings["generated"]["stages"], done) if settings["generated"] else []
-    # Where batches begin behind a history, that is read again at each checkpoint.
-    free = _FREE - {"save_steps"} if any(stage["history"] for stage in stages) else _FREE
-    settings = {name: value for name, value in settings.items() if name not in free}
-    if settings["generated"]:
-        settings["generated"] = {**settings["generated"], "stages": stages}
-    settings["recompute"] = settings["recompute"]["truncate_after"]
-    settings["trainer"] = {
-        name: value
-        for name, value in settings["trainer"].items()
-        if not name.startswith(_FREE_OF_TRL)
-    }
-    return settings
-
-
-def _begun(stages: list[dict[str, Any]], done: int) -> list[dict[str, Any]]:
-    """The stages of the first `done` steps, the last of them as far as it went."""
-    begun = []
-    for stage in stages:
-        if done <= 0:
-            break
-        begun.append({**stage, "steps": min(stage["steps"], done)})
-        done -= stage["steps"]
-    return begun
 
 
 def describe_trained(model: CometForCausalLM) -> str:
@@ -413,80 +320,3 @@ def _stage_rates(config: TrainConfig, batches: GeneratedBatches) -> Callable[[in
         return min(1.0, (step + 1) / max(1, config.warmup)) * rate / config.learning_rate
 
     return share
-
-
-def _check_shared(dataset: Any, config: TrainConfig, chunk_size: int) -> None:
-    """Refuse samples that not every rank has a chunk of, where all are needed.
-
-    Raises:
-        ValueError: says how many.
-    """
-    ranks = config.chunk_parallel
-    short = sum(-(-len(ids) // chunk_size) < ranks for ids in dataset["input_ids"])
-    if config.shard_weights and short:
-        raise ValueError(
-            f"{short} of {len(dataset)} samples have fewer chunks of {chunk_size} tokens than "
-            f"chunk_parallel={ranks}; with shard_weights every rank needs one"
-        )
-
-
-def _lengths(dataset: Any) -> list[int]:
-    """Tokens of each sample, also where several were packed into a row."""
-    if "seq_lengths" in dataset.column_names:
-        return [length for row in dataset["seq_lengths"] for length in row]
-    return [len(ids) for ids in dataset["input_ids"]]
-
-
-def _check_lengths(
-    dataset: Any,
-    config: TrainConfig,
-    model: CometForCausalLM | None = None,
-    say: Say = print,
-) -> None:
-    """Refuse what would be cut unasked, and warn where there is nothing to remember.
-
-    Args:
-        model: what is trained on it; None if nothing is.
-
-    Raises:
-        ValueError: no samples, or samples longer than `max_length`.
-    """
-    lengths = _lengths(dataset)
-    source = config.evaluate if model is None else config.records
-    if not lengths:
-        raise ValueError(f"{source} has no sample with a token to learn from")
-    limit = config.max_length
-    if limit is not None and not config.cut:
-        longer = sum(length > limit for length in lengths)
-        if longer:
-            raise ValueError(
-                f"{longer} of {len(lengths)} samples of {source} are longer than "
-                f"max_length={limit} (the longest has {max(lengths):,} tokens); set cut: true to "
-                "cut their ends off"
-            )
-    if model is not None:
-        _warn_of_single_chunks(max(lengths), config, model, say)
-
-
-def _warn_of_single_chunks(
-    longest: int, config: TrainConfig, model: CometForCausalLM, say: Say
-) -> None:
-    """Warn where there is nothing to remember, for samples of at most `longest` tokens."""
-    own = (model.config.comet_config.chunk_size,)
-    stages = config.generated.stages if config.generated is not None else (config,)
-    size = min(min((one.chunks or config.chunks).sizes or own) for one in stages)
-    if longest <= size:
-        say(
-            f"warning: no sample is longer than one chunk ({size} tokens; the longest has "
-            f"{longest}), so the memory is never read and learns nothing"
-        )
-
-
-def _tell_cuts(dataset: Any, config: TrainConfig, records: int, say: Say) -> None:
-    """Say how many samples lost their ends, and how many all that was to be learned."""
-    cut = sum(length == config.max_length for length in _lengths(dataset))
-    if cut or len(dataset) < records:
-        say(
-            f"{cut} of {records} samples end at max_length={config.max_length}, and "
-            f"{records - len(dataset)} had nothing to learn before it and are left out"
-        )

@@ -15,8 +15,9 @@ from cometlm.cache import CometCache
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.memory import GlobalMemory, LayerMemoryWeights
 from cometlm.train.batches import Said
-from cometlm.train.config import Gates, Start
+from cometlm.train.config import Start
 from cometlm.train.histories import read_on
+from cometlm.train.stages import Gates
 
 _RIDGE = 5e-4  # of the mean square of what gates look at: keeps what is fitted small
 _ROUNDS = 10  # of Newton's method; what falls short hardly changes after six
