@@ -6,8 +6,7 @@ import pytest
 
 from cometlm.config import CometConfig
 from cometlm.train.batches import AGAIN, GeneratedBatches, collate
-from cometlm.train.config import TrainConfig
-from cometlm.train.stages import Generated, HayShares, Stage
+from cometlm.train.stages import Gates, Generated, HayShares, Stage
 from tests.real import tokenizer
 
 PROSE = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters.\n"
@@ -94,10 +93,23 @@ def test_stages_have_their_own_wording_depth_and_hay(generated, words):
         ({"depth": (0.5, 1.5)}, r"depth must be \[least, most\] between 0 and 1"),
     ],
 )
-def test_impossible_stages(generated, changes, said):
-    stage = replace(STAGE, **changes)
+def test_impossible_stages(changes, said):
     with pytest.raises(ValueError, match=said):
-        TrainConfig(model="m", output="o", generated=generated(stage))
+        replace(STAGE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"texts": 3}, "gates.texts must be at least 4, got 3"),
+        ({"keep": 1.0}, "gates.keep must be between 0 and 1, got 1.0"),
+        ({"sharpness": 0.0}, "gates.sharpness must be more than 0, got 0.0"),
+        ({"first_layer": -1}, "gates.first_layer must be at least 0, got -1"),
+    ],
+)
+def test_impossible_gates(changes, said):
+    with pytest.raises(ValueError, match=said):
+        Gates(**changes)
 
 
 def test_questions_on_the_way(generated, words):
@@ -118,6 +130,7 @@ def test_questions_on_the_way(generated, words):
             learned = labels != -100
             assert 0.2 < learned.float().mean() < 0.3
             assert (labels == ids)[learned].all()
+            assert not any(map(str.isdigit, words.decode(ids[learned])))
             told = aside[answer != -100]
             assert (aside[-len(told) :] == told).all()
             key = words.decode(told[:-1])

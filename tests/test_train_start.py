@@ -104,6 +104,18 @@ def test_keys_may_count_more_than_hay():
     assert at_hay[0] > at_hay[1] + 0.1 > at_hay[2] + 0.2
 
 
+def test_sharp_gates_are_the_fitted_ones_many_times():
+    ids, said = texts_with_keys()
+    gates = []
+    for sharpness in (1.0, 3.0):
+        model = tiny_comet("llama").train()
+        fit_gates(model, [(ids, said)], Gates(sharpness=sharpness))
+        assert model.training
+        gates.append([one.global_memory.gate for one in model.model.comet.layers])
+    for once, thrice in zip(*gates, strict=True):
+        torch.testing.assert_close(thrice, 3 * once)
+
+
 def test_histories_are_fitted_to_as_well():
     """Their chunks are samples like any other: here none of the texts' own counts."""
     model = tiny_comet("llama").eval()

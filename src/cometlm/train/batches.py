@@ -66,6 +66,8 @@ class GeneratedBatches:
         # No random words: their loss, five times that of digits, would drown everything else.
         self._repeated = MixedHay([NumberHay(tokenizer), texts], [3, 1])
         self._again = encode(tokenizer, AGAIN)
+        named = tokenizer.get_vocab().items()
+        self._digits = frozenset(id_ for token, id_ in named if any(map(str.isdigit, token)))
 
     def __len__(self) -> int:
         return sum(stage.steps for stage in self._stages) * self._per_step
@@ -175,13 +177,27 @@ class GeneratedBatches:
         }
         return {
             "input_ids": texts,
-            "labels": [_some(text, chance) for text in texts],
+            "labels": [self._some(text, chance) for text in texts],
             "aside_ids": [h + q + a for h, (q, a) in zip(hay, turns, strict=True)],
             "aside_labels": [[-100] * (width - len(a)) + a for _, a in turns],
             "aside_since": [sample.said.stop for sample in made],
             "aside_weight": [stage.answer_weight],
             **(told if stage.told_weight else {}),
         }
+
+    def _some(self, text: list[int], chance: random.Random) -> list[int]:
+        """Labels of a part of a text: the head is wide, and answers are what is taught here.
+
+        Digits are left out. Which number comes next cannot be known, and its loss, where numbers
+        are many, is most of all that is learned.
+        """
+        length = round(len(text) * _LEARNED)
+        start = chance.randrange(len(text) - length + 1)
+        labels = [-100] * len(text)
+        for i in range(start, start + length):
+            if text[i] not in self._digits:
+                labels[i] = text[i]
+        return labels
 
     def _spelled(self, key: str) -> list[int]:
         """A key's tokens over and over, as often as they fit into the readout tokens."""
@@ -219,13 +235,6 @@ def _drawn_length(chance: random.Random, stage: Stage) -> int:
         return chance.randint(*stage.tokens)
     shortest, longest = stage.tokens
     return round(shortest * (longest / shortest) ** chance.random())
-
-
-def _some(text: list[int], chance: random.Random) -> list[int]:
-    """Labels of a part of a text: the head is wide, and answers are what is taught here."""
-    length = round(len(text) * _LEARNED)
-    start = chance.randrange(len(text) - length + 1)
-    return [-100] * start + text[start : start + length] + [-100] * (len(text) - start - length)
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -59,6 +60,8 @@ class Gates:
         keep_at_key: the same where a key is said. With both alike, gates look at nothing.
         key_share: what chunks with a key count in the fit, of 1, however many there are. More of it
             opens a gate at keys more surely, and at hay that looks like one more often.
+        sharpness: what the fitted logits are multiplied by. A gate that half opens at hay leaves
+            half of a key behind, which the next such chunk halves again; a sharp one opens or not.
         chunk_size: of the texts that they are fitted to; the model's own if None.
         texts: how many; four are read at once.
         tokens: of each.
@@ -71,6 +74,7 @@ class Gates:
     keep: float = 0.998
     keep_at_key: float = 0.3
     key_share: float = 0.5
+    sharpness: float = 1.0
     chunk_size: int | None = None
     texts: int = 144
     tokens: int = 768
@@ -85,6 +89,8 @@ class Gates:
                 raise ValueError(
                     f"stages.gates.{name} must be at least 0, got {getattr(self, name)}"
                 )
+        if not 0 < self.sharpness < math.inf:
+            raise ValueError(f"stages.gates.sharpness must be more than 0, got {self.sharpness}")
         for name in ("keep", "keep_at_key", "key_share"):
             share = getattr(self, name)
             if not 0 < share < 1:

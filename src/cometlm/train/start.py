@@ -21,7 +21,6 @@ from cometlm.train.stages import Gates
 
 _RIDGE = 5e-4  # of the mean square of what gates look at: keeps what is fitted small
 _ROUNDS = 10  # of Newton's method; what falls short hardly changes after six
-_ENOUGH = 20  # tokens of a key's sentence in a chunk, for the chunk to be one that holds a key
 
 
 @torch.no_grad()
@@ -71,10 +70,13 @@ def fit_gates(
     ]
     own = model.config.comet_config
     model.config.comet = own.replace(chunk_size=gates.chunk_size or own.chunk_size).to_dict()
+    training = model.training
     try:
+        model.eval()  # dropout would be noise in what is fitted
         with _seen(memories) as seen:
             holds = _read_all(model, texts, histories)
     finally:
+        model.train(training)
         model.config.comet = own.to_dict()
     if not memories:
         return
@@ -87,7 +89,7 @@ def fit_gates(
     for memory, inputs in zip(memories, seen, strict=True):
         fitted = _fitted(torch.cat(inputs), where, gates)
         assert memory.gate is not None
-        memory.gate.copy_(fitted[None])
+        memory.gate.copy_(gates.sharpness * fitted[None])
 
 
 def _read_all(
@@ -160,8 +162,8 @@ def _holding(model: CometForCausalLM, chunks: range, said: Sequence[range]) -> T
         for place in said:
             end = begin + sizes.chunk_size
             inside = len(range(max(begin, place.start), min(end, place.stop)))
-            part = -1 if inside < min(_ENOUGH, len(place)) else 1
-            kinds += [part if inside else 0] * sizes.readout_tokens
+            kind = 0 if not inside else 1 if inside == len(place) else -1
+            kinds += [kind] * sizes.readout_tokens
     return torch.tensor(kinds, dtype=torch.long)
 
 
