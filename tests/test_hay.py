@@ -11,6 +11,7 @@ from cometlm.data.hay import (
     FileHay,
     FillerHay,
     MixedHay,
+    NumberedHay,
     NumberHay,
     StrewnHay,
     WordHay,
@@ -32,16 +33,17 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hay")
     (folder / "long.txt").write_text(PROSE * 100)
     (folder / "short.txt").write_text("Ein Fluß, ein Café. " * 10)
+    (folder / "numbers.txt").write_text((PROSE + "It cost 1895 pounds, or 31122. ") * 50)
     (folder / "empty.txt").write_text("")
     return sorted(folder.iterdir())
 
 
 def hays(words, files):
     own = [FileHay(words, files), WordHay(words), FillerHay(words), NumberHay(words)]
-    return [*own, MixedHay(own, [1, 1, 1, 1]), StrewnHay(words, own[0])]
+    return [*own, MixedHay(own, [1, 1, 1, 1]), StrewnHay(words, own[0]), NumberedHay(words, files)]
 
 
-@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("which", range(7))
 @given(tokens=st.integers(0, 400), seed=st.integers(0, 5))
 def test_hay_is_as_long_as_asked_and_drawn_from_its_generator_alone(
     which, words, files, tokens, seed
@@ -61,6 +63,19 @@ def test_numbers_are_strewn_in_and_the_text_goes_on(words, seed):
     own = [id_ for id_ in ids if id_ in cycle]
     assert len(own) > 300
     assert own == (cycle * 300)[: len(own)]
+
+
+@given(seed=st.integers(0, 100))
+def test_passages_around_numbers(words, files, seed):
+    ids = NumberedHay(words, files).draw(random.Random(seed), 2000)
+    numbers = re.findall(r"\d+", words.decode(ids))
+    assert len(numbers) > 2000 / 400
+    assert {"1895", "31122"} & set(numbers)
+
+
+def test_files_without_numbers(words, files):
+    with pytest.raises(ValueError, match=r"long\.txt holds no number to draw from"):
+        NumberedHay(words, [f for f in files if f.stem == "long"]).draw(random.Random(0), 10)
 
 
 def test_a_draw_longer_than_its_file_goes_on_in_others(words, files):

@@ -7,6 +7,7 @@ wanted, so a source may be as large as the disk.
 from __future__ import annotations
 
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -28,6 +29,8 @@ _STREWN = (
 )  # fmt: skip
 _STREWN_WORDS = ("size", "count", "year", "offset", "limit", "people", "miles", "width", "total")
 
+_NUMBER = re.compile(rb"(?<![\w.])\d{4,7}(?![\w.])")
+_AROUND = (30, 120, 400)  # bytes of text on either side of a number
 _TRIES = 32  # places of files that hold nothing, one after the other
 
 
@@ -79,6 +82,35 @@ class FileHay(Hay):
         if self._kept is None or self._kept[0] != path:
             self._kept = (path, path.read_bytes())
         return self._kept[1]
+
+
+class NumberedHay(FileHay):
+    """Passages around numbers of four to seven digits, one after the other.
+
+    Of running text such passages are few, and all that a memory of a key loses is lost at some of
+    them: years in a program's constants, ports, sizes, tables.
+    """
+
+    def draw(self, rng: random.Random, tokens: int) -> list[int]:
+        """See `Hay.draw`.
+
+        Raises:
+            ValueError: as `FileHay`, also where there are no such numbers.
+        """
+        ids: list[int] = []
+        in_vain = 0
+        while len(ids) < tokens:
+            (path,) = rng.choices(self._files, self._weights)
+            text = self._read(path)
+            found = _NUMBER.search(text, rng.randrange(len(text)))
+            in_vain = 0 if found else in_vain + 1
+            if in_vain == _TRIES:
+                raise ValueError(f"{path} holds no number to draw from")
+            if found is not None:
+                before, behind = rng.choice(_AROUND), rng.choice(_AROUND)
+                piece = text[max(0, found.start() - before) : found.end() + behind]
+                ids += encode(self._tokenizer, piece.decode("utf-8", errors="ignore"))
+        return ids[:tokens]
 
 
 class WordHay(Hay):

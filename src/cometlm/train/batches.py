@@ -16,7 +16,16 @@ from torch import Tensor
 
 from cometlm.chunking import Chunking, sentence_ends
 from cometlm.config import CometConfig
-from cometlm.data.hay import FileHay, FillerHay, MixedHay, NumberHay, StrewnHay, WordHay, encode
+from cometlm.data.hay import (
+    FileHay,
+    FillerHay,
+    MixedHay,
+    NumberedHay,
+    NumberHay,
+    StrewnHay,
+    WordHay,
+    encode,
+)
 from cometlm.data.passkey import TRAINING, PasskeyTask
 from cometlm.data.texts import text_files
 from cometlm.train.histories import CHUNKS_BETWEEN
@@ -49,14 +58,18 @@ class GeneratedBatches:
         self._sizes = CometConfig() if sizes is None else sizes
         self._stages = settings.stages
         self._seed = seed
-        texts = FileHay(tokenizer, [f for name in settings.texts for f in text_files(name)])
-        files = [f for name in settings.code for f in text_files(name)]
-        code = FileHay(tokenizer, files) if files else texts
+        prose, programs = (
+            [file for name in names for file in text_files(name)]
+            for names in (settings.texts, settings.code)
+        )
+        texts = FileHay(tokenizer, prose)
+        code = FileHay(tokenizer, programs) if programs else texts
         self._texts = texts
         self._hay = {
             "texts": texts,
             "code": code,
             "strewn": StrewnHay(tokenizer, MixedHay([texts, code], [1, 1])),
+            "numbered": NumberedHay(tokenizer, [*prose, *programs]),
             "words": WordHay(tokenizer),
             "filler": FillerHay(tokenizer),
             "same": FillerHay(tokenizer, anywhere=False),

@@ -25,6 +25,7 @@ class HayShares:
     Attributes:
         texts, code: running text of either.
         strewn: one of these with numbers strewn in that nobody asks to keep.
+        numbered: passages of either around their numbers.
         words: random words.
         filler: the usual sentences over and over, from any word on.
         same: the filler from its first word on, so that nothing but the key varies.
@@ -33,6 +34,7 @@ class HayShares:
     texts: float = 0.0
     code: float = 0.0
     strewn: float = 0.0
+    numbered: float = 0.0
     words: float = 0.0
     filler: float = 0.0
     same: float = 0.0
