@@ -26,6 +26,9 @@ _STREWN = (
     " (see page N) ", " In N there were N of them. ", " It cost N pounds. ", " about N or N, ",
     " chapter N, verse N. ", " on the Nth at N o'clock ", " W N, ", " N W, ", " no. N ", " port N ",
     " from N to N ", " +N N N ", " N% of N ", " error N: ",
+    "\n    raise ValueError('W must be in N..N, got %d' % W)\n", " W must be below N, ",
+    "\n# between N and N; N is too many\n", " (at most N) ", "\nassert 0 <= W < N, 'W out of N'\n",
+    "\nW = W * N + N // N\n", " must be N ", " with N W at N, ", " the W is N of N. ",
 )  # fmt: skip
 _STREWN_WORDS = ("size", "count", "year", "offset", "limit", "people", "miles", "width", "total")
 
@@ -164,17 +167,29 @@ class StrewnHay(Hay):
         return ids[:tokens]
 
     def _numbers(self, rng: random.Random) -> str:
-        """One of the snippets, with numbers of one to seven digits and words put in."""
+        """One of the snippets, with numbers and words put in."""
         digits = rng.randint(1, 7)
         parts = []
         for letter in rng.choice(_STREWN):
             if letter == "N":
-                parts.append(str(rng.randrange(10 ** (digits - 1), 10**digits)))
+                parts.append(_number(rng, digits))
             elif letter == "W":
                 parts.append(rng.choice(_STREWN_WORDS))
             else:
                 parts.append(letter)
         return "".join(parts)
+
+
+def _number(rng: random.Random, digits: int) -> str:
+    """Any number, or one that people choose: round, all nines, about a power of two."""
+    return rng.choice(
+        (
+            str(rng.randrange(10 ** (digits - 1), 10**digits)),
+            str(rng.randint(1, 9)) + "0" * (digits - 1),
+            "9" * digits,
+            str(2 ** rng.randint(1, 24) - rng.randint(0, 1)),
+        )
+    )
 
 
 class FillerHay(Hay):
