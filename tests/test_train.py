@@ -120,7 +120,8 @@ def test_lora_settings_are_not_for_a_model_with_adapters(settings, start, tmp_pa
 
 
 def test_killed_and_resumed_is_the_run_that_was_not(settings, tmp_path):
-    """SIGKILL in the middle; then the same command again."""
+    """SIGKILL in the middle, then the same command again; dropout draws as it would have."""
+    settings["lora"] = {"r": 2, "dropout": 0.3}
     whole = read_config(as_config(settings, tmp_path))
     quietly(whole)
     path = as_config(settings, tmp_path, output=str(tmp_path / "killed"))
@@ -346,6 +347,25 @@ def test_records_are_trained_with_the_assistants_words_only(settings, tmp_path):
     assert words.decode([i for i in row["labels"] if i != -100]) == "Salt.<|im_end|>"
     assert words.chat_template == own
     trainer.train()
+
+
+def test_packed_documents_are_read_apart(settings, tmp_path):
+    """The loss of a packed row is that of its documents, each with a new memory."""
+    rows = [{"text": WORDS * n} for n in (1, 2, 1)]
+    options = {**settings["trainer"], "max_steps": 1, "packing": True}
+    options["per_device_train_batch_size"] = 1
+    changes = {"max_length": 400, "cut": True, "chunks": {"sizes": [6]}}
+    config = records_run(settings, tmp_path, rows, trainer=options, **changes)
+    model, words = cometlm.load(config.model, device="cpu", dtype=torch.float32)
+    set_trainable(model, "memory")
+    trainer = running.make_trainer(config, model, words)
+    (batch,) = trainer.get_train_dataloader()
+    packed = trainer.compute_loss(model, dict(batch), return_outputs=False)
+    own = [torch.tensor([words.encode(row["text"]) + [words.eos_token_id]]) for row in rows]
+    assert batch["input_ids"].shape[1] == sum(ids.shape[1] for ids in own)
+    learned = torch.tensor([ids.shape[1] - 1.0 for ids in own])
+    apart = torch.stack([model(ids, labels=ids).loss for ids in own])
+    torch.testing.assert_close(packed, (apart * learned).sum() / learned.sum())
 
 
 # --- bad data and bad luck ----------------------------------------------------------------------
