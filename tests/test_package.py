@@ -177,7 +177,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.parallel.calibrate", "cometlm.parallel.reading", "cometlm.parallel.timeline"],
     ["cometlm.train.batches", "cometlm.train.together"],
     ["cometlm.train.start"],
-    ["cometlm.train.trainer"],
+    ["cometlm.train.stage_start", "cometlm.train.trainer"],
     ["cometlm.train.resuming"],
     ["cometlm.train.run"],
     ["cometlm.eval"],

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save
 
 import cometlm
 from cometlm.train import run as running
+from cometlm.train import stage_start
 from cometlm.train.config import TrainConfig
 from cometlm.train.config_file import read_config
 from cometlm.train.lora import set_trainable
@@ -244,7 +247,7 @@ def test_questions_on_the_way_and_fitted_gates_in_a_run(settings, tmp_path, monk
     }
     config = read_config(as_config(settings, tmp_path, **changes))
     said = []
-    monkeypatch.setattr(running, "_TOLD_EVERY", 800)
+    monkeypatch.setattr(stage_start, "_TOLD_EVERY", 800)
     model = train(config, device="cpu", say=said.append)
     assert "800 tokens of texts with keys read" in said
     assert [line for line in said if line.startswith("fitting")] == [
@@ -260,6 +263,47 @@ def test_questions_on_the_way_and_fitted_gates_in_a_run(settings, tmp_path, monk
     gate = "model.comet.layers.0.global_memory.gate"
     change = (model.get_parameter(gate) - first.get_parameter(gate)).abs().max()
     assert change > 10 * config.learning_rate * config.memory_factor  # no step of Adam's
+
+
+def test_gates_are_not_fitted_again_after_a_stop(settings, tmp_path, monkeypatch):
+    """Before the first checkpoint; and other settings fit others."""
+    gates = {"texts": 4, "tokens": 200, "keep": 0.9, "keep_at_key": 0.1}
+    stage = {**settings["generated"]["stages"][0], "gates": gates}
+    changes = {"generated": {**settings["generated"], "stages": [stage]}, "save_steps": 9}
+    changes |= {"sizes": {"chunk_size": 48}, "chunks": {}}
+    whole = read_config(as_config(settings, tmp_path, **changes))
+    quietly(whole)
+    config = replace(whole, output=str(tmp_path / "stopped"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_start.Histories, "read", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(config)
+    assert last_checkpoint(config.output) is None
+    assert Path(config.output, "gates-0.safetensors").exists()
+    said = []
+    train(config, device="cpu", say=said.append)
+    assert "taking the gates that were fitted for step 1" in said
+    assert losses(config.output) == losses(whole.output)
+    assert not Path(config.output, "gates-0.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["another origin", "no file of gates"])
+def test_gates_of_another_run_are_not_taken(settings, tmp_path, damage):
+    gates = {"texts": 4, "tokens": 200}
+    stage = {**settings["generated"]["stages"][0], "gates": gates, "steps": 1}
+    changes = {"generated": {**settings["generated"], "stages": [stage]}}
+    changes |= {"sizes": {"chunk_size": 48}, "chunks": {}}
+    config = read_config(as_config(settings, tmp_path, **changes))
+    data = b"" if "no file" in damage else save({"x": torch.zeros(1)}, {"origin": "elsewhere"})
+    Path(config.output).mkdir()
+    Path(config.output, "gates-0.safetensors").write_bytes(data)
+    said = []
+    train(config, device="cpu", say=said.append)
+    assert "fitting the gates to 4 texts, before step 1" in said
 
 
 def test_a_stage_that_is_too_short_is_known_before_the_run(settings, tmp_path):
@@ -361,7 +405,7 @@ def test_packed_documents_are_read_apart(settings, tmp_path):
     trainer = running.make_trainer(config, model, words)
     (batch,) = trainer.get_train_dataloader()
     packed = trainer.compute_loss(model, dict(batch), return_outputs=False)
-    own = [torch.tensor([words.encode(row["text"]) + [words.eos_token_id]]) for row in rows]
+    own = [torch.tensor([[*words.encode(row["text"]), words.eos_token_id]]) for row in rows]
     assert batch["input_ids"].shape[1] == sum(ids.shape[1] for ids in own)
     learned = torch.tensor([ids.shape[1] - 1.0 for ids in own])
     apart = torch.stack([model(ids, labels=ids).loss for ids in own])

@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from cometlm.pretrained import BACKBONE, LORA, WEIGHTS
 from cometlm.train.config import Say, TrainConfig
 from cometlm.train.config_file import config_of
+from cometlm.train.stage_start import FITTED
 from cometlm.train.trainer import STATE, steps_done
 
 SETTINGS = "train.json"
@@ -71,7 +72,9 @@ def set_aside(output: Path, say: Say = print) -> None:
         OSError: it cannot be moved.
     """
     parts = (WEIGHTS, "config.json", BACKBONE, LORA, STATE, SETTINGS)
-    left = [*sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), *(output / part for part in parts)]
+    several = (f"{PREFIX_CHECKPOINT_DIR}-*", FITTED.format("*"))
+    left = [path for names in several for path in sorted(output.glob(names))]
+    left += [output / part for part in parts]
     left = [path for path in left if path.exists()]
     if not left:
         return

@@ -22,19 +22,16 @@ from cometlm.files import write_whole
 from cometlm.loading import BUILT_IN
 from cometlm.merge import has_adapter
 from cometlm.parallel.p2p import PipelineError
-from cometlm.train.batches import GeneratedBatches, Said, chunking_of, collate
+from cometlm.train.batches import GeneratedBatches, chunking_of, collate
 from cometlm.train.config import LoraSettings, Say, TrainConfig
 from cometlm.train.histories import Histories
 from cometlm.train.lengths import check_lengths, check_shared, tell_cuts, warn_of_single_chunks
 from cometlm.train.lora import lora_config, set_trainable
 from cometlm.train.resuming import SETTINGS, check_same, set_aside
-from cometlm.train.start import fit_gates, start_like
+from cometlm.train.stage_start import StageStart, forget_gates
+from cometlm.train.start import start_like
 from cometlm.train.templates import generation_template
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
-
-_TOLD_EVERY = 50_000  # tokens; a minute or so on two cores
-
-BeforeStep = Callable[[int], None]
 
 
 def train(
@@ -104,6 +101,7 @@ def train(
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output / "trainer_state.json"))
+        forget_gates(output)
     return model
 
 
@@ -136,7 +134,7 @@ def make_trainer(
             data_collator=collate,
             chunking=_stage_chunking(config, batches, tokenizer),
             rates=_stage_rates(config, batches),
-            before_step=_stage_start(config, model, batches, histories, say),
+            before_step=StageStart(config, model, batches, histories, say),
             memories=histories.of,
             in_order=True,
             whole=config.mode == "full",
@@ -253,47 +251,6 @@ def _as_dataset(batches: GeneratedBatches) -> Dataset:
         return {name: [one.get(name) for one in made] for name in names}
 
     return Dataset.from_dict({"batch": list(range(len(batches)))}).with_transform(make)
-
-
-def _stage_start(
-    config: TrainConfig,
-    model: CometForCausalLM,
-    batches: GeneratedBatches,
-    histories: Histories,
-    say: Say,
-) -> BeforeStep:
-    """What comes before a step: a stage's gates are fitted, and the memories read it begins with.
-
-    Those are read again wherever a checkpoint may be, so that a run that goes on from there has the
-    same ones.
-    """
-
-    def start(step: int) -> None:
-        stage = batches.stage(step)
-        begins = step == 0 or batches.stage(step - 1) is not stage
-        if (gates := stage.gates) is not None and begins:
-            say(f"fitting the gates to {gates.texts} texts, before step {step + 1}")
-            past = _telling(batches.histories(step, gates.history), "histories", say)
-            texts = _telling(batches.hidden_keys(step), "texts with keys", say)
-            fit_gates(model, texts, gates, past)
-        at_checkpoint = step % config.save_steps == 0 or not histories
-        if begins or (stage.history and at_checkpoint):
-            if stage.history:
-                say(f"reading {stage.history:,} tokens that step {step + 1} begins behind")
-            histories.read(model, [ids for ids, _ in batches.histories(step, stage.history)])
-
-    return start
-
-
-def _telling(texts: Iterator[Said], what: str, say: Say) -> Iterator[Said]:
-    """The same texts; says on the way how many tokens of them were read."""
-    read = told = 0
-    for text in texts:
-        yield text
-        read += text[0].numel()
-        if read - told >= _TOLD_EVERY:
-            told = read
-            say(f"{read:,} tokens of {what} read")
 
 
 def _stage_chunking(
