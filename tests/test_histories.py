@@ -11,7 +11,7 @@ from cometlm.causal_lm import CometForCausalLM
 from cometlm.train.config_file import read_config
 from cometlm.train.histories import Histories, read_on
 from cometlm.train.run import train
-from tests.test_train import as_config, losses, quietly, settings, start
+from tests.runs import as_config, losses, quietly, settings, start
 from tests.tiny import error, random_ids, tiny_comet
 
 __all__ = ["settings", "start"]  # fixtures

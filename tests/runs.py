@@ -1,0 +1,69 @@
+"""Training runs of tiny models, for tests of what they do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cometlm.train.config_file import read_config
+from cometlm.train.run import train
+from tests.real import tiny_comet, tokenizer
+
+WORDS = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters. "
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder with a tiny model that has a memory, its backbone and SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("start")
+    tiny_comet().float().save_pretrained(folder, backbone=True)
+    tokenizer("smollm2").save_pretrained(folder)
+    (folder / "text.txt").write_text(WORDS * 200)
+    return folder
+
+
+@pytest.fixture
+def settings(start, tmp_path):
+    """A run of eight steps on generated samples in two stages."""
+    stage = {"steps": 4, "tokens": [90, 110], "batch_tokens": 240, "passkey": 0.5}
+    return {
+        "model": str(start),
+        "output": str(tmp_path / "out"),
+        "mode": "lora",
+        "lora": {"r": 2},
+        "learning_rate": 1e-3,
+        "save_steps": 2,
+        "chunks": {"plans": {"random": 1, "fixed": 1}, "sizes": [6, 12]},
+        "generated": {
+            "texts": [str(start / "text.txt")],
+            "code": [],
+            "stages": [stage, {**stage, "learning_rate": 5e-4}],
+        },
+        "trainer": {"logging_steps": 1, "disable_tqdm": True},
+    }
+
+
+def as_config(settings, folder, **changes):
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, **changes}))
+    return path
+
+
+def quietly(config, **options):
+    return train(config, device="cpu", say=lambda _: None, **options)
+
+
+def losses(folder):
+    """What each step logged: its loss, and how many tokens had been read."""
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    rows = [row for row in state["log_history"] if "loss" in row]
+    return {row["step"]: (row["loss"], row["num_tokens"]) for row in rows}
+
+
+def records_run(settings, folder, rows, **changes):
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = {name: value for name, value in settings.items() if name != "generated"}
+    more = {"trainer": {**settings["trainer"], "max_steps": 2}}
+    return read_config(as_config(plain, folder, records=str(data), **{**more, **changes}))

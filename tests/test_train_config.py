@@ -1,0 +1,120 @@
+"""The configuration of `cometlm train`: fields, changes to them, and what is no field."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cometlm.train import run as running
+from cometlm.train.config import TrainConfig
+from cometlm.train.config_file import read_config
+from cometlm.train.trainer import last_checkpoint
+from tests.real import tokenizer
+from tests.runs import as_config, quietly, settings, start
+
+__all__ = ["settings", "start"]  # fixtures
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def test_a_stage_that_is_too_short_is_known_before_the_run(settings, tmp_path):
+    stages = [*settings["generated"]["stages"], {"steps": 1, "tokens": [9, 200]}]
+    stages[-1] |= {"batch_tokens": 200, "passkey": 0.1}
+    generated = {**settings["generated"], "stages": stages}
+    with pytest.raises(ValueError, match=r"generated\.stages\.2: tokens must be at least"):
+        quietly(read_config(as_config(settings, tmp_path, generated=generated)))
+    assert last_checkpoint(settings["output"]) is None
+
+
+def test_comet_is_for_new_memories(settings, start, tmp_path):
+    """Which start as they are told to, also without any."""
+    with pytest.raises(ValueError, match="is a checkpoint and has its memory: comet is for new"):
+        quietly(read_config(as_config(settings, tmp_path, comet={"chunk_size": 12})))
+    tokenizer("smollm2").save_pretrained(start / "backbone")
+    plain = {"model": str(start / "backbone"), "start": {"readout": "the"}, "mode": "memory"}
+    stages = [{**settings["generated"]["stages"][0], "steps": 1}]
+    changes = {"generated": {**settings["generated"], "stages": stages}, **plain}
+    changes["sizes"] = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5}
+    seen = []
+    own = running.start_like
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "start_like", lambda *args: seen.append(args[2]) or own(*args))
+        model = quietly(read_config(as_config(settings, tmp_path, **changes)))
+    assert [one.readout for one in seen] == ["the"]
+    assert model.config.comet_config.chunk_size == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learnin_rate": 1}, "unknown field learnin_rate; there are model, output"),
+        ({"mode": "all"}, "mode must be one of memory, lora, full, got 'all'"),
+        ({"learning_rate": "fast"}, "learning_rate must be float, got 'fast'"),
+        ({"learning_rate": 0}, "learning_rate must be more than 0, got 0.0"),
+        ({"records": "x"}, "either records or generated"),
+        ({"generated": None}, "either records or generated"),
+        ({"generated": {"stages": [{"steps": 1}]}}, "generated.stages.0.tokens is missing"),
+        ({"lora": {"r": 1.5}}, "lora.r must be int, got 1.5"),
+        ({"chunks": {"sizes": 3}}, "chunks.sizes must be a list, got 3"),
+        ({"recompute": {"every": 0}}, "recompute.every must be at least 1, got 0"),
+        ({"recompute": {"truncate_after": -1}}, "recompute.truncate_after must be at least 0"),
+        ({"lora": {"r": 0}}, "lora.r must be at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be more than 0, got nan"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        (
+            {"trainer": {"lr_scheduler_type": "linear"}},
+            "trainer.lr_scheduler_type is for records: stages have a learning_rate each",
+        ),
+        ({"trainer": {"max_length": 9}}, "trainer.max_length is a field of the run itself"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_name_the_field(settings, tmp_path, changes, said):
+    with pytest.raises(ValueError, match="(?s).*" + said.replace(".", r"\.")):
+        read_config(as_config(settings, tmp_path, **changes))
+
+
+def test_changes_on_the_command_line(settings, tmp_path):
+    path = as_config(settings, tmp_path)
+    changes = ["learning_rate=3e-4", "generated.stages.1.steps=7", "lora.dropout=0.1"]
+    config = read_config(path, changes)
+    assert (config.learning_rate, config.lora.dropout) == (3e-4, 0.1)
+    assert [stage.steps for stage in config.generated.stages] == [4, 7]
+    with pytest.raises(ValueError, match="must look like key=value, got 'seed'"):
+        read_config(path, ["seed"])
+    with pytest.raises(ValueError, match="the value of 'model=@x' is not YAML"):
+        read_config(path, ["model=@x"])
+    with pytest.raises(ValueError, match=r"seed\.x is no field: seed is "):
+        read_config(path, ["seed=1", "seed.x=1"])
+
+
+def test_a_change_does_not_reach_what_shares_its_anchor(settings, tmp_path):
+    plain = {name: value for name, value in settings.items() if name != "generated"}
+    path = as_config(plain, tmp_path, output=str(tmp_path / "out"))
+    stage = "steps: 1, tokens: [20, 30], batch_tokens: 40"
+    path.write_text(
+        path.read_text()
+        + f"generated:\n  stages:\n  - {{{stage}, hay: &hay {{texts: 1}}}}\n"
+        + f"  - {{{stage}, hay: *hay}}\n"
+    )
+    first, second = read_config(path, ["generated.stages.0.hay.texts=3"]).generated.stages
+    assert (first.hay.texts, second.hay.texts) == (3, 1)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_read(path):
+    config = read_config(path)
+    assert config.generated.stages
+
+
+def test_a_plan_or_a_trainer_field_that_does_not_exist(settings, tmp_path):
+    with pytest.raises(ValueError, match="unknown chunk plan 'fix'"):
+        quietly(read_config(as_config(settings, tmp_path, chunks={"plans": {"fix": 1}})))
+    with pytest.raises(ValueError, match=r"trainer\.max_step is no field"):
+        quietly(read_config(as_config(settings, tmp_path, trainer={"max_step": 1})))
+
+
+def test_configurations_survive_json():
+    config = TrainConfig(model="m", output="o", records="r")
+    assert json.loads(json.dumps(config.to_dict()))["chunks"]["plans"] == {"fixed": 1.0}

@@ -1,0 +1,197 @@
+"""`cometlm train` stopped anywhere: it goes on, or says why it does not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+import cometlm
+from cometlm.train import run as running
+from cometlm.train import stage_start
+from cometlm.train.config_file import read_config
+from cometlm.train.run import train
+from cometlm.train.trainer import last_checkpoint
+from tests.real import tokenizer
+from tests.runs import WORDS, as_config, losses, quietly, records_run, settings, start
+
+__all__ = ["settings", "start"]  # fixtures
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
+
+
+def test_killed_and_resumed_is_the_run_that_was_not(settings, tmp_path):
+    """SIGKILL in the middle, then the same command again; dropout draws as it would have."""
+    settings["lora"] = {"r": 2, "dropout": 0.3}
+    whole = read_config(as_config(settings, tmp_path))
+    quietly(whole)
+    path = as_config(settings, tmp_path, output=str(tmp_path / "killed"))
+    command = [sys.executable, "-c", "from cometlm.cli.main import run; run()", "train", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--device", "cpu"], env=environment)
+    deadline = time.monotonic() + 120
+    while last_checkpoint(tmp_path / "killed") is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped = last_checkpoint(tmp_path / "killed")
+    assert stopped is not None
+    assert not (tmp_path / "killed" / "trainer_state.json").exists()
+    said = []
+    train(read_config(path), device="cpu", say=said.append)
+    assert said[0].startswith("going on from ")
+    got, wanted = losses(tmp_path / "killed"), losses(whole.output)
+    assert sorted(wanted) == list(range(1, 9))
+    assert got == wanted
+
+
+def test_a_checkpoint_that_a_crash_cut_short_is_passed_over(settings, tmp_path):
+    config = read_config(as_config(settings, tmp_path))
+    quietly(config)
+    newest, older = Path(config.output, "checkpoint-8"), Path(config.output, "checkpoint-6")
+    assert last_checkpoint(config.output) == newest
+    (newest / "trainer_state.json").write_text('{"epoch": 1, "glob')
+    assert last_checkpoint(config.output) == older
+
+
+def test_another_configuration_is_not_resumed(settings, tmp_path):
+    config = read_config(as_config(settings, tmp_path))
+    quietly(config)
+    changed = read_config(as_config(settings, tmp_path, learning_rate=2e-3, seed=1))
+    with pytest.raises(ValueError, match=r"learning_rate: was 0\.001, is 0\.002"):
+        quietly(changed)
+    quietly(changed, restart=True)
+
+
+def test_a_run_that_was_stopped_after_a_restart_goes_on_from_itself(settings, tmp_path):
+    """And what stood there before is kept, an adapter too, where it is in nobody's way."""
+    first = read_config(as_config(settings, tmp_path, mode="lora"))
+    quietly(first)
+    output = Path(first.output)
+    second = read_config(as_config(settings, tmp_path, mode="memory", learning_rate=5e-4))
+    said = []
+    train(second, device="cpu", say=said.append, restart=True)
+    assert any("earlier-1" in line for line in said)
+    assert (output / "earlier-1" / "lora").is_dir()
+    assert last_checkpoint(output / "earlier-1").name == "checkpoint-8"
+    assert not (output / "lora").exists()
+    (output / "checkpoint-8" / "trainer_state.json").unlink()  # as if stopped before
+    train(second, device="cpu", say=said.append)
+    assert any(line == f"going on from {output / 'checkpoint-6'}" for line in said)
+    model, _ = cometlm.load(str(output), device="cpu", merge=False)
+    assert not any(".lora_" in name for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="which a restart clears"):
+        quietly(read_config(as_config(settings, tmp_path, model=str(output))), restart=True)
+
+
+def test_what_changes_learning_in_trl_or_recomputation_is_not_resumed(settings, tmp_path):
+    config = read_config(as_config(settings, tmp_path))
+    quietly(config)
+    for changes, said in (
+        ({"trainer": {**settings["trainer"], "weight_decay": 0.1}}, "trainer: was"),
+        ({"recompute": {"truncate_after": 2}}, "recompute: was 0, is 2"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            quietly(read_config(as_config(settings, tmp_path, **changes)))
+    free = {"trainer": {**settings["trainer"], "logging_steps": 3}, "recompute": {"every": 2}}
+    quietly(read_config(as_config(settings, tmp_path, **free)))
+    Path(config.output, "train.json").unlink()
+    with pytest.raises(ValueError, match=r"holds checkpoint-8 but no train\.json"):
+        quietly(config)
+
+
+def test_a_run_that_is_done_stays_as_it_is(settings, tmp_path):
+    rows = [{"text": WORDS * n} for n in (2, 3, 4, 5)]
+    config = records_run(settings, tmp_path, rows)
+    quietly(config)
+    before = (Path(config.output) / "model.safetensors").read_bytes()
+    said = []
+    train(config, device="cpu", say=said.append)
+    assert any("all 2 steps are done" in line for line in said)
+    assert (Path(config.output) / "model.safetensors").read_bytes() == before
+    assert sorted(losses(config.output)) == [1, 2]
+
+
+def test_gates_are_not_fitted_again_after_a_stop(settings, tmp_path, monkeypatch):
+    """Before the first checkpoint; and other settings fit others."""
+    gates = {"texts": 4, "tokens": 200, "keep": 0.9, "keep_at_key": 0.1}
+    stage = {**settings["generated"]["stages"][0], "gates": gates}
+    changes = {"generated": {**settings["generated"], "stages": [stage]}, "save_steps": 9}
+    changes |= {"sizes": {"chunk_size": 48}, "chunks": {}}
+    whole = read_config(as_config(settings, tmp_path, **changes))
+    quietly(whole)
+    config = replace(whole, output=str(tmp_path / "stopped"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_start.Histories, "read", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quietly(config)
+    assert last_checkpoint(config.output) is None
+    assert Path(config.output, "gates-0.safetensors").exists()
+    said = []
+    train(config, device="cpu", say=said.append)
+    assert "taking the gates that were fitted for step 1" in said
+    assert losses(config.output) == losses(whole.output)
+    assert not Path(config.output, "gates-0.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["another origin", "no file of gates"])
+def test_gates_of_another_run_are_not_taken(settings, tmp_path, damage):
+    gates = {"texts": 4, "tokens": 200}
+    stage = {**settings["generated"]["stages"][0], "gates": gates, "steps": 1}
+    changes = {"generated": {**settings["generated"], "stages": [stage]}}
+    changes |= {"sizes": {"chunk_size": 48}, "chunks": {}}
+    config = read_config(as_config(settings, tmp_path, **changes))
+    data = b"" if "no file" in damage else save({"x": torch.zeros(1)}, {"origin": "elsewhere"})
+    Path(config.output).mkdir()
+    Path(config.output, "gates-0.safetensors").write_bytes(data)
+    said = []
+    train(config, device="cpu", say=said.append)
+    assert "fitting the gates to 4 texts, before step 1" in said
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path, monkeypatch, mode):
+    def worse_and_worse(trainer, *_, **__):
+        return {"eval_loss": float(trainer.state.global_step)}
+
+    monkeypatch.setattr(running.CometTrainer, "evaluate", worse_and_worse)
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": WORDS * 3}) + "\n")
+    trainer = {**settings["trainer"], "max_steps": 3, "load_best_model_at_end": True}
+    changes = {"evaluate": str(tmp_path / "held.jsonl"), "save_steps": 1, "mode": mode}
+    rows = [{"text": WORDS * 3}] * 4
+    config = records_run(settings, tmp_path, rows, **changes, trainer=trainer, learning_rate=1e-2)
+    model = quietly(config).eval()
+    first = Path(config.output, "checkpoint-1")
+    best, _ = cometlm.load(str(first), device="cpu", dtype=model.dtype, merge=False)
+    ids = torch.tensor([tokenizer("smollm2").encode(WORDS * 3)])
+    with torch.no_grad():
+        got, wanted = model(ids).logits, best(ids).logits
+    assert float((got - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+def test_stages_that_have_not_begun_may_change(settings, tmp_path):
+    config = read_config(as_config(settings, tmp_path))
+    quietly(config)
+    (Path(config.output) / "checkpoint-8" / "trainer_state.json").unlink()  # stopped at step 6
+    stages = settings["generated"]["stages"]
+
+    def changed(first, last):
+        generated = {**settings["generated"], "stages": [first, *last]}
+        return read_config(as_config(settings, tmp_path, generated=generated))
+
+    with pytest.raises(ValueError, match="generated: was"):
+        quietly(changed({**stages[0], "passkey": 0.25}, stages[1:]))
+    longer = [{**stages[1], "steps": 3}, {**stages[1], "steps": 2, "passkey": 1.0}]
+    quietly(changed(stages[0], longer))
+    assert sorted(losses(config.output)) == list(range(1, 10))
