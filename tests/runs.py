@@ -54,6 +54,13 @@ def quietly(config, **options):
     return train(config, device="cpu", say=lambda _: None, **options)
 
 
+def heard(config, **options):
+    """What a run says."""
+    said = []
+    train(config, device="cpu", say=said.append, **options)
+    return said
+
+
 def losses(folder):
     """What each step logged: its loss, and how many tokens had been read."""
     state = json.loads((Path(folder) / "trainer_state.json").read_text())

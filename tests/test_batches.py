@@ -8,6 +8,7 @@ from cometlm.config import CometConfig
 from cometlm.train.batches import AGAIN, GeneratedBatches, collate
 from cometlm.train.stages import Gates, Generated, HayShares, Stage
 from tests.real import tokenizer
+from tests.sessions import TEMPLATE
 
 PROSE = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters.\n"
 
@@ -138,6 +139,25 @@ def test_questions_on_the_way(generated, words):
             assert key in words.decode(ids[:since])
             assert key not in words.decode(ids[since:])
             assert words.decode(aside).count(key) == 1
+
+
+@pytest.mark.parametrize("kind", ["smollm2", "like gemma"])
+def test_of_texts_all_but_digits_is_learned(generated, tmp_path, monkeypatch, kind):
+    """However a vocabulary spells its bytes: neither accents nor ends of lines are digits."""
+    (tmp_path / "text.txt").write_text("Así habló él.\nIt cost 1895 pounds, ó no, in May.\n" * 200)
+    stage = replace(STAGE, passkey=1.0, ask="borders")
+    settings = replace(generated(stage), texts=(str(tmp_path / "text.txt"),), code=())
+    words = tokenizer(kind)
+    monkeypatch.setattr(words, "chat_template", TEMPLATE)
+    batches = GeneratedBatches(settings, words, 0)
+    left = ""
+    for number in range(3):
+        for row, labels in zip(*(batches[number][n] for n in ("input_ids", "labels")), strict=True):
+            places = [i for i, label in enumerate(labels) if label != -100]
+            between = range(places[0], places[-1] + 1)
+            left += words.decode([row[i] for i in between if labels[i] == -100])
+    assert left
+    assert left.replace(" ", "").isdecimal()
 
 
 def test_a_question_and_the_text_before_it_fit_into_a_chunk(generated, words):

@@ -11,8 +11,8 @@ from cometlm.data.hay import (
     FileHay,
     FillerHay,
     MixedHay,
-    NumberedHay,
     NumberHay,
+    PassageHay,
     StrewnHay,
     WordHay,
     encode,
@@ -40,7 +40,7 @@ def files(tmp_path_factory):
 
 def hays(words, files):
     own = [FileHay(words, files), WordHay(words), FillerHay(words), NumberHay(words)]
-    return [*own, MixedHay(own, [1, 1, 1, 1]), StrewnHay(words, own[0]), NumberedHay(words, files)]
+    return [*own, MixedHay(own, [1, 1, 1, 1]), StrewnHay(words, own[0]), PassageHay(words, files)]
 
 
 @pytest.mark.parametrize("which", range(7))
@@ -67,15 +67,15 @@ def test_numbers_are_strewn_in_and_the_text_goes_on(words, seed):
 
 @given(seed=st.integers(0, 100))
 def test_passages_around_numbers(words, files, seed):
-    ids = NumberedHay(words, files).draw(random.Random(seed), 2000)
+    ids = PassageHay(words, files).draw(random.Random(seed), 2000)
     numbers = re.findall(r"\d+", words.decode(ids))
     assert len(numbers) > 2000 / 400
     assert {"1895", "31122"} & set(numbers)
 
 
 def test_files_without_numbers(words, files):
-    with pytest.raises(ValueError, match=r"long\.txt holds no number to draw from"):
-        NumberedHay(words, [f for f in files if f.stem == "long"]).draw(random.Random(0), 10)
+    with pytest.raises(ValueError, match=r"long\.txt holds no number to draw from, nor do others"):
+        PassageHay(words, [f for f in files if f.stem == "long"]).draw(random.Random(0), 10)
 
 
 def test_a_draw_longer_than_its_file_goes_on_in_others(words, files):

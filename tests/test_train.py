@@ -14,7 +14,7 @@ from cometlm.train.lora import set_trainable
 from cometlm.train.run import train
 from cometlm.train.trainer import last_checkpoint
 from tests.real import tokenizer
-from tests.runs import WORDS, as_config, losses, quietly, records_run, settings, start
+from tests.runs import WORDS, as_config, heard, losses, quietly, records_run, settings, start
 
 __all__ = ["settings", "start"]  # fixtures
 
@@ -154,12 +154,7 @@ def test_long_samples_are_cut_only_if_told_to(settings, tmp_path):
         ValueError, match=r"2 of 3 samples of .* are longer than max_length=50 .*cut: true"
     ):
         quietly(config)
-    said = []
-    train(
-        records_run(settings, tmp_path, rows, max_length=50, cut=True),
-        device="cpu",
-        say=said.append,
-    )
+    said = heard(records_run(settings, tmp_path, rows, max_length=50, cut=True))
     assert any(line.startswith("2 of 3 samples end at max_length=50") for line in said)
 
 

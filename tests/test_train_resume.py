@@ -6,21 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save
 
 import cometlm
 from cometlm.train import run as running
 from cometlm.train import stage_start
+from cometlm.train.config import LoraSettings
 from cometlm.train.config_file import read_config
 from cometlm.train.run import train
 from cometlm.train.trainer import last_checkpoint
 from tests.real import tokenizer
-from tests.runs import WORDS, as_config, losses, quietly, records_run, settings, start
+from tests.runs import WORDS, as_config, heard, losses, quietly, records_run, settings, start
 
 __all__ = ["settings", "start"]  # fixtures
 
@@ -44,8 +44,7 @@ def test_killed_and_resumed_is_the_run_that_was_not(settings, tmp_path):
     stopped = last_checkpoint(tmp_path / "killed")
     assert stopped is not None
     assert not (tmp_path / "killed" / "trainer_state.json").exists()
-    said = []
-    train(read_config(path), device="cpu", say=said.append)
+    said = heard(read_config(path))
     assert said[0].startswith("going on from ")
     got, wanted = losses(tmp_path / "killed"), losses(whole.output)
     assert sorted(wanted) == list(range(1, 9))
@@ -59,6 +58,18 @@ def test_a_checkpoint_that_a_crash_cut_short_is_passed_over(settings, tmp_path):
     assert last_checkpoint(config.output) == newest
     (newest / "trainer_state.json").write_text('{"epoch": 1, "glob')
     assert last_checkpoint(config.output) == older
+
+
+def test_a_run_from_before_lora_could_be_left_out(settings, tmp_path):
+    """Its settings name what is now the default; adapters that nobody trains do not matter."""
+    del settings["lora"]
+    config = read_config(as_config(settings, tmp_path))
+    quietly(config)
+    path = Path(config.output, "train.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora": asdict(LoraSettings())}))
+    quietly(config)
+    with pytest.raises(ValueError, match="lora: was"):
+        quietly(replace(config, lora=LoraSettings(r=3)))
 
 
 def test_another_configuration_is_not_resumed(settings, tmp_path):
@@ -76,8 +87,7 @@ def test_a_run_that_was_stopped_after_a_restart_goes_on_from_itself(settings, tm
     quietly(first)
     output = Path(first.output)
     second = read_config(as_config(settings, tmp_path, mode="memory", learning_rate=5e-4))
-    said = []
-    train(second, device="cpu", say=said.append, restart=True)
+    said = heard(second, restart=True)
     assert any("earlier-1" in line for line in said)
     assert (output / "earlier-1" / "lora").is_dir()
     assert last_checkpoint(output / "earlier-1").name == "checkpoint-8"
@@ -112,15 +122,15 @@ def test_a_run_that_is_done_stays_as_it_is(settings, tmp_path):
     config = records_run(settings, tmp_path, rows)
     quietly(config)
     before = (Path(config.output) / "model.safetensors").read_bytes()
-    said = []
-    train(config, device="cpu", say=said.append)
+    said = heard(config)
     assert any("all 2 steps are done" in line for line in said)
     assert (Path(config.output) / "model.safetensors").read_bytes() == before
     assert sorted(losses(config.output)) == [1, 2]
 
 
 def test_gates_are_not_fitted_again_after_a_stop(settings, tmp_path, monkeypatch):
-    """Before the first checkpoint; and other settings fit others."""
+    """Before the first checkpoint; other settings, or other weights, fit others."""
+    settings["lora"] = {"r": 2, "dropout": 0.3}
     gates = {"texts": 4, "tokens": 200, "keep": 0.9, "keep_at_key": 0.1}
     stage = {**settings["generated"]["stages"][0], "gates": gates}
     changes = {"generated": {**settings["generated"], "stages": [stage]}, "save_steps": 9}
@@ -137,27 +147,17 @@ def test_gates_are_not_fitted_again_after_a_stop(settings, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             quietly(config)
     assert last_checkpoint(config.output) is None
-    assert Path(config.output, "gates-0.safetensors").exists()
-    said = []
-    train(config, device="cpu", say=said.append)
-    assert "taking the gates that were fitted for step 1" in said
+    kept = Path(config.output, "gates-0.safetensors").read_bytes()
+    for number, (change, found) in enumerate(
+        [({"seed": 1}, kept), ({"dtype": "float64"}, kept), ({}, kept[:500])]
+    ):
+        other = replace(config, **change, output=str(tmp_path / str(number)))
+        Path(other.output).mkdir()
+        Path(other.output, "gates-0.safetensors").write_bytes(found)
+        assert "fitting the gates to 4 texts, before step 1" in heard(other)
+    assert "taking the gates that were fitted for step 1" in heard(config)
     assert losses(config.output) == losses(whole.output)
     assert not Path(config.output, "gates-0.safetensors").exists()
-
-
-@pytest.mark.parametrize("damage", ["another origin", "no file of gates"])
-def test_gates_of_another_run_are_not_taken(settings, tmp_path, damage):
-    gates = {"texts": 4, "tokens": 200}
-    stage = {**settings["generated"]["stages"][0], "gates": gates, "steps": 1}
-    changes = {"generated": {**settings["generated"], "stages": [stage]}}
-    changes |= {"sizes": {"chunk_size": 48}, "chunks": {}}
-    config = read_config(as_config(settings, tmp_path, **changes))
-    data = b"" if "no file" in damage else save({"x": torch.zeros(1)}, {"origin": "elsewhere"})
-    Path(config.output).mkdir()
-    Path(config.output, "gates-0.safetensors").write_bytes(data)
-    said = []
-    train(config, device="cpu", say=said.append)
-    assert "fitting the gates to 4 texts, before step 1" in said
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

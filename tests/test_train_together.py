@@ -23,7 +23,7 @@ from cometlm.parallel.agreement import check_alike
 from cometlm.parallel.mesh import make_mesh
 from cometlm.pretrained import WEIGHTS, read_weights
 from cometlm.train.config_file import config_of, read_config
-from cometlm.train.lengths import check_shared
+from cometlm.train.lengths import check_enough_chunks
 from cometlm.train.run import train
 from cometlm.train.together import SharedBatches, shard_over
 from cometlm.train.trainer import last_checkpoint
@@ -230,8 +230,8 @@ def test_samples_of_too_few_chunks_are_counted(settings):
     config = config_of({**settings, "output": "x", "chunk_parallel": 3, "shard_weights": True})
     samples = Dataset.from_dict({"input_ids": [[1] * 25, [1] * 24, [1] * 3]})
     with pytest.raises(ValueError, match="2 of 3 samples have fewer chunks of 12 tokens than"):
-        check_shared(samples, config, 12)
-    check_shared(samples, config_of({**settings, "output": "x", "chunk_parallel": 3}), 12)
+        check_enough_chunks(samples, config, 12)
+    check_enough_chunks(samples, config_of({**settings, "output": "x", "chunk_parallel": 3}), 12)
 
 
 def nothing_to_shard_over():

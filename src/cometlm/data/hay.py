@@ -32,7 +32,7 @@ _STREWN = (
 )  # fmt: skip
 _STREWN_WORDS = ("size", "count", "year", "offset", "limit", "people", "miles", "width", "total")
 
-_NUMBER = re.compile(rb"(?<![\w.])\d{4,7}(?![\w.])")
+_NUMBER = re.compile(rb"(?<!\w)(?<!\d\.)\d{4,7}(?!\w)(?!\.\d)")
 _AROUND = (30, 120, 400)  # bytes of text on either side of a number
 _TRIES = 32  # places of files that hold nothing, one after the other
 
@@ -87,7 +87,7 @@ class FileHay(Hay):
         return self._kept[1]
 
 
-class NumberedHay(FileHay):
+class PassageHay(FileHay):
     """Passages around numbers of four to seven digits, one after the other.
 
     Of running text such passages are few, and all that a memory of a key loses is lost at some of
@@ -105,10 +105,10 @@ class NumberedHay(FileHay):
         while len(ids) < tokens:
             (path,) = rng.choices(self._files, self._weights)
             text = self._read(path)
-            found = _NUMBER.search(text, rng.randrange(len(text)))
+            found = _NUMBER.search(text, rng.randrange(len(text))) or _NUMBER.search(text)
             in_vain = 0 if found else in_vain + 1
             if in_vain == _TRIES:
-                raise ValueError(f"{path} holds no number to draw from")
+                raise ValueError(f"{path} holds no number to draw from, nor do others")
             if found is not None:
                 before, behind = rng.choice(_AROUND), rng.choice(_AROUND)
                 piece = text[max(0, found.start() - before) : found.end() + behind]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from cometlm.data.hay import (
     FileHay,
     FillerHay,
     MixedHay,
-    NumberedHay,
     NumberHay,
+    PassageHay,
     StrewnHay,
     WordHay,
     encode,
@@ -69,7 +70,7 @@ class GeneratedBatches:
             "texts": texts,
             "code": code,
             "strewn": StrewnHay(tokenizer, MixedHay([texts, code], [1, 1])),
-            "numbered": NumberedHay(tokenizer, [*prose, *programs]),
+            "numbered": PassageHay(tokenizer, [*prose, *programs]),
             "words": WordHay(tokenizer),
             "filler": FillerHay(tokenizer),
             "same": FillerHay(tokenizer, anywhere=False),
@@ -79,8 +80,7 @@ class GeneratedBatches:
         # No random words: their loss, five times that of digits, would drown everything else.
         self._repeated = MixedHay([NumberHay(tokenizer), texts], [3, 1])
         self._again = encode(tokenizer, AGAIN)
-        named = tokenizer.get_vocab().items()
-        self._digits = frozenset(id_ for token, id_ in named if any(map(str.isdigit, token)))
+        self._vocabulary = len(tokenizer)
 
     def __len__(self) -> int:
         return sum(stage.steps for stage in self._stages) * self._per_step
@@ -197,6 +197,12 @@ class GeneratedBatches:
             "aside_weight": [stage.answer_weight],
             **(told if stage.told_weight else {}),
         }
+
+    @cached_property
+    def _digits(self) -> frozenset[int]:
+        # What tokens say, not how the vocabulary spells them: bytes are spelled in hexadecimal.
+        tokens = self._task.tokenizer.batch_decode([[id_] for id_ in range(self._vocabulary)])
+        return frozenset(id_ for id_, text in enumerate(tokens) if any(map(str.isdecimal, text)))
 
     def _some(self, text: list[int], chance: random.Random) -> list[int]:
         """Labels of a part of a text: the head is wide, and answers are what is taught here.

@@ -79,7 +79,7 @@ class TrainConfig:
             now on; `gate: false` takes its gates away.
         start: what the tokens of a new memory are like at first.
         lora: the adapters that mode "lora" adds to a model without any; one that has some goes on
-            with them as they are.
+            with them as they are, and takes none here.
         records: training data, a file or a name that `data.read_records` takes; or
         generated: samples made here.
         evaluate: records to measure the loss on, as `records`.

@@ -70,7 +70,7 @@ def tell_cuts(dataset: Any, config: TrainConfig, records: int, say: Say) -> None
         )
 
 
-def check_shared(dataset: Any, config: TrainConfig, chunk_size: int) -> None:
+def check_enough_chunks(dataset: Any, config: TrainConfig, chunk_size: int) -> None:
     """Refuse samples that not every rank has a chunk of, where all are needed.
 
     Raises:

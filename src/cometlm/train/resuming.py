@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cometlm.pretrained import BACKBONE, LORA, WEIGHTS
-from cometlm.train.config import Say, TrainConfig
+from cometlm.train.config import LoraSettings, Say, TrainConfig
 from cometlm.train.config_file import config_of
 from cometlm.train.stage_start import FITTED
 from cometlm.train.trainer import STATE, steps_done
@@ -94,6 +95,8 @@ def _decisive(settings: dict[str, Any], done: int) -> dict[str, Any]:
     settings = {name: value for name, value in settings.items() if name not in free}
     if settings["generated"]:
         settings["generated"] = {**settings["generated"], "stages": stages}
+    usual = json.loads(json.dumps(dataclasses.asdict(LoraSettings())))
+    settings["lora"] = (settings["lora"] or usual) if settings["mode"] == "lora" else None
     settings["recompute"] = settings["recompute"]["truncate_after"]
     settings["trainer"] = {
         name: value

@@ -25,7 +25,12 @@ from cometlm.parallel.p2p import PipelineError
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
 from cometlm.train.config import LoraSettings, Say, TrainConfig
 from cometlm.train.histories import Histories
-from cometlm.train.lengths import check_lengths, check_shared, tell_cuts, warn_of_single_chunks
+from cometlm.train.lengths import (
+    check_enough_chunks,
+    check_lengths,
+    tell_cuts,
+    warn_of_single_chunks,
+)
 from cometlm.train.lora import lora_config, set_trainable
 from cometlm.train.resuming import SETTINGS, check_same, set_aside
 from cometlm.train.stage_start import StageStart, forget_gates
@@ -159,7 +164,7 @@ def make_trainer(
         tell_cuts(trainer.train_dataset, config, len(records), say)
     if trainer.eval_dataset is not None:
         check_lengths(trainer.eval_dataset, config)
-    check_shared(trainer.train_dataset, config, model.config.comet_config.chunk_size)
+    check_enough_chunks(trainer.train_dataset, config, model.config.comet_config.chunk_size)
     return trainer
 
 

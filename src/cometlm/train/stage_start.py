@@ -90,11 +90,11 @@ class StageStart:
         return {n: p.detach() for n, p in comet.named_parameters() if n.endswith(".gate")}
 
     def _origin(self) -> str:
-        """Digest of all that fitted gates depend on."""
+        """Digest of the settings, sizes and weights that gates are fitted with."""
         settings = self._config.to_dict()
         what = {name: settings[name] for name in ("seed", "generated")}
         sizes = self._model.config.comet_config.to_dict()
-        weights = fingerprint(self._model.state_dict().items())
+        weights = fingerprint(self._model.named_parameters())
         return hashlib.sha256(json.dumps([what, sizes, weights]).encode()).hexdigest()
 
     def _telling(self, texts: Iterator[Said], what: str) -> Iterator[Said]:

@@ -39,18 +39,10 @@ class HayShares:
     filler: float = 0.0
     same: float = 0.0
 
-    def check(self, name: str) -> None:
-        """See that something is drawn from.
-
-        Args:
-            name: of the field, for the error.
-
-        Raises:
-            ValueError: a share below 0, or none above.
-        """
+    def __post_init__(self) -> None:
         shares = dataclasses.astuple(self)
         if min(shares) < 0 or not sum(shares):
-            raise ValueError(f"{name} must have shares of at least 0, and one of more, got {self}")
+            raise ValueError(f"hay must have shares of at least 0, and one of more, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +54,9 @@ class Gates:
         keep_at_key: the same where a key is said. With both alike, gates look at nothing.
         key_share: what chunks with a key count in the fit, of 1, however many there are. More of it
             opens a gate at keys more surely, and at hay that looks like one more often.
-        sharpness: what the fitted logits are multiplied by. A gate that half opens at hay leaves
-            half of a key behind, which the next such chunk halves again; a sharp one opens or not.
+        sharpness: what the logits of `keep` and `keep_at_key` are multiplied by, which shares that
+            round to 0 or 1 could not say. A gate that half opens at hay leaves half of a key
+            behind, which the next such chunk halves again; a sharp one opens or not.
         chunk_size: of the texts that they are fitted to; the model's own if None.
         texts: how many; four are read at once.
         tokens: of each.
@@ -172,8 +165,6 @@ class Stage:
             raise ValueError(f"stages.wordings must be at least 1, got {self.wordings}")
         if self.batch_tokens < 1:
             raise ValueError(f"stages.batch_tokens must be at least 1, got {self.batch_tokens}")
-        if self.hay is not None:
-            self.hay.check("stages.hay")
         fewest, many = self.distinct
         if not 2 <= fewest <= many <= 10:
             raise ValueError(
@@ -218,4 +209,3 @@ class Generated:
             )
         if not self.stages:
             raise ValueError("generated.stages must have at least one stage")
-        self.hay.check("generated.hay")
