@@ -113,6 +113,12 @@ def test_impossible_gates(changes, said):
         Gates(**changes)
 
 
+@pytest.mark.parametrize("shares", [{}, {"texts": -1.0, "code": 2.0}])
+def test_hay_without_shares(shares):
+    with pytest.raises(ValueError, match="hay must have shares of at least 0, and one of more"):
+        HayShares(**shares)
+
+
 def test_questions_on_the_way(generated, words):
     """The text holds the key and no question; the aside asks for it, once it has been said."""
     stage = replace(STAGE, passkey=1.0, ask="borders", depth=(0.0, 0.4), answer_weight=2.0)

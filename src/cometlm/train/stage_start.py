@@ -75,14 +75,17 @@ class StageStart:
         write_whole(path, to_bytes(fitted, {"origin": origin}))  # the same by every rank
 
     def _take_gates(self, path: Path, origin: str) -> bool:
+        """Set all gates to what a file holds, or none of them."""
+        gates = self._gates()
         try:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("origin") != origin:
                     return False
-                for name, gate in self._gates().items():
-                    gate.copy_(file.get_tensor(name))
+                kept = {name: file.get_tensor(name) for name in gates}
         except (FileNotFoundError, SafetensorError):
             return False
+        for name, gate in gates.items():
+            gate.copy_(kept[name])
         return True
 
     def _gates(self) -> dict[str, torch.Tensor]:
