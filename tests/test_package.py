@@ -155,7 +155,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.data.passkey"],
     ["cometlm.attention", "cometlm.batch"],
     ["cometlm.backbone"],
-    ["cometlm.grid"],
+    ["cometlm.compiling", "cometlm.grid", "cometlm.rotary"],
     ["cometlm.recompute"],
     ["cometlm.cache"],
     ["cometlm.call"],

@@ -7,13 +7,9 @@ from peft import LoraConfig
 import cometlm
 from cometlm.grid import Cell
 from cometlm.recompute import Recomputation, _Run, _Span, _Vault
-from tests.tiny import FAMILIES, error, random_ids, tiny_backbone, tiny_comet
+from tests.tiny import FAMILIES, batch_of, error, tiny_backbone, tiny_comet
 
 EVERY = [1, 2, 3, 100]
-
-
-def batch_of(count, length):
-    return torch.stack([random_ids(length, seed=b) for b in range(count)])
 
 
 def gradients(model, ids, **inputs):

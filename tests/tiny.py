@@ -1,11 +1,13 @@
-"""Tiny random models of every supported family, and ways to compare tensors."""
+"""Tiny random models of every supported family, and what their tests compare with."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -28,6 +30,8 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+SMALL = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5, "rank": 2}
 
 # What each family adds; windows are short so that they bite inside a chunk.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -69,8 +73,7 @@ def tiny_backbone(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel
 
 def tiny_comet(family: str, seed: int = 0, **sizes: Any) -> cometlm.CometForCausalLM:
     """A tiny backbone with a small random memory attached."""
-    small = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5, "rank": 2}
-    model = cometlm.attach(tiny_backbone(family, seed), **{**small, **sizes})
+    model = cometlm.attach(tiny_backbone(family, seed), **{**SMALL, **sizes})
     scramble(model.model.comet, 0.5)
     return model
 
@@ -90,11 +93,21 @@ def random_ids(count: int, seed: int = 0, vocabulary: int = 96) -> Tensor:
     return torch.randint(3, vocabulary, (count,), generator=generator)
 
 
+def batch_of(count: int, length: int) -> Tensor:
+    """[count, length] random ids, every row its own."""
+    return torch.stack([random_ids(length, seed=b) for b in range(count)])
+
+
 def error(ours: Tensor, theirs: Tensor) -> float:
     """max |Δ| / max |ref| (SPEC §9)."""
     ours, theirs = ours.detach(), theirs.detach()
     scale = theirs.abs().max().clamp(min=1e-30)
     return float((ours - theirs).abs().max() / scale)
+
+
+def refused(said: str) -> Any:
+    """Expects a `ValueError` that says this."""
+    return pytest.raises(ValueError, match=re.escape(said))
 
 
 def load_golden(path: Path) -> tuple[cometlm.CometForCausalLM, dict[str, Tensor], dict[str, Any]]:

@@ -8,7 +8,6 @@ Footguns:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -17,26 +16,20 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from cometlm.backbone import (
-    Parts,
-    RotaryTable,
-    device_of,
-    layer_type,
-    rotary_tables,
-)
+from cometlm.backbone import Parts, RotaryTable, device_of
 from cometlm.base import CometPreTrainedModel
 from cometlm.batch import TextBatch, check_shape, documents
 from cometlm.cache import CometCache
 from cometlm.call import Aside, Call, Scored, Told, checked, finished
 from cometlm.chunking import Chunking
+from cometlm.compiling import compile_or_warn
 from cometlm.config import CometConfig
 from cometlm.grid import Cell, Grid, States, through_layers
 from cometlm.layout import ChunkLayout, check_cuts, plan, plan_cuts, take
 from cometlm.memory import Comet, LayerMemoryWeights
 from cometlm.model_config import CometModelConfig
 from cometlm.recompute import Recomputation, read_on, read_recomputed
-
-_TABLES_KEPT = 4
+from cometlm.rotary import RotaryTables
 
 
 class SharedReading(Protocol):
@@ -81,8 +74,7 @@ class CometModel(CometPreTrainedModel):
         self.norm = parts.norm
         self.rotary_emb = parts.rotary
         self.comet = _new_comet(parts, sizes)
-        self._family = parts.family
-        self._tables: dict[tuple[Any, ...], list[RotaryTable]] = {}
+        self._tables = RotaryTables(parts.rotary, config.text_config, parts.family)
         self.recomputation: Recomputation | None = None
         self.truncate_after = 0
         self.chunking: Chunking | None = None
@@ -251,25 +243,17 @@ class CometModel(CometPreTrainedModel):
         Returns:
             Whether the cells are compiled now.
         """
+        return compile_or_warn(cast("Sequence[nn.Module]", self.cells), self._try, **options)
+
+    def _try(self) -> None:
+        """Read two chunks, and backward where weights are trained."""
         size = self.config.comet_config.chunk_size
         ids = torch.zeros(1, size + 1, dtype=torch.long, device=device_of(self.embed_tokens))
-        for cell in self.cells:
-            cell.compile(**options)
-        try:
-            hidden = self.forward(ids, use_cache=False).last_hidden_state
-            assert hidden is not None
-            if hidden.requires_grad:
-                wanted = [p for p in self.parameters() if p.requires_grad]
-                torch.autograd.grad(hidden.sum(), wanted, allow_unused=True)
-        except RuntimeError as error:  # what dynamo and its backends raise
-            for cell in self.cells:
-                cell._compiled_call_impl = None
-            reason = " ".join(str(error).split())[:300]
-            warnings.warn(
-                f"the cells stay uncompiled, since torch.compile failed: {reason}", stacklevel=2
-            )
-            return False
-        return True
+        hidden = self.forward(ids, use_cache=False).last_hidden_state
+        assert hidden is not None
+        if hidden.requires_grad:
+            wanted = [p for p in self.parameters() if p.requires_grad]
+            torch.autograd.grad(hidden.sum(), wanted, allow_unused=True)
 
     def empty_cache(self, batch: int = 1) -> CometCache:
         """The cache before any text."""
@@ -394,27 +378,10 @@ class CometModel(CometPreTrainedModel):
         )
 
     def _rotary(self, reach: int) -> list[RotaryTable]:
-        """Each layer's rotary table on the layer's device; derived, so kept between calls."""
+        """Each layer's rotary table."""
         weight: Tensor = self.norm.weight  # type: ignore[assignment]
         like = torch.empty(0, dtype=weight.dtype, device=device_of(self.embed_tokens))
-        devices = [device_of(cell) for cell in self.cells]
-        key = (reach, like.dtype, *devices)
-        if key not in self._tables:
-            config = self.config.text_config
-            by_type = self._family.rotary_by_layer_type
-            tables = rotary_tables(self.rotary_emb, config, by_type, reach, like)
-            placed: dict[Any, RotaryTable] = {}
-            for i, device in enumerate(devices):
-                kind = layer_type(config, i)
-                if (kind, device) not in placed:
-                    cos, sin = tables[kind]
-                    placed[kind, device] = (cos.to(device), sin.to(device))
-            while len(self._tables) >= _TABLES_KEPT:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[key] = [
-                placed[layer_type(config, i), device] for i, device in enumerate(devices)
-            ]
-        return self._tables[key]
+        return self._tables.of(reach, like, [device_of(cell) for cell in self.cells])
 
 
 def position_limit(config: Any) -> int | None:

@@ -1,0 +1,40 @@
+"""Rotary tables: the backbone's own numbers, shared by layers and kept for a few lengths."""
+
+import pytest
+import torch
+
+from cometlm.backbone import layer_type, take_apart
+from cometlm.rotary import RotaryTables
+from tests.tiny import FAMILIES, tiny_backbone
+
+HERE = torch.device("cpu")
+
+
+def tables_of(family):
+    parts = take_apart(tiny_backbone(family))
+    return RotaryTables(parts.rotary, parts.config, parts.family), parts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_each_layer_has_its_types_table(family, dtype):
+    tables, parts = tables_of(family)
+    like, positions = torch.empty(0, dtype=dtype), torch.arange(20)[None]
+    found = tables.of(20, like, [HERE] * 3)
+    for i, (cos, sin) in enumerate(found):
+        kind = [layer_type(parts.config, i)] if parts.family.rotary_by_layer_type else []
+        wanted = parts.rotary(like, positions, *kind)
+        assert torch.equal(torch.stack([cos, sin]), torch.cat(wanted))
+    assert found[0] is found[2]  # layers 0 and 2 are of one type in every family
+
+
+def test_the_last_few_lengths_are_kept():
+    tables, _ = tables_of("qwen3")
+    like = torch.empty(0, dtype=torch.float64)
+    first = tables.of(10, like, [HERE] * 3)
+    assert tables.of(10, like, [HERE] * 3) is first
+    assert tables.of(10, like.float(), [HERE] * 3) is not first
+    for length in range(11, 30):
+        tables.of(length, like, [HERE] * 3)
+    assert len(tables) == 4
+    assert tables.of(10, like, [HERE] * 3) is not first
