@@ -160,6 +160,23 @@ def test_gates_are_not_fitted_again_after_a_stop(settings, tmp_path, monkeypatch
     assert not Path(config.output, "gates-0.safetensors").exists()
 
 
+def test_a_full_disk_does_not_cost_what_was_fitted(settings, tmp_path, monkeypatch):
+    gates = {"texts": 4, "tokens": 200, "keep": 0.9, "keep_at_key": 0.1}
+    stage = {**settings["generated"]["stages"][0], "gates": gates}
+    changes = {"generated": {**settings["generated"], "stages": [stage]}}
+    whole = read_config(as_config(settings, tmp_path, **changes))
+    quietly(whole)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stage_start, "write_whole", full)
+    config = replace(whole, output=str(tmp_path / "other"))
+    said = " ".join(heard(config))
+    assert "the fitted gates cannot be kept ([Errno 28] No space left on device)" in said
+    assert losses(config.output) == losses(whole.output)
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path, monkeypatch, mode):
     def worse_and_worse(trainer, *_, **__):

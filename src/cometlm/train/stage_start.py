@@ -70,9 +70,19 @@ class StageStart:
         past = self._telling(self._batches.histories(step, gates.history), "histories")
         texts = self._telling(self._batches.hidden_keys(step), "texts with keys")
         fit_gates(self._model, texts, gates, past)
+        self._keep_gates(path, origin)
+
+    def _keep_gates(self, path: Path, origin: str) -> None:
+        """Write what was fitted; the run needs it only if it is stopped, so it goes on without."""
         fitted = {name: gate.cpu().contiguous() for name, gate in self._gates().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, to_bytes(fitted, {"origin": origin}))  # the same by every rank
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, to_bytes(fitted, {"origin": origin}))  # the same by every rank
+        except OSError as error:
+            self._say(
+                f"the fitted gates cannot be kept ({error}); a run that is stopped before its next "
+                "checkpoint fits them again"
+            )
 
     def _take_gates(self, path: Path, origin: str) -> bool:
         """Set all gates to what a file holds, or none of them."""
