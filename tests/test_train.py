@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cometlm
 from cometlm.train import run as running
@@ -68,6 +69,24 @@ def test_stages_count_steps_of_the_optimiser(settings, tmp_path):
     state = json.loads((Path(config.output) / "trainer_state.json").read_text())
     rates = [row["learning_rate"] for row in state["log_history"] if "loss" in row]
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
+
+
+def test_a_reporter_hears_every_step(settings, tmp_path):
+    """The answers' loss beside the whole one, and it goes on where a stopped run went on."""
+    reporting = {**settings["trainer"], "report_to": "tensorboard"}
+    config = read_config(as_config(settings, tmp_path, trainer=reporting))
+    quietly(config)
+    (Path(config.output) / "checkpoint-8" / "trainer_state.json").unlink()  # stopped at step 6
+    quietly(config)
+    heard_of = []
+    for events in sorted(Path(config.output, "runs").rglob("events.out.tfevents.*")):
+        reader = EventAccumulator(str(events)).Reload()
+        assert "train/num_tokens" in reader.Tags()["scalars"]
+        heard_of.append({e.step: e.value for e in reader.Scalars("train/loss")})
+    assert [sorted(steps) for steps in heard_of] == [list(range(1, 9)), [7, 8]]
+    for steps in heard_of:
+        for step, value in steps.items():
+            assert value == pytest.approx(losses(config.output)[step][0], rel=1e-6)
 
 
 def test_questions_on_the_way_and_fitted_gates_in_a_run(settings, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ from tests.real import tiny_comet, tokenizer
 from tests.tiny import error
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
+GATES = {"texts": 4, "tokens": 200, "chunk_size": 48, "keep": 0.9, "keep_at_key": 0.1}
 WORDS = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters. "
 
 
@@ -145,16 +146,22 @@ def test_two_ranks_train_as_one_process_and_one_goes_on_from_them(settings, tmp_
     assert_same_run(together, alone)
 
 
-@pytest.mark.slow
-def test_two_groups_of_two_train_as_one_process_with_two_batches_a_step(settings, tmp_path):
-    stage = {**settings["generated"]["stages"][0], "steps": 16}
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "gates"),
+    [(2, 1, None), pytest.param(4, 2, None, marks=pytest.mark.slow), (2, 1, GATES)],
+    ids=["ddp", "two by two", "ddp with fitted gates"],
+)
+def test_two_groups_train_as_one_process_with_two_batches_a_step(
+    settings, tmp_path, ranks, parallel, gates
+):
+    stage = {**settings["generated"]["stages"][0], "steps": 16, "gates": gates}
     settings = {**settings, "generated": {**settings["generated"], "stages": [stage]}}
     path = as_config(settings, tmp_path)
     alone, together = tmp_path / "alone", tmp_path / "together"
     one = ["trainer.max_steps=8", "trainer.gradient_accumulation_steps=2", f"output={alone}"]
     train(read_config(path, one), device="cpu", say=lambda _: None)
-    changes = ("trainer.max_steps=8", f"output={together}", "chunk_parallel=2")
-    done = on_ranks(4, path, *changes)
+    changes = ("trainer.max_steps=8", f"output={together}", f"chunk_parallel={parallel}")
+    done = on_ranks(ranks, path, *changes)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(together, alone)
 
