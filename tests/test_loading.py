@@ -322,6 +322,16 @@ def test_default_device_is_the_accelerator_or_the_cpu(monkeypatch):
         assert default_device() == torch.device(want)
 
 
+def test_each_rank_has_an_accelerator_of_its_own(monkeypatch):
+    """Before anything is loaded: else all of them load onto the first."""
+    one = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: one)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    for rank, want in (("0", "mps:0"), ("3", "mps:3"), ("5", "mps:1")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert default_device() == torch.device(want)
+
+
 @pytest.mark.parametrize(
     ("abilities", "dtype"),
     [

@@ -275,6 +275,10 @@ def test_sharing_needs_a_job(settings, tmp_path):
         ),
         ({"chunk_parallel": 2, "recompute": {"every": 4}}, "recompute.every, offload and truncate"),
         ({"shard_weights": True, "compile": True}, "compile needs whole weights on each rank"),
+        (
+            {"shard_weights": True, "quantization": "4bit", "mode": "lora"},
+            "quantization needs whole weights",
+        ),
         ({"shard_weights": True, "evaluate": "a.jsonl"}, "evaluate needs whole weights"),
     ],
 )

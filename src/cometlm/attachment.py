@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cometlm import attention
-from cometlm.backbone import take_apart
+from cometlm.backbone import keep_weights_in_place, take_apart
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.config import CometConfig
 from cometlm.model import position_limit
@@ -42,6 +42,7 @@ def attach(
     if getattr(backbone.config, "_attn_implementation", None) == attention.NAME:
         raise ValueError(f"{type(backbone).__name__} already has a memory; detach() it first")
     take_apart(backbone)
+    keep_weights_in_place(backbone)
     comet.check_positions(position_limit(backbone.config))
     undo = _Undo.of(backbone)
     model_config = CometModelConfig(

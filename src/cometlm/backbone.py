@@ -144,6 +144,19 @@ def take_apart(backbone: PreTrainedModel) -> Parts:
     )
 
 
+def keep_weights_in_place(backbone: nn.Module) -> None:
+    """Have 4-bit weights keep their layout.
+
+    On some CPUs bitsandbytes repacks them the first time that they are read without a gradient.
+    After that none flows through them, and the weights that a session was made with look like
+    others.
+    """
+    for module in backbone.modules():
+        layer: Any = module
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def layer_type(config: Any, layer: int) -> str:
     """The type of one layer, as the config names it."""
     types = getattr(config, "layer_types", None)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cometlm.attachment import attach, known_sizes
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.config import RUNTIME_SIZES, CometConfig
 from cometlm.device import default_device, default_dtype
-from cometlm.loading import BUILT_IN, load_backbone, not_found, source_of
+from cometlm.loading import BUILT_IN, Bits, load_backbone, not_found, quantization_of, source_of
 from cometlm.merge import merge_lora
 from cometlm.model_config import CometModelConfig
 from cometlm.pretrained import BACKBONE, WEIGHTS, load_model
@@ -24,6 +26,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     merge: bool = True,
+    quantization: Bits | QuantizationConfigMixin | None = None,
     **sizes: Any,
 ) -> tuple[CometForCausalLM, Any]:
     """Load a model with memory and its tokenizer, by name.
@@ -37,6 +40,9 @@ def load(
         dtype: default bfloat16, but float32 on CPUs without bfloat16 products.
         merge: merge a checkpoint's LoRA adapter into the backbone, which then reads faster; False
             keeps it apart, to be trained or saved again. See `merge_lora`.
+        quantization: keep the backbone, never the memory, in "4bit" or "8bit" (it needs
+            bitsandbytes), or as a quantization config of transformers says. A LoRA adapter then
+            stays apart.
         sizes: `CometConfig` fields and `seed` for a backbone; default the built-in model's own, or
             the paper's. A trained memory may be read with another `chunk_size`, `stride`,
             `capacity` and `overlap` than it came with, and with `gate=False` without its gates,
@@ -48,7 +54,7 @@ def load(
 
     Raises:
         ValueError: a built-in model that is not installed or not the one expected; other sizes
-            for a checkpoint; what `attach` raises.
+            for a checkpoint; what `attach` raises; a library that quantises and is not installed.
         OSError: a directory or hub id that cannot be read.
     """
     built_in = BUILT_IN.get(name)
@@ -57,20 +63,35 @@ def load(
     where: dict[str, Any] = {
         "dtype": dtype or default_dtype(place),
         "device_map": "auto" if spread else None,
+        "quantization_config": quantization_of(quantization, dtype or default_dtype(place)),
     }
+    if quantization is not None and not spread:
+        where["device_map"] = {"": place}  # weights are quantised where they will be used
     config = _config_of(name)
     trained = _trained_config(name, config, sizes)
     if trained is not None:
         model = load_model(_home(name), config=trained, **where)
         model.config.name_or_path = name
+        _warn_of_bits(name, trained, model)
         if merge:
             merge_lora(model)
     else:
         chosen = {**built_in.sizes, **sizes} if built_in else sizes
         model = attach(load_backbone(name, **where).eval(), **chosen)
-    if not spread:
+    if where["device_map"] is None:
         torch.nn.Module.to(model, place)
     return model, _load_tokenizer(name, config)
+
+
+def _warn_of_bits(name: str, config: CometModelConfig, model: CometForCausalLM) -> None:
+    """Warn where the backbone was quantised while the memory was trained, and is not now."""
+    saved = getattr(config.text_config, "quantization_config", None)
+    if saved is not None and not getattr(model._backbone, "is_quantized", False):
+        warnings.warn(
+            f"the memory of {name} was trained beside a quantised backbone and is read beside one "
+            'that is not; load(..., quantization="4bit") or "8bit" quantises it again',
+            stacklevel=3,
+        )
 
 
 def has_memory(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -15,9 +16,14 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def default_device() -> torch.device:
-    """The machine's accelerator, or the CPU."""
+    """The machine's accelerator, or the CPU; of several accelerators a rank's own (`torchrun`)."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None else torch.device("cpu")
+    if found is None:
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return found
+    return torch.device(found.type, int(rank) % torch.accelerator.device_count())
 
 
 def as_dtype(name: str | None) -> torch.dtype | None:

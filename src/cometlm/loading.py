@@ -13,11 +13,20 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+Bits = Literal["4bit", "8bit"]
 
 
 @dataclass(frozen=True)
@@ -64,22 +73,78 @@ BUILT_IN = {
 }
 
 
-def load_backbone(name: str, *, dtype: Any = "auto", device_map: Any = None) -> PreTrainedModel:
+def load_backbone(
+    name: str,
+    *,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    quantization_config: QuantizationConfigMixin | None = None,
+) -> PreTrainedModel:
     """A causal language model by a built-in name, directory or hub id, without memory.
 
+    Args:
+        quantization_config: quantise it so; one that is quantised already stays as it is.
+
     Raises:
-        ValueError: a built-in model that is not installed or not the one expected.
+        ValueError: a built-in model that is not installed or not the one expected; what it takes
+            to quantise is missing.
         OSError: a directory or hub id that cannot be read.
     """
+    where = {"dtype": dtype, "device_map": device_map}
     try:
-        backbone: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source_of(name), dtype=dtype, device_map=device_map
-        )
+        backbone = read_backbone(source_of(name), quantization_config, **where)
     except OSError as error:
         raise not_found(name, error) from error
     if name in BUILT_IN:
         backbone.config.name_or_path = name
     return backbone
+
+
+def read_backbone(
+    source: str, quantization_config: QuantizationConfigMixin | None = None, **options: Any
+) -> PreTrainedModel:
+    """What transformers finds at `source`, quantised if that is asked for.
+
+    Raises:
+        ValueError: what it takes to quantise is missing.
+        OSError: it cannot be read.
+    """
+    if quantization_config is not None:  # a None would undo what the source says of itself
+        options["quantization_config"] = quantization_config
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **options)
+    except ImportError as error:
+        raise ValueError(f"{source} needs a library that is not here: {error}") from error
+
+
+def quantization_of(
+    wanted: Bits | QuantizationConfigMixin | None, dtype: torch.dtype
+) -> QuantizationConfigMixin | None:
+    """The config that transformers takes: integers of 8 bits, QLoRA's normal floats of 4, or as is.
+
+    Args:
+        dtype: what 4-bit weights compute in.
+
+    Raises:
+        ValueError: another word, a library that is not installed, 4-bit weights in float64.
+    """
+    if not isinstance(wanted, str):
+        return wanted
+    if wanted not in get_args(Bits):
+        raise ValueError(f"quantization must be one of {', '.join(get_args(Bits))}, got {wanted!r}")
+    missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"quantization {wanted} needs {' and '.join(missing)}; run: pip install "
+            f"{' '.join(missing)}"
+        )
+    if wanted == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if dtype == torch.float64:
+        raise ValueError("quantization 4bit computes in 16 or 32 bits, got dtype float64")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def source_of(name: str) -> str:

@@ -32,11 +32,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cometlm.attachment import attach
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.files import write_whole
-from cometlm.loading import load_backbone
+from cometlm.loading import load_backbone, read_backbone
 from cometlm.merge import has_adapter
 from cometlm.model_config import CometModelConfig
 
@@ -45,6 +46,7 @@ BACKBONE, LORA = "backbone", "lora"
 _PREFIX = "model.comet."
 _AUTO = ("trust_remote_code", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash")
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_TAKEN = ("backbone", "config", "dtype", "device_map", "quantization_config", *_HUB)
 
 
 def save_model(
@@ -103,8 +105,14 @@ def check_can_save(model: CometForCausalLM, backbone: bool) -> None:
     """Refuse a checkpoint that would name a backbone which is no longer that one.
 
     Raises:
-        ValueError: a LoRA adapter was merged into the backbone, which is not to be written.
+        ValueError: a LoRA adapter was merged into the backbone, which is not to be written; a
+            quantised backbone is to be.
     """
+    if backbone and getattr(model._backbone, "is_quantized", False):
+        raise ValueError(
+            "a quantised backbone is not written with a checkpoint: save with backbone=False, "
+            "which names it"
+        )
     if model.merged and not backbone:
         raise ValueError(
             "a LoRA adapter was merged into the backbone, which is then no longer the one that the "
@@ -119,14 +127,15 @@ def load_model(
     config: CometModelConfig | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
+    quantization_config: QuantizationConfigMixin | None = None,
     **options: Any,
 ) -> CometForCausalLM:
     """Load a checkpoint folder or hub repository and the backbone that it names.
 
     Args:
         backbone: use this model, or load this name or path, instead of the one named.
-        dtype, device_map: of the backbone; the memory follows it, but one that was saved in
-            float32 is not rounded.
+        dtype, device_map, quantization_config: of the backbone; the memory follows it, but one that
+            was saved in float32 is not rounded, and none is quantised.
         options: hub options (revision, token, cache_dir, local_files_only, force_download).
 
     Raises:
@@ -139,12 +148,17 @@ def load_model(
     for option in options:
         if option not in _HUB:
             raise ValueError(
-                f"from_pretrained() does not take {option}; it takes {', '.join(_HUB)}"
+                f"from_pretrained() does not take {option}; it takes {', '.join(_TAKEN)}"
             )
     name = str(name)
     config = config or CometModelConfig.from_pretrained(name, **options)
     if not isinstance(backbone, PreTrainedModel):
-        backbone = _load_backbone(name, config, backbone, dtype, device_map, options)
+        where = {
+            "dtype": dtype or "auto",
+            "device_map": device_map,
+            "quantization_config": quantization_config,
+        }
+        backbone = _load_backbone(name, config, backbone, where, options)
     model = attach(backbone.eval(), config.comet_config)
     load_memory(model, read_weights(str(cached_file(name, WEIGHTS, **options))), name)
     model.config.suppressed_tokens = config.suppressed_tokens
@@ -311,8 +325,7 @@ def _load_backbone(
     name: str,
     config: CometModelConfig,
     given: str | Path | None,
-    dtype: Any,
-    device_map: Any,
+    where: dict[str, Any],
     options: dict[str, Any],
 ) -> PreTrainedModel:
     wanted = str(given) if given is not None else config.backbone
@@ -321,9 +334,8 @@ def _load_backbone(
             f"{name} names no backbone (it was saved from one without a name); give backbone="
         )
     if wanted == f"./{BACKBONE}":
-        settings = {"dtype": dtype or "auto", "device_map": device_map, **options}
-        return AutoModelForCausalLM.from_pretrained(name, subfolder=BACKBONE, **settings)
-    return load_backbone(wanted, dtype=dtype or "auto", device_map=device_map)
+        return read_backbone(name, subfolder=BACKBONE, **where, **options)
+    return load_backbone(wanted, **where)
 
 
 def _save_lora(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:

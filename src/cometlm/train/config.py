@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cometlm.loading import Bits
 from cometlm.train.stages import ChunkSettings, Generated, Stage
 
 Mode = Literal["memory", "lora", "full"]
@@ -72,6 +73,8 @@ class TrainConfig:
         output: the folder that the run writes to and resumes from.
         dtype: what the backbone computes in; None is what the device is fast at. Trained weights
             are kept in float32, or in float64 if that is said here.
+        quantization: "4bit" or "8bit" to keep a frozen backbone so, by bitsandbytes; whoever reads
+            with the memory has to load the backbone in the same way.
         mode: what is trained: the memory alone, the memory and LoRA, or everything.
         comet: `CometConfig` fields, for a new memory; without any, a checkpoint or a built-in
             model goes on from the memory that it has.
@@ -100,6 +103,7 @@ class TrainConfig:
     model: str
     output: str
     dtype: str | None = None
+    quantization: Bits | None = None
     mode: Mode = "lora"
     comet: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -141,6 +145,11 @@ class TrainConfig:
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.quantization and self.mode == "full":
+            raise ValueError(
+                f"mode full trains the backbone, which quantization {self.quantization} freezes: "
+                "use mode memory or lora"
+            )
         for name, own in _OURS.items():
             if name in self.trainer:
                 raise ValueError(f"trainer.{name} is a field of the run itself: {own}")
@@ -178,6 +187,7 @@ class TrainConfig:
         clashing = {
             "evaluate": self.evaluate is not None,
             "compile": self.compile,
+            "quantization": self.quantization is not None,
             "stages.gates": any(stage.gates is not None for stage in stages),
         }
         for name in (name for name, is_set in clashing.items() if is_set):

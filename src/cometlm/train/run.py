@@ -72,7 +72,12 @@ def train(
     sizes = {**config.comet, **config.sizes, **({"seed": config.seed} if is_new else {})}
     merge = config.mode == "full"  # an adapter is trained on, or becomes a part of the whole
     model, tokenizer = load(
-        config.model, device=device, dtype=as_dtype(config.dtype), merge=merge, **sizes
+        config.model,
+        device=device,
+        dtype=as_dtype(config.dtype),
+        quantization=config.quantization,
+        merge=merge,
+        **sizes,
     )
     if is_new and checkpoint is None:
         start_like(model, tokenizer, config.start)
