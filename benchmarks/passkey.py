@@ -4,6 +4,13 @@
 
 Keys, texts and wordings are none of the training. Every trial is written to out/NAME.json as soon
 as it is done, and the same command goes on where it stopped. The picture is out/NAME.png.
+
+Several processes share the work by `--deciles` or `--only`, each with a `--name` of its own;
+`--join` then takes over what they found:
+
+    python benchmarks/passkey.py --lengths 1000000 --only 1 --deciles 0 --name bible
+    python benchmarks/passkey.py --lengths 1000000 --only 2 --deciles 0 --name python
+    python benchmarks/passkey.py --lengths --join bible python
 """
 
 from __future__ import annotations
@@ -36,6 +43,21 @@ def begun(path: Path, model: str, sizes: dict[str, Any]) -> list[Trial]:
             f"{path} was measured with other weights or sizes; move it away, or use --name"
         )
     return [Trial(**trial) for trial in kept["trials"]]
+
+
+def joined(trials: list[Trial], names: list[str], model: str, sizes: dict[str, Any]) -> list[Trial]:
+    """These trials and those of other files, in order of length, text and depth.
+
+    Raises:
+        ValueError: a file is missing, or of other weights or sizes.
+    """
+    found = {trial.cell: trial for trial in trials}
+    for name in names:
+        path = OUT / f"{name}.json"
+        if not path.exists():
+            raise ValueError(f"there is no {path} to join")
+        found |= {trial.cell: trial for trial in begun(path, model, sizes)}
+    return [found[cell] for cell in sorted(found)]
 
 
 def summary(trials: list[Trial]) -> list[dict[str, Any]]:
@@ -101,17 +123,35 @@ def picture(trials: list[Trial], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    """Measure what is missing, print and draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def write(path: Path, trials: list[Trial], about: dict[str, Any]) -> None:
+    """The file of all trials so far."""
+    result = about | {"summary": summary(trials), "trials": [one.to_dict() for one in trials]}
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4000, 8000, 32000, 128000])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4000, 8000, 32000, 128000])
     parser.add_argument("--texts", type=int, default=4, help="of each length")
+    parser.add_argument("--only", type=int, nargs="+", help="texts, counted from 0; default: all")
     parser.add_argument("--deciles", type=int, nargs="+", default=list(range(DECILES)))
+    parser.add_argument("--join", nargs="+", default=[], help="names of other files in out/")
     parser.add_argument("--chunk-size", type=int, help="default: what the memory came with")
     parser.add_argument("--capacity", type=int, help="default: what the memory came with")
     parser.add_argument("--name", default="passkey", help="of the files in out/")
     args = parser.parse_args()
+    if args.only and not 0 <= min(args.only) <= max(args.only) < args.texts:
+        parser.error(f"--only must be of texts 0 … {args.texts - 1}, got {args.only}")
+    return args
+
+
+def main() -> None:
+    """Measure what is missing, print and draw."""
+    args = arguments()
     OUT.mkdir(exist_ok=True)
     path = OUT / f"{args.name}.json"
     sizes = {"chunk_size": args.chunk_size, "capacity": args.capacity}
@@ -119,22 +159,20 @@ def main() -> None:
     model, tokenizer = cometlm.load(args.model, **given)
     weights = fingerprint(model.state_dict().items())
     read_with = model.config.comet_config.to_dict()
+    about = {"name": args.model, "model": weights, "sizes": read_with, "machine": machine()}
     trials = begun(path, weights, read_with)
+    if args.join:
+        trials = joined(trials, args.join, weights, read_with)
+        write(path, trials, about)
+        picture(trials, path.with_suffix(".png"))
     for length in args.lengths:
         test = PasskeyTest(length, args.texts, args.deciles)
-        done = frozenset(trial.cell for trial in trials)
+        others = {cell for cell in test.cells() if args.only and cell[1] not in args.only}
+        done = frozenset({trial.cell for trial in trials} | others)
         for trial in test.run(model, tokenizer, skip=done):
             trials.append(trial)
             show(trial)
-            result = {
-                "name": args.model,
-                "model": weights,
-                "sizes": read_with,
-                "machine": machine(),
-                "summary": summary(trials),
-                "trials": [one.to_dict() for one in trials],
-            }
-            write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+            write(path, trials, about)
         if trials:
             picture(trials, path.with_suffix(".png"))
     print(json.dumps(summary(trials), indent=1))

@@ -6,8 +6,9 @@
 SmolLM2 with LoRA and, but for `full`, its memory; one row, forward and backward, each in a process
 of its own. `full` is the plain backbone with transformers' own gradient checkpointing; `plain`
 keeps the whole graph of CoMeT; `recompute` keeps every chunk's border, `every` every 64th. A cell
-predicted, from the two shorter ones, to need over 20 GiB or 10 minutes is skipped, and recorded
-with its prediction. Everything is written to out/train.json as it comes; the same command goes on.
+predicted, from the two shorter ones, to need over 20 GiB, more than the machine has to spare, or
+10 minutes is skipped, and recorded with its prediction. Everything is written to out/train.json as
+it comes; the same command goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SIZES = {"chunk_size": 256, "readout_tokens": 32, "stride": 8, "capacity": 64}
 EVERY = 64
 WAYS = ("full", "plain", "recompute", "every")
 MOST_BYTES, MOST_SECONDS = 20 * 2**30, 600.0
+SPARED_BYTES = 4 * 2**30  # of the machine's memory: the loaded model, and what predictions miss
 Cell = dict[str, Any]
 
 
@@ -112,9 +114,8 @@ class Table:
     def get(self, way: str, length: int, limited: bool = True) -> Cell:
         """A cell, measured now if it is missing; skipped if it is predicted to be too large."""
         for cell in self.cells:
-            if (cell["way"], cell["length"]) == (way, length) and not (
-                "skipped" in cell and not limited
-            ):
+            is_it = (cell["way"], cell["length"]) == (way, length)
+            if is_it and ("skipped" not in cell or (limited and too_large(cell))):
                 return cell
         predicted = self.predict(way, length)
         if limited and predicted and too_large(predicted):
@@ -162,7 +163,15 @@ class Table:
 
 def too_large(predicted: dict[str, float]) -> bool:
     """Whether a cell is not worth running."""
-    return predicted["peak_bytes"] > MOST_BYTES or predicted["seconds"] > MOST_SECONDS
+    most = min(MOST_BYTES, available() - SPARED_BYTES)
+    return predicted["peak_bytes"] > most or predicted["seconds"] > MOST_SECONDS
+
+
+def available() -> int:
+    """Bytes of the machine's memory that nobody uses."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (free,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(free) * 1024
 
 
 def in_a_process(way: str, length: int) -> Cell:
@@ -204,8 +213,8 @@ def promises(table: Table, short: int, long: int) -> dict[str, Any]:
     """Growth against the count, every-k memory and time, and time against the plain graph."""
     few, many = (table.get("recompute", n, limited=False) for n in (short, long))
     few_k, many_k = (table.get("every", n, limited=False) for n in (short, long))
-    plain = [(c, table.get("recompute", c["length"])) for c in table.cells if c["way"] == "plain"]
-    pairs = [(a, b) for a, b in plain if "skipped" not in a]
+    plain = [c for c in table.cells if c["way"] == "plain" and "skipped" not in c]
+    pairs = [(c, table.get("recompute", c["length"])) for c in plain]
     growth = many["peak_bytes"] - few["peak_bytes"]
     counted = border_bytes(long) - border_bytes(short)
     found = {
