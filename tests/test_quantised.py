@@ -1,5 +1,6 @@
 """A quantised frozen backbone: the memory, and LoRA beside it, are trained all the same."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +131,14 @@ def test_a_run_says_it_in_its_configuration(wide, tmp_path, bits):
         assert error(plain(ids).logits, wanted) > 1e-3
     with pytest.raises(ValueError, match="quantization: was"):
         quietly(replace(config, quantization=None))
+
+
+def test_a_message_of_each_product_is_said_once(caplog):
+    loading.quantization_of("8bit", torch.bfloat16)
+    products = logging.getLogger("bitsandbytes.autograd._functions")
+    for said in ("cast to float16", "cast to float16", "another thing"):
+        products.warning(said)
+    assert caplog.messages == ["cast to float16", "another thing"]
 
 
 def test_what_cannot_be_quantised_says_why(settings, tmp_path, monkeypatch):

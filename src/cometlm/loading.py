@@ -8,6 +8,7 @@ Their weights are GGUF files that are checked, converted once and kept in the us
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -139,12 +140,26 @@ def quantization_of(
             f"{' '.join(missing)}"
         )
     if wanted == "8bit":
+        _PRODUCTS.addFilter(_once)
         return BitsAndBytesConfig(load_in_8bit=True)
     if dtype == torch.float64:
         raise ValueError("quantization 4bit computes in 16 or 32 bits, got dtype float64")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
+
+
+# bitsandbytes tells of every product, thousands a second, that it casts bfloat16 to float16.
+_PRODUCTS = logging.getLogger("bitsandbytes.autograd._functions")
+_said: set[str] = set()
+
+
+def _once(record: logging.LogRecord) -> bool:
+    """Whether a message was not logged before."""
+    message = record.getMessage()
+    is_new = message not in _said
+    _said.add(message)
+    return is_new
 
 
 def source_of(name: str) -> str:
