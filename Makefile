@@ -4,7 +4,7 @@
 #   make test        the offline suite
 #   make test-slow   real backbones
 #   make lint        ruff, mypy
-#   make bench       every published figure, into out/
+#   make bench       all benchmarks at their defaults, most into out/; many hours
 #
 # Each creates .venv if it is missing. TORCH= chooses another torch, PYTHON= another Python.
 

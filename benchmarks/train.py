@@ -267,6 +267,9 @@ def picture(table: Table, path: Path) -> None:
                 )
     for axes, label in ((speed, "tokens/s"), (memory, "GiB above the loaded model")):
         axes.set(xscale="log", yscale="log", xlabel="tokens in the sample", ylabel=label)
+        lengths = sorted({cell["length"] for cell in table.cells})
+        axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     memory.axhline(MOST_BYTES / 2**30, color="grey", lw=0.8, ls=":")
     speed.legend(frameon=False, fontsize=8)

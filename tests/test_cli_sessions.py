@@ -494,6 +494,7 @@ def test_chat_answers_with_everything_said_before(talk, model):
     assert code == 0
     assert out == "".join(f"{answer}\n" for answer in said)
     assert "tiny" in err
+    assert "The memory is untrained" in err
 
 
 def test_chat_saves_and_goes_on(talk, model):

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import cometlm
 from cometlm import loading
+from cometlm.by_name import QuantizationWarning
+from cometlm.cli.console import load_quietly
 from cometlm.train.config_file import read_config
 from cometlm.train.lora import set_trainable
 from tests.real import tiny_comet, tokenizer
@@ -109,7 +111,7 @@ def quantised_weights(model):
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_run_says_it_in_its_configuration(wide, tmp_path, bits):
+def test_a_run_says_it_in_its_configuration(wide, tmp_path, bits, capsys):
     config = read_config(as_config(wide, tmp_path, quantization=bits, dtype="float32"))
     quietly(config)
     wanted_losses = losses(config.output)
@@ -126,9 +128,11 @@ def test_a_run_says_it_in_its_configuration(wide, tmp_path, bits):
     with torch.no_grad():
         wanted = model.eval()(ids).logits
         assert error(again(ids).logits, wanted) < 1e-4
-        with pytest.warns(UserWarning, match="was trained beside a quantised backbone"):
+        with pytest.warns(QuantizationWarning, match="was trained beside a quantised backbone"):
             plain, _ = cometlm.load(config.output, **where)
         assert error(plain(ids).logits, wanted) > 1e-3
+    load_quietly(config.output, "cpu", None)
+    assert "was trained beside a quantised backbone" in capsys.readouterr().err
     with pytest.raises(ValueError, match="quantization: was"):
         quietly(replace(config, quantization=None))
 

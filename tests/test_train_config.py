@@ -27,6 +27,11 @@ def test_a_stage_that_is_too_short_is_known_before_the_run(settings, tmp_path):
     assert last_checkpoint(settings["output"]) is None
 
 
+def test_generated_samples_are_not_evaluated(settings, tmp_path):
+    with pytest.raises(ValueError, match="evaluate measures records: not with generated"):
+        read_config(as_config(settings, tmp_path, evaluate="held-out.jsonl"))
+
+
 def test_comet_is_for_new_memories(settings, start, tmp_path):
     """Which start as they are told to, also without any."""
     with pytest.raises(ValueError, match="is a checkpoint and has its memory: comet is for new"):

@@ -279,7 +279,10 @@ def test_sharing_needs_a_job(settings, tmp_path):
             {"shard_weights": True, "quantization": "4bit", "mode": "lora"},
             "quantization needs whole weights",
         ),
-        ({"shard_weights": True, "evaluate": "a.jsonl"}, "evaluate needs whole weights"),
+        (
+            {"shard_weights": True, "evaluate": "a", "records": "b", "generated": None},
+            "evaluate needs whole weights",
+        ),
     ],
 )
 def test_what_ranks_cannot_share_is_refused(settings, changes, said):

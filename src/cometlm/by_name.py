@@ -20,6 +20,10 @@ from cometlm.model_config import CometModelConfig
 from cometlm.pretrained import BACKBONE, WEIGHTS, load_model
 
 
+class QuantizationWarning(UserWarning):
+    """A memory is read beside another backbone than the quantised one that it learned beside."""
+
+
 def load(
     name: str,
     *,
@@ -90,6 +94,7 @@ def _warn_of_bits(name: str, config: CometModelConfig, model: CometForCausalLM) 
         warnings.warn(
             f"the memory of {name} was trained beside a quantised backbone and is read beside one "
             'that is not; load(..., quantization="4bit") or "8bit" quantises it again',
+            QuantizationWarning,
             stacklevel=3,
         )
 

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from cometlm.cli import options
-from cometlm.cli.console import describe, err, load_quietly, out, print_error, print_stream
+from cometlm.cli.console import (
+    UNTRAINED,
+    describe,
+    err,
+    is_untrained,
+    load_quietly,
+    out,
+    print_error,
+    print_stream,
+)
 from cometlm.device import readable_bytes
 from cometlm.loading import cache_folder
 from cometlm.session import Session
@@ -53,6 +62,8 @@ def chat(
     )
     begun = Session.load(session, loaded, tokenizer) if session else Session(loaded, tokenizer)
     err.print(describe(loaded), highlight=False)
+    if is_untrained(loaded):
+        err.print(UNTRAINED, style="yellow")
     conversation = Conversation(begun, generation)
     if not sys.stdin.isatty():
         conversation.run()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers.utils import logging as hf_logging
 
-from cometlm.by_name import load
+from cometlm.by_name import QuantizationWarning, load
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.device import as_dtype, readable_bytes
 from cometlm.session import SessionStats
@@ -39,9 +39,12 @@ def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     chosen = {key: value for key, value in sizes.items() if value is not None}
     err.print(f"loading {name} …", highlight=False, soft_wrap=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         model, tokenizer = load(name, device=device, dtype=as_dtype(dtype), **chosen)
+    for one in caught:
+        if issubclass(one.category, QuantizationWarning):
+            err.print(str(one.message), style="yellow", markup=False, soft_wrap=True)
     return model, tokenizer
 
 

@@ -85,8 +85,11 @@ class TrainConfig:
             with them as they are, and takes none here.
         records: training data, a file or a name that `data.read_records` takes; or
         generated: samples made here.
-        evaluate: records to measure the loss on, as `records`.
+        evaluate: records to measure the loss on, as `records`; not with `generated`.
+        chunks: where samples are cut.
+        recompute: how a training step saves memory.
         compile: put cells through `torch.compile`, where it works.
+        seed: of a new memory, adapters, generated samples, chunk plans and the order of records.
         learning_rate: of everything but the memory.
         memory_factor: the memory's learning rate, as a multiple of that.
         gate_factor: the gates' learning rate, as a multiple of the memory's. What a gate looks at
@@ -94,6 +97,7 @@ class TrainConfig:
         warmup: steps over which the rate rises from 0.
         max_length: longest sample in tokens; None is any. Longer ones are an error, unless
         cut: is set, which drops what is too long from their ends.
+        save_steps: optimiser's steps between two checkpoints, and between evaluations.
         chunk_parallel: ranks that share each sample, in a job that `torchrun` started.
         shard_weights: shard weights, gradients and the optimiser's state over the ranks that do
             not share a sample (FSDP2), instead of having all of them on each.
@@ -154,6 +158,8 @@ class TrainConfig:
             if name in self.trainer:
                 raise ValueError(f"trainer.{name} is a field of the run itself: {own}")
         if self.generated is not None:
+            if self.evaluate is not None:
+                raise ValueError("evaluate measures records: not with generated samples")
             for name in (name for name in self.trainer if name.startswith("lr_scheduler")):
                 raise ValueError(f"trainer.{name} is for records: stages have a learning_rate each")
         if self.chunk_parallel > 1 or self.shard_weights:
