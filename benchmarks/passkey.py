@@ -89,6 +89,11 @@ def show(trial: Trial) -> None:
     )
 
 
+def short(tokens: int) -> str:
+    """A length for an axis."""
+    return f"{tokens / 1e6:g}M" if tokens >= 1_000_000 else f"{tokens / 1000:,.0f}k"
+
+
 def picture(trials: list[Trial], path: Path) -> None:
     """Depth × length, one field for each half of the memory that may be missing."""
     import matplotlib.pyplot as plt
@@ -115,7 +120,7 @@ def picture(trials: list[Trial], path: Path) -> None:
             if not np.isnan(value):
                 colour = "black" if value > 0.6 else "white"
                 axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=8)
-        axes.set_xticks(range(len(lengths)), [f"{n / 1000:,.0f}k" for n in lengths])
+        axes.set_xticks(range(len(lengths)), [short(n) for n in lengths])
         axes.set(title=titles[name], xlabel="tokens")
     fields[0].set_yticks(range(DECILES), [f"{d * 10}–{d * 10 + 10}%" for d in range(DECILES)])
     fields[0].set_ylabel("depth of the key")
@@ -159,7 +164,9 @@ def main() -> None:
     model, tokenizer = cometlm.load(args.model, **given)
     weights = fingerprint(model.state_dict().items())
     read_with = model.config.comet_config.to_dict()
-    about = {"name": args.model, "model": weights, "sizes": read_with, "machine": machine()}
+    files = [path, *(OUT / f"{name}.json" for name in args.join)]
+    begun_on = next((json.loads(f.read_text())["machine"] for f in files if f.exists()), machine())
+    about = {"name": args.model, "model": weights, "sizes": read_with, "machine": begun_on}
     trials = begun(path, weights, read_with)
     if args.join:
         trials = joined(trials, args.join, weights, read_with)
