@@ -161,7 +161,7 @@ def test_gates_are_not_fitted_again_after_a_stop(settings, tmp_path, monkeypatch
 
 
 def test_a_full_disk_does_not_cost_what_was_fitted(settings, tmp_path, monkeypatch):
-    gates = {"texts": 4, "tokens": 200, "keep": 0.9, "keep_at_key": 0.1}
+    gates = {"texts": 4, "tokens": 200, "chunk_size": 48, "keep": 0.9, "keep_at_key": 0.1}
     stage = {**settings["generated"]["stages"][0], "gates": gates}
     changes = {"generated": {**settings["generated"], "stages": [stage]}}
     whole = read_config(as_config(settings, tmp_path, **changes))
