@@ -11,6 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from tqdm.auto import tqdm
 
 from cometlm import CometConfig, Session, load
 from cometlm.cli import console, main
@@ -418,3 +419,15 @@ def test_counted_gain_at_the_sizes_of_the_paper():
     cost = chunk_cost(Sizes(2560, (32, 8), 9728), sizes)
     assert (cost.fast, cost.naive) == (fast, naive)
     assert round(cost.gain, 2) == 1.74
+
+
+def test_what_a_run_says_stands_on_a_line_of_its_own(capsys):
+    """Not behind the trainer's progress bar, which is drawn again below."""
+    with tqdm(total=3, file=sys.stderr) as bar:
+        console.print_beside_bars("fitting the gates")
+        bar.update()
+    shown = capsys.readouterr().err
+    before, _, after = shown.partition("fitting the gates")
+    assert "0/3" in before
+    assert not before.rsplit("\r", 1)[-1].strip()
+    assert after.startswith("\n")

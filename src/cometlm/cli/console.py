@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from tqdm.auto import tqdm
 from transformers.utils import logging as hf_logging
 
 from cometlm.by_name import QuantizationWarning, load
@@ -63,6 +64,12 @@ def print_stream(pieces: Iterable[str]) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def print_beside_bars(line: str) -> None:
+    """A line on standard error, above the trainer's progress bar if there is one."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        err.print(line, highlight=False, soft_wrap=True)
 
 
 def print_error(error: Exception) -> None:

@@ -11,7 +11,7 @@ import typer
 from transformers.utils import logging as hf_logging
 
 from cometlm.cli import options
-from cometlm.cli.console import err, out
+from cometlm.cli.console import out, print_beside_bars
 
 
 def train(
@@ -41,7 +41,7 @@ def train(
 
     def say(line: str) -> None:
         if speaks:
-            err.print(line, highlight=False, soft_wrap=True)
+            print_beside_bars(line)
 
     say(f"loading {chosen.model} …")
     with warnings.catch_warnings():
