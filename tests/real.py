@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import cometlm
 from cometlm.loading import BUILT_IN, _converted
+from tests.tiny import SMALL as TINY
 from tests.tiny import scramble, tiny_backbone
 
 SMALL = {"chunk_size": 64, "readout_tokens": 8, "stride": 8, "capacity": 16}
@@ -63,8 +64,7 @@ def _like_gemma() -> Any:
 
 def tiny_comet(family: str = "llama", **sizes: Any) -> cometlm.CometForCausalLM:
     """A tiny random model with a memory that takes SmolLM2's tokens."""
-    small = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5, "rank": 2}
     backbone = tiny_backbone(family, vocab_size=len(tokenizer("smollm2")))
-    model = cometlm.attach(backbone, **{**small, **sizes})
+    model = cometlm.attach(backbone, **{**TINY, **sizes})
     scramble(model.model.comet, 0.5)
     return model

@@ -27,6 +27,8 @@ def attach(
 ) -> CometForCausalLM:
     """Give a Hugging Face causal language model a memory. Undo with `detach`.
 
+    4-bit weights of bitsandbytes keep their layout from now on, also after `detach`.
+
     Args:
         backbone: the model; its modules are shared with the result.
         config: sizes and switches; default the paper's.
@@ -42,8 +44,8 @@ def attach(
     if getattr(backbone.config, "_attn_implementation", None) == attention.NAME:
         raise ValueError(f"{type(backbone).__name__} already has a memory; detach() it first")
     take_apart(backbone)
-    keep_weights_in_place(backbone)
     comet.check_positions(position_limit(backbone.config))
+    keep_weights_in_place(backbone)
     undo = _Undo.of(backbone)
     model_config = CometModelConfig(
         text_config=backbone.config,
