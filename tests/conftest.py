@@ -25,6 +25,7 @@ def small_windows():
         patch.setattr(text, "_WINDOW", 160)
         patch.setattr(text, "_MARGIN", 96)
         patch.setattr(text, "_CONTEXT", 128)
+        patch.setattr(text, "_BLOCK", 100)
         yield
 
 

@@ -1,0 +1,94 @@
+"""`cometlm demo`: a number hidden in a text, and what reading it took."""
+
+import re
+
+import pytest
+
+from cometlm import Session
+from cometlm.cli.demo import NEEDLE
+from tests import real
+from tests.cli.said import count_of
+
+TEXT = "The lamp of the lighthouse went out in the night, and nobody saw the ship.\n" * 8
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def table(out):
+    """Rows of the demo's table of figures: tokens, and memory held."""
+    rows = re.findall(r"^ *([\d,]+)  +[\d,]+  +([\d.]+ \w+)  +[\d.]+ \w+$", out, re.MULTILINE)
+    return [(int(tokens.replace(",", "")), held) for tokens, held in rows]
+
+
+def test_demo_prints_memory_at_every_tenth(command, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 40, encoding="utf-8")
+    code, out, _ = command("demo", "--file", str(path), "--tokens", "1000")
+    assert code == 0
+    assert re.search("tokens +tokens/s +memory held +peak memory", out)
+    rows = table(out)
+    assert [tokens // 100 for tokens, _ in rows] == list(range(1, 11))
+    assert len({held for _, held in rows}) == 1
+    assert re.search(r"hidden  \d{5}, after [\d,]+ tokens", out)
+    assert re.search(r"answer  .*\n(not )?found in \d+ s, with a peak memory of [\d.]+ \w+", out)
+
+
+@pytest.mark.parametrize(("depth", "place"), [("0", 0), ("0.5", 500), ("1", 1000)])
+def test_demo_hides_a_number_where_it_is_told_to(command, monkeypatch, tmp_path, depth, place):
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 40, encoding="utf-8")
+    monkeypatch.setattr(Session, "ask", lambda self, *args, **options: " 31415\n")
+    read = []
+    reading = Session.reading
+    monkeypatch.setattr(
+        Session, "reading", lambda s, texts: reading(s, (read.append(t) or t for t in texts))
+    )
+    arguments = ("--tokens", "1000", "--passkey", "31415", "--depth", depth)
+    code, out, _ = command("demo", "--file", str(path), *arguments)
+    assert code == 0
+    text = "".join(read)
+    assert text.count("The pass key is 31415.") == 1
+    assert text[: text.index("\nThe pass key")] == (TEXT * 40)[: text.index("\nThe pass key")]
+    hidden = int(re.search(r"hidden  31415, after ([\d,]+) tokens", out)[1].replace(",", ""))
+    assert place <= hidden <= place + 700
+    assert "answer  31415\nfound in" in out
+
+
+@pytest.mark.parametrize("key", ["123", "1234567", "12a45", "01234", "１２３４５"])
+def test_demo_hides_numbers_only(command, text_file, key):
+    code, _, err = command("demo", "--file", text_file, "--passkey", key)
+    assert code == 1
+    assert "--passkey must be a number of 5 digits" in err
+
+
+def test_demo_stops_after_so_many_tokens(command, text_file):
+    code, out, _ = command("demo", "--file", text_file, "--tokens", "30")
+    assert code == 0
+    needle = 30  # at most
+    assert (
+        30 <= count_of(out) <= 30 + needle + 2 * 12
+    )  # a whole chunk, and what is known of the next
+
+
+def test_demo_of_a_shorter_text_reads_all_of_it(command, text_file):
+    arguments = ("--tokens", "1000", "--passkey", "12345", "--depth", "0.9")
+    code, out, _ = command("demo", "--file", text_file, *arguments)
+    assert code == 0
+    read = TEXT + NEEDLE.format(key=12345)  # at its end, since its place is beyond
+    assert count_of(out) == len(real.tokenizer("smollm2")(read)["input_ids"])
+    assert "tokens (where the text ended)" in out
+
+
+def test_demo_hides_inside_a_text_that_is_shorter_than_asked_for(command, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 40, encoding="utf-8")
+    total = len(real.tokenizer("smollm2")(TEXT * 40)["input_ids"])
+    code, out, _ = command("demo", "--file", str(path), "--passkey", "12345", "--depth", "0.5")
+    assert code == 0
+    hidden = int(re.search(r"hidden  12345, after ([\d,]+) tokens\n", out)[1].replace(",", ""))
+    assert 0.5 * total <= hidden <= 0.5 * total + 700
