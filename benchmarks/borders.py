@@ -9,7 +9,6 @@ parts, "sentence cut" those where it parts the digits from the words before.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from cometlm.data.passkey import MEASURING, PasskeySample, PasskeyTask
 from cometlm.data.texts import text_files
 from cometlm.eval.passkey import HAY, said
 from cometlm.session import Session
+from common import argument_parser
 
 KINDS = ("inside", "sentence cut", "cut")
 CHUNKS = 3
@@ -48,7 +48,7 @@ def samples(tokenizer: Any, size: int, keys: int) -> Iterator[tuple[str, Passkey
 
 def main() -> None:
     """Ask for each key, with each overlap, and count."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--keys", type=int, default=24, help="of each kind")
     parser.add_argument("--overlaps", type=int, nargs="+", default=[0, 8])

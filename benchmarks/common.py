@@ -1,7 +1,8 @@
-"""What the benchmarks share: the machine's description, timing in turn, and the JSON file."""
+"""What the benchmarks share: arguments, the machine, timing in turn, and the JSON file."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,6 +17,12 @@ import torch
 from cometlm.data.texts import text_files
 
 OUT = Path("out")
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help keeps the description's lines, commands among them."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter)
 
 
 def machine() -> dict[str, Any]:

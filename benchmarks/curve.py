@@ -8,14 +8,13 @@ Dotted lines are where a stage of the recipe ends; the loss there jumps since th
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from cometlm.train.trainer import STATE, last_checkpoint
-from common import OUT
+from common import OUT, argument_parser
 
 PLAIN = {"loss": "loss", "mean_token_accuracy": "right answer tokens"}
 SHOWN = {  # of runs that ask on the way
@@ -72,7 +71,7 @@ def picture(run: Path, path: Path) -> None:
 
 def main() -> None:
     """Draw one run."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

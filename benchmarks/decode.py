@@ -10,7 +10,6 @@ time. Then batch 8 against batch 1; the size of a session file; and the process'
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import cometlm
 from cometlm.device import peak_memory, readable_bytes, reset_peak_memory
-from common import machine, program_text, write
+from common import argument_parser, machine, program_text, write
 
 _PLAIN_CACHE = 2048
 _BLOCK = 64
@@ -152,7 +151,7 @@ def while_writing(model: cometlm.CometForCausalLM, ids: Tensor, total: int) -> d
 
 def main() -> None:
     """Measure and print; exit 1 if a figure does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--only", nargs="+", default=["step", "batch", "session_file", "writing"])
     args = parser.parse_args()

@@ -8,14 +8,13 @@ from after loading. Writes out/memory.json and the picture out/memory.png.
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import sys
 import time
 
 import cometlm
 from cometlm.device import peak_memory, readable_bytes, reset_peak_memory
-from common import OUT, machine, program_text, write
+from common import OUT, argument_parser, machine, program_text, write
 
 
 def measure(total: int) -> list[tuple[int, int, int, float]]:
@@ -55,7 +54,7 @@ def picture(curve: list[tuple[int, int, int, float]]) -> None:
 
 def main() -> None:
     """Measure, print and draw; exit 1 if the peak grew by more than 2%."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=300_000)
     total = parser.parse_args().tokens
     curve = measure(total)

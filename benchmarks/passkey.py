@@ -26,7 +26,7 @@ from cometlm.device import peak_memory, readable_bytes
 from cometlm.eval.passkey import DECILES, VARIANTS, PasskeyTest, Trial, interval
 from cometlm.files import write_whole
 from cometlm.fingerprint import fingerprint
-from common import OUT, machine
+from common import OUT, argument_parser, machine
 
 
 def begun(path: Path, model: str, sizes: dict[str, Any]) -> list[Trial]:
@@ -136,9 +136,7 @@ def write(path: Path, trials: list[Trial], about: dict[str, Any]) -> None:
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--lengths", type=int, nargs="*", default=[4000, 8000, 32000, 128000])
     parser.add_argument("--texts", type=int, default=4, help="of each length")

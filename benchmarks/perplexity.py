@@ -10,7 +10,6 @@ out/perplexity.json.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 import cometlm
 from cometlm.data.texts import text_files
 from cometlm.loading import load_backbone
-from common import machine, write
+from common import argument_parser, machine, write
 
 SKIPPED = 2048
 BATCH = 8
@@ -61,7 +60,7 @@ def say(line: str) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=32768)
     args = parser.parse_args()

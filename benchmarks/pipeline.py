@@ -12,7 +12,6 @@ Writes out/pipeline.json or out/pipeline-paper.json.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from cometlm.parallel.p2p import Neighbour, receive, send
 from cometlm.parallel.pipeline import TIMEOUT, Pipeline, Wave, sum_gradients
 from cometlm.parallel.simulate import Costs, Job, Link, simulate
 from cometlm.train.lora import set_trainable
-from common import machine, ratio, write
+from common import argument_parser, machine, ratio, write
 
 SIZES = {"chunk_size": 256, "readout_tokens": 16, "stride": 8, "capacity": 64}
 LABELLED = 16  # tokens of each chunk: an answer's worth, so that the head is little and even
@@ -229,7 +228,7 @@ def paper() -> dict[str, Any]:
 
 def main() -> None:
     """Measure or simulate, print and keep."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)

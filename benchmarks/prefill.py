@@ -12,7 +12,6 @@ out/prefill.json and out/prefill.png.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from cometlm.counting import chunk_cost
 from cometlm.device import default_device, default_dtype
 from cometlm.grid import Cell, Grid, LayerState
 from cometlm.layout import ChunkLayout, plan, take
-from common import OUT, machine, ratio, timed_in_turn, write
+from common import OUT, argument_parser, machine, ratio, timed_in_turn, write
 
 SHAPES = {
     "Qwen3-0.6B": {
@@ -51,7 +50,7 @@ SHAPES = {
 
 def main() -> None:
     """Measure, print and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--dtype", help="default: what the machine is fast at")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)

@@ -8,7 +8,6 @@ second. Numbers, hay and wordings are none of the training. A memory that mixes 
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import Counter
 
@@ -18,11 +17,12 @@ from cometlm.data.passkey import MEASURING, PasskeyTask
 from cometlm.data.texts import text_files
 from cometlm.eval.passkey import HAY, interval, said
 from cometlm.session import Session
+from common import argument_parser
 
 
 def main() -> None:
     """Ask after each pair of texts, and count."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=2000, help="of each of the two texts")

@@ -10,7 +10,6 @@ memory, recomputed. Bucketing gains where the padded call is faster than the fir
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
@@ -21,7 +20,7 @@ import torch
 
 import cometlm
 from cometlm.train.lora import set_trainable
-from common import machine, write
+from common import argument_parser, machine, write
 
 CHUNK, BUCKET = 256, 64
 
@@ -71,7 +70,7 @@ def compare(
 
 def main() -> None:
     """Compare, print and keep."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--lengths", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

@@ -27,7 +27,7 @@ import cometlm
 from cometlm.device import peak_memory, readable_bytes, reset_peak_memory
 from cometlm.files import write_whole
 from cometlm.train.lora import lora_config, set_trainable
-from common import OUT, machine
+from common import OUT, argument_parser, machine
 
 SIZES = {"chunk_size": 256, "readout_tokens": 32, "stride": 8, "capacity": 64}
 EVERY = 64
@@ -279,7 +279,7 @@ def picture(table: Table, path: Path) -> None:
 
 def main() -> None:
     """Measure what is missing, print and draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     lengths = [2**n for n in range(11, 18)]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
     parser.add_argument("--ways", nargs="+", default=WAYS[:3], choices=WAYS)
