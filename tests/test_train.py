@@ -43,6 +43,10 @@ def test_a_run_trains_what_its_mode_says_and_saves_it(settings, start, tmp_path,
     assert moved & comet
     assert (moved <= comet) == (mode == "memory" or mode == "lora")
     assert any(".lora_" in name for name, _ in trained.named_parameters()) == (mode == "lora")
+    card = (Path(config.output) / "README.md").read_text()
+    assert "# A CoMeT memory for" in card  # not trl's, of a whole model
+    assert ("a LoRA adapter" in card) == (mode == "lora")
+    assert ("and its backbone" in card) == (mode == "full")
 
 
 def test_lora_settings_are_not_for_a_model_with_adapters(settings, start, tmp_path):

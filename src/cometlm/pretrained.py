@@ -85,7 +85,7 @@ def save_model(
         shutil.rmtree(folder / LORA)
     card = folder / "README.md"
     if not card.exists():
-        card.write_text(model_card(model), encoding="utf-8")
+        card.write_text(model_card(model, with_backbone=backbone), encoding="utf-8")
     write_whole(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
 
 
@@ -281,7 +281,7 @@ def load_memory(model: CometForCausalLM, weights: Mapping[str, Tensor], name: st
             parameter.copy_(given[key])
 
 
-def model_card(model: CometForCausalLM) -> str:
+def model_card(model: CometForCausalLM, *, with_backbone: bool = False) -> str:
     """A README that says what the checkpoint is and how to use it."""
     sizes = model.config.comet_config
     backbone = model.config.backbone or "(not named)"
@@ -290,6 +290,8 @@ def model_card(model: CometForCausalLM) -> str:
     head = ["---", "library_name: cometlm", "pipeline_tag: text-generation"]
     head += [f"base_model: {backbone}"] if hub_id else []
     head += ["tags:", "- cometlm", "- long-context", "- memory", "---"]
+    holds = f"{added:,} memory weights" + (", a LoRA adapter" if has_adapter(model) else "")
+    holds += " and its backbone" if with_backbone else ", and no backbone: that is loaded by name"
     table = "\n".join(f"| `{field}` | {value} |" for field, value in sizes.to_dict().items())
     return (
         "\n".join(head)
@@ -297,9 +299,9 @@ def model_card(model: CometForCausalLM) -> str:
 
 # A CoMeT memory for {backbone}
 
-This checkpoint holds {added:,} memory weights, and no backbone: it is loaded by name. With it,
-the model reads text of any length in constant memory: {sizes.global_slots:,} slots of global and
-{sizes.temporary_slots:,} of temporary memory per layer, whatever was read.
+This checkpoint holds {holds}.
+With it, the model reads text of any length in constant memory: {sizes.global_slots:,} slots of
+global and {sizes.temporary_slots:,} of temporary memory per layer, whatever was read.
 
 ```python
 import cometlm

@@ -296,6 +296,9 @@ class CometTrainer(SFTTrainer):
     def _is_saved(self, name: str) -> bool:
         return self._whole or ".comet." in name or ".lora_" in name
 
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """None of trl's, which shows how to load a whole model: the memory comes with its own."""
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
