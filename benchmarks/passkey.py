@@ -11,6 +11,8 @@ Several processes share the work by `--deciles` or `--only`, each with a `--name
     python benchmarks/passkey.py --lengths 1000000 --only 1 --deciles 0 --name bible
     python benchmarks/passkey.py --lengths 1000000 --only 2 --deciles 0 --name python
     python benchmarks/passkey.py --lengths --join bible python
+
+What is reported has seed 0. Choose between memories by other seeds.
 """
 
 from __future__ import annotations
@@ -29,34 +31,36 @@ from cometlm.fingerprint import fingerprint
 from common import OUT, argument_parser, machine
 
 
-def begun(path: Path, model: str, sizes: dict[str, Any]) -> list[Trial]:
-    """Trials of an earlier call with the same weights, read in the same way.
+def begun(path: Path, model: str, sizes: dict[str, Any], seed: int) -> list[Trial]:
+    """Trials of an earlier call with the same weights and keys, read in the same way.
 
     Raises:
-        ValueError: the file is of other weights or sizes.
+        ValueError: the file is of other weights, sizes or keys.
     """
     if not path.exists():
         return []
     kept = json.loads(path.read_text())
-    if (kept["model"], kept["sizes"]) != (model, sizes):
+    if (kept["model"], kept["sizes"], kept.get("seed", 0)) != (model, sizes, seed):
         raise ValueError(
-            f"{path} was measured with other weights or sizes; move it away, or use --name"
+            f"{path} was measured with other weights, sizes or seed; move it away, or use --name"
         )
     return [Trial(**trial) for trial in kept["trials"]]
 
 
-def joined(trials: list[Trial], names: list[str], model: str, sizes: dict[str, Any]) -> list[Trial]:
+def joined(
+    trials: list[Trial], names: list[str], model: str, sizes: dict[str, Any], seed: int
+) -> list[Trial]:
     """These trials and those of other files, in order of length, text and depth.
 
     Raises:
-        ValueError: a file is missing, or of other weights or sizes.
+        ValueError: a file is missing, or of other weights, sizes or keys.
     """
     found = {trial.cell: trial for trial in trials}
     for name in names:
         path = OUT / f"{name}.json"
         if not path.exists():
             raise ValueError(f"there is no {path} to join")
-        found |= {trial.cell: trial for trial in begun(path, model, sizes)}
+        found |= {trial.cell: trial for trial in begun(path, model, sizes, seed)}
     return [found[cell] for cell in sorted(found)]
 
 
@@ -146,6 +150,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-size", type=int, help="default: what the memory came with")
     parser.add_argument("--capacity", type=int, help="default: what the memory came with")
     parser.add_argument("--name", default="passkey", help="of the files in out/")
+    parser.add_argument("--seed", type=int, default=0, help="of keys, places and wordings")
     args = parser.parse_args()
     if args.only and not 0 <= min(args.only) <= max(args.only) < args.texts:
         parser.error(f"--only must be of texts 0 … {args.texts - 1}, got {args.only}")
@@ -164,14 +169,15 @@ def main() -> None:
     read_with = model.config.comet_config.to_dict()
     files = [path, *(OUT / f"{name}.json" for name in args.join)]
     begun_on = next((json.loads(f.read_text())["machine"] for f in files if f.exists()), machine())
-    about = {"name": args.model, "model": weights, "sizes": read_with, "machine": begun_on}
-    trials = begun(path, weights, read_with)
+    measured = {"model": weights, "sizes": read_with, "seed": args.seed}
+    about = {"name": args.model, **measured, "machine": begun_on}
+    trials = begun(path, **measured)
     if args.join:
-        trials = joined(trials, args.join, weights, read_with)
+        trials = joined(trials, args.join, **measured)
         write(path, trials, about)
         picture(trials, path.with_suffix(".png"))
     for length in args.lengths:
-        test = PasskeyTest(length, args.texts, args.deciles)
+        test = PasskeyTest(length, args.texts, args.deciles, seed=args.seed)
         others = {cell for cell in test.cells() if args.only and cell[1] not in args.only}
         done = frozenset({trial.cell for trial in trials} | others)
         for trial in test.run(model, tokenizer, skip=done):
