@@ -195,3 +195,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
