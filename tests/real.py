@@ -41,6 +41,14 @@ def model(name: str, **sizes: Any) -> cometlm.CometForCausalLM:
     return loaded
 
 
+def save_backbone(folder: Path, name: str = "smollm2") -> Path:
+    """A tiny backbone and a tokenizer, as a plain transformers directory."""
+    own = tokenizer(name)
+    tiny_backbone("llama", vocab_size=len(own)).save_pretrained(folder)
+    own.save_pretrained(folder)
+    return folder
+
+
 def _like_gemma() -> Any:
     """Byte-pair merges over the text as a whole, not word by word; trained on our own sources."""
     corpus = [path.read_text() for path in sorted(Path(cometlm.__file__).parent.glob("*.py"))]

@@ -32,11 +32,7 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """A tiny backbone and a tokenizer in a directory."""
-    where = tmp_path / "tiny"
-    tokenizer = real.tokenizer("smollm2")
-    tiny_backbone("llama", vocab_size=len(tokenizer)).save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return str(where)
+    return str(real.save_backbone(tmp_path / "tiny"))
 
 
 @pytest.fixture
@@ -76,9 +72,7 @@ def convert(monkeypatch):
 
     def write(gguf, target):
         calls.append(gguf.read_bytes())
-        tokenizer = real.tokenizer("smollm2")
-        tiny_backbone("llama", vocab_size=len(tokenizer)).save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        real.save_backbone(target)
 
     monkeypatch.setattr(loading, "_convert", write)
     return calls

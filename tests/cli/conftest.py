@@ -8,7 +8,6 @@ import pytest
 from cometlm.cli import console, main
 from tests import real
 from tests.cli.said import TEXT
-from tests.tiny import tiny_backbone
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +70,4 @@ def text_file(tmp_path):
 @pytest.fixture
 def on_disk(tmp_path):
     """A tiny backbone in a directory, to be loaded by the real `load`."""
-    folder = tmp_path / "tiny-model"
-    tokenizer = real.tokenizer("smollm2")
-    tiny_backbone("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return real.save_backbone(tmp_path / "tiny-model")
