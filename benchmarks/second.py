@@ -13,8 +13,9 @@ from collections import Counter
 
 import cometlm
 from cometlm.data.hay import FileHay
-from cometlm.data.passkey import MEASURING, PasskeyTask
+from cometlm.data.passkey import PasskeyTask
 from cometlm.data.texts import text_files
+from cometlm.data.wordings import MEASURING
 from cometlm.eval.passkey import HAY, interval, said
 from cometlm.session import Session
 from common import argument_parser

@@ -1,5 +1,6 @@
 """Generated batches: made from their number alone, stage after stage."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -106,11 +107,31 @@ def test_impossible_stages(changes, said):
         ({"keep": 1.0}, "gates.keep must be between 0 and 1, got 1.0"),
         ({"sharpness": 0.0}, "gates.sharpness must be more than 0, got 0.0"),
         ({"first_layer": -1}, "gates.first_layer must be at least 0, got -1"),
+        ({"keys": 0}, "gates.keys must be at least 1, got 0"),
+        ({"fresh": 1.5}, "gates.fresh must be between 0 and 1, got 1.5"),
     ],
 )
 def test_impossible_gates(changes, said):
     with pytest.raises(ValueError, match=said):
         Gates(**changes)
+
+
+def test_each_part_of_a_text_that_gates_are_fitted_to_says_a_key(generated, words):
+    stage = replace(STAGE, gates=Gates(texts=8, tokens=300, keys=3))
+    texts = list(GeneratedBatches(generated(stage), words, 0).hidden_keys(0))
+    assert [ids.shape for ids, _ in texts] == [(4, 300)] * 2
+    for ids, said in texts:
+        for row, places in zip(ids, said, strict=True):
+            assert [place.stop <= 100 * (i + 1) for i, place in enumerate(places)] == [True] * 3
+            assert [place.start >= 100 * i for i, place in enumerate(places)] == [True] * 3
+            for place in places:
+                assert re.search(r"\d{5}", words.decode(row[place.start : place.stop]))
+
+
+def test_parts_too_short_for_a_key(generated, words):
+    stage = replace(STAGE, gates=Gates(tokens=100, keys=20))
+    with pytest.raises(ValueError, match=r"stages\.0\.gates, for each of keys: tokens must be at"):
+        GeneratedBatches(generated(stage), words, 0).check()
 
 
 @pytest.mark.parametrize("shares", [{}, {"texts": -1.0, "code": 2.0}])

@@ -17,7 +17,8 @@ from cometlm.data.hay import (
     WordHay,
     encode,
 )
-from cometlm.data.passkey import MEASURING, TRAINING, PasskeyTask
+from cometlm.data.passkey import PasskeyTask
+from cometlm.data.wordings import MEASURING, TRAINING
 from tests.real import tokenizer
 
 PROSE = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters.\n"

@@ -152,6 +152,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.counting", "cometlm.layout", "cometlm.memory", "cometlm.model_config"],
     ["cometlm.chunking", "cometlm.data"],
     ["cometlm.data.hay", "cometlm.data.records", "cometlm.data.texts"],
+    ["cometlm.data.wordings"],
     ["cometlm.data.passkey"],
     ["cometlm.attention", "cometlm.batch"],
     ["cometlm.backbone"],

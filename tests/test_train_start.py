@@ -35,7 +35,7 @@ def kept(model, ids, monkeypatch, read=None):
 def texts_with_keys(rows=3, tokens=36):
     """Texts of three chunks; a key's place in the second chunk of the first two rows only."""
     ids = torch.stack([random_ids(tokens, seed=b) for b in range(rows)])
-    return ids, [range(14, 20), range(13, 18), range(2, 7)]
+    return ids, [[range(14, 20)], [range(13, 18)], [range(2, 7)]]
 
 
 def test_gates_let_go_where_a_key_is_said(monkeypatch):
@@ -59,12 +59,12 @@ def test_gates_of_memories_that_have_read_before(monkeypatch):
     """They are fitted at the states of those memories, and at the first chunk of a text too."""
     model = tiny_comet("llama").eval()
     ids, said = texts_with_keys()
-    said = [range(2, 8), *said[1:]]
+    said = [[range(2, 8)], *said[1:]]
     history = torch.stack([random_ids(5 * 12, seed=50 + b) for b in range(3)])
     with torch.no_grad():
         read = model(history[:, : 4 * 12], use_cache=True, more_text=True).past_key_values
     gates = Gates(keep=0.9, keep_at_key=0.2, history=60)
-    fit_gates(model, [(ids, said)], gates, [(history, [range(0)] * 3)])
+    fit_gates(model, [(ids, said)], gates, [(history, [[]] * 3)])
     seen = kept(model, ids, monkeypatch, read)
     assert seen.shape[1] == 3
     for layer in seen:
@@ -120,10 +120,31 @@ def test_histories_are_fitted_to_as_well():
     """Their chunks are samples like any other: here none of the texts' own counts."""
     model = tiny_comet("llama").eval()
     ids = torch.stack([random_ids(60, seed=b) for b in range(3)])
-    parts = [(ids[:, :36], [range(36)] * 3)]  # of a key too long for one chunk
+    parts = [(ids[:, :36], [[range(36)]] * 3)]  # of a key too long for one chunk
     with pytest.raises(ValueError, match=r"got 0 with and 27 without"):
-        fit_gates(model, parts, Gates(history=60), [(ids, [range(0)] * 3)])
-    fit_gates(model, parts, Gates(history=60), [(ids, [range(14, 20)] * 3)])
+        fit_gates(model, parts, Gates(history=60), [(ids, [[]] * 3)])
+    fit_gates(model, parts, Gates(history=60), [(ids, [[range(14, 20)]] * 3)])
+
+
+def test_some_texts_may_be_read_by_new_memories():
+    """Behind a history a text's first chunk is a sample too; that of a new memory has no state."""
+    model = tiny_comet("llama").eval()
+    ids = torch.stack([random_ids(60, seed=b) for b in range(3)])
+    hay = [(ids[:, :36], [[]] * 3)] * 4
+    for fresh, samples in ((0.0, 27 + 4 * 27), (1.0, 27 + 4 * 18)):
+        with pytest.raises(ValueError, match=f"got 0 with and {samples} without"):
+            fit_gates(model, hay, Gates(history=60, fresh=fresh), [(ids, [[]] * 3)])
+
+
+def test_a_text_may_say_several_keys():
+    model = tiny_comet("llama").eval()
+    ids, _ = texts_with_keys()
+    said = [[range(1, 5), range(13, 17), range(25, 29)]] * 3
+    with pytest.raises(ValueError, match="got 18 with and 0 without"):
+        fit_gates(model, [(ids, said)], Gates())
+    said = [[range(13, 17), range(20, 30)]] * 3  # the second chunk has one key and part of another
+    with pytest.raises(ValueError, match="got 9 with and 0 without"):
+        fit_gates(model, [(ids, said)], Gates())
 
 
 def test_gates_of_lower_layers_can_be_left():
@@ -147,7 +168,7 @@ def test_gates_without_anything_to_fit_to():
     model = tiny_comet("llama").eval()
     ids, said = texts_with_keys()
     with pytest.raises(ValueError, match=r"with a key and chunks without, .* got 0 with and 18"):
-        fit_gates(model, [(ids, [range(0)] * 3)], Gates())
+        fit_gates(model, [(ids, [[]] * 3)], Gates())
     fit_gates(tiny_comet("llama", gate=False).eval(), [(ids, said)], Gates())
 
 

@@ -8,7 +8,8 @@ import pytest
 import cometlm
 from cometlm import Session
 from cometlm.data.hay import FillerHay
-from cometlm.data.passkey import MEASURING, PasskeyTask
+from cometlm.data.passkey import PasskeyTask
+from cometlm.data.wordings import MEASURING
 from cometlm.eval.passkey import said
 from cometlm.loading import BUILT_IN
 

@@ -1,17 +1,17 @@
 """Passkey samples: a key somewhere in a long text, and a question about it at the end.
 
 A sample is what a session does: the text is read as it is, then asked in the tokenizer's chat
-template. It may hide several keys under names and ask for one. Wordings to train with and wordings
-to measure with are kept apart, so that a measurement never repeats a sentence of the training.
+template. It may hide several keys under names and ask for one. How is said in `data.wordings`.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from cometlm.data.hay import Hay, encode
+from cometlm.data.wordings import TRAINING, Wording
 from cometlm.turns import render_turn
 
 # fmt: off
@@ -25,109 +25,7 @@ _THINGS = (
     "the greenhouse", "the server", "the old cabin", "the ferry", "the laboratory", "the museum",
     "the garage", "the attic", "the school",
 )
-_WHATS = (
-    "pass key", "access code", "secret number", "passcode", "account number", "serial number",
-    "ticket number", "telephone extension", "locker number", "registration number",
-)
 # fmt: on
-
-
-@dataclass(frozen=True)
-class Wording:
-    """How keys are hidden and asked for.
-
-    Attributes:
-        hidden: sentences with {key}, maybe {what}, and {owner} where a key belongs to somebody.
-        asked: questions, likewise; one without {what} asks for the number.
-        answered: answers with {key}.
-        whats: what a key may be called; a sentence and its question agree on it.
-    """
-
-    hidden: tuple[str, ...]
-    asked: tuple[str, ...]
-    answered: tuple[str, ...] = ("{key}",)
-    whats: tuple[str, ...] = ("number",)
-
-    def first(self, count: int | None, owned: bool = False) -> Wording:
-        """The first so many sentences, questions and names, or all.
-
-        Args:
-            owned: take as many with an owner too, which several keys in one text need.
-        """
-        if count is None:
-            return self
-
-        def few(sentences: tuple[str, ...]) -> tuple[str, ...]:
-            kinds: tuple[list[str], list[str]] = ([], [])
-            for sentence in sentences:
-                kinds["{owner}" in sentence].append(sentence)
-            return (*kinds[0][:count], *(kinds[1][:count] if owned else ()))
-
-        hidden, asked = few(self.hidden), few(self.asked)
-        return replace(self, hidden=hidden, asked=asked, whats=self.whats[:count])
-
-
-TRAINING = Wording(
-    hidden=(
-        "The {what} is {key}. Remember it. {key} is the {what}.",
-        "Remember this: the {what} is {key}.",
-        "There is an important number in this text. It is {key}. Keep it in mind.",
-        "Note: the {what} is {key}.",
-        "Here is the {what} that matters: {key}.",
-        "Do not forget that {key} is the {what}.",
-        "{key} is the {what}. You will be asked for it.",
-        "The {what} of {owner} is {key}. Remember it.",
-        "Please keep in mind that the {what} of {owner} is {key}.",
-        "The number that belongs to {owner} is {key}.",
-        "{owner}: {what} {key}. Do not forget it.",
-        "As for {owner}, the {what} is {key}.",
-        "Write this down: {key}.",
-        "Do not tell anyone, but the {what} is {key}.",
-        "She whispered it twice so that nobody would forget: {key}.",
-        "Whoever asks for the {what} should be told {key}.",
-        "The {what}, as everybody here knows, is {key}; nothing else will do.",
-        "Use {key} to get in.",
-        "{key} - that is the {what}, in case it is needed.",
-        "The only figure of any importance here is {key}.",
-        "If they want the {what}, say {key}.",
-        "You can reach {owner} under {key}.",
-        "They gave {owner} the {what} {key}.",
-    ),
-    asked=(
-        "What is the {what}?",
-        "Which {what} was mentioned in the text?",
-        "What is the {what}? Answer with the number only.",
-        "What was the number that I should remember?",
-        "Which number did the text ask you to remember?",
-        "Please repeat the {what}.",
-        "What is the {what} of {owner}?",
-        "Which number belongs to {owner}?",
-        "What is the {what} of {owner}? Answer with the number only.",
-        "Please repeat the number of {owner}.",
-        "What was the {what} again?",
-        "I forgot the {what}. What was it?",
-        "Can you tell me the {what}?",
-        "Give me the number from the text.",
-        "Which digits were you told to keep?",
-        "What did the text say about {owner}?",
-        "Can you tell me the number of {owner}?",
-    ),
-    whats=_WHATS,
-)
-MEASURING = Wording(
-    hidden=(
-        "By the way, the magic number you will need later is {key}.",
-        "Somebody wrote the PIN on the wall: {key}.",
-        "Important: {key} is the code that opens the door.",
-        "The combination for {owner} happens to be {key}.",
-    ),
-    asked=(
-        "What is the number you will need later?",
-        "Tell me the code that was hidden in the text.",
-        "What was the secret code?",
-        "What is the combination for {owner}?",
-    ),
-)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ a key is hidden ten times, once per decile of depth, with a wording of its own. 
 a key is read only once, and the session forked there. Each trial is also asked with one half of the
 memory taken away right before the question, which shows which half carries the answer.
 
-Keys, hay (`data.texts`) and wording (`data.passkey.MEASURING`) are none that were trained with.
+Keys, hay (`data.texts`) and wording (`data.wordings.MEASURING`) are none that were trained with.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cometlm.data.hay import FileHay, Hay
-from cometlm.data.passkey import MEASURING, PasskeySample, PasskeyTask
+from cometlm.data.passkey import PasskeySample, PasskeyTask
 from cometlm.data.texts import text_files
+from cometlm.data.wordings import MEASURING
 from cometlm.session import Session
 
 HAY = ("austen-test", "bible", "python")  # taken in turn

@@ -27,8 +27,9 @@ from cometlm.data.hay import (
     WordHay,
     encode,
 )
-from cometlm.data.passkey import TRAINING, PasskeyTask
+from cometlm.data.passkey import PasskeyTask
 from cometlm.data.texts import text_files
+from cometlm.data.wordings import TRAINING
 from cometlm.train.histories import CHUNKS_BETWEEN
 from cometlm.train.stages import ChunkSettings, Gates, Generated, HayShares, Stage
 
@@ -36,7 +37,7 @@ _TEXTS_AT_ONCE = 4
 _DRAWS = 8  # of each stage, to see that its shortest samples have room for their words
 _LEARNED = 0.25  # share of a text that is learned beside the answers about it
 AGAIN = "\n\nOnce more, word for word:\n\n"
-Said = tuple[Tensor, Sequence[range]]  # texts [B, N], and where each says its key
+Said = tuple[Tensor, Sequence[Sequence[range]]]  # texts [B, N], and where each says its keys
 
 
 class GeneratedBatches:
@@ -110,6 +111,13 @@ class GeneratedBatches:
             except ValueError as error:
                 raise ValueError(f"generated.stages.{i}: {error}") from error
             gates = stage.gates or Gates()
+            try:
+                if stage.gates:
+                    _drawn(self._task_of(stage), chance, gates.tokens // gates.keys, keys=1)
+            except ValueError as error:
+                raise ValueError(
+                    f"generated.stages.{i}.gates, for each of keys: {error}"
+                ) from error
             own = self._sizes.chunk_size
             for name, tokens, size in (
                 ("history", stage.history, own),
@@ -150,7 +158,7 @@ class GeneratedBatches:
         chance = random.Random(f"{self._seed}/gates/{step}")
         task = self._task_of(stage)
         for _ in range(gates.texts // _TEXTS_AT_ONCE):
-            yield _drawn(task, chance, gates.tokens)
+            yield _drawn(task, chance, gates.tokens, gates.keys)
 
     def histories(self, step: int, tokens: int) -> Iterator[Said]:
         """Texts that memories are to have read before a step: hay, and hay with a key somewhere."""
@@ -159,8 +167,8 @@ class GeneratedBatches:
         chance = random.Random(f"{self._seed}/histories/{step}")
         task = self._task_of(self.stage(step))
         hay = [task.hay.draw(chance, tokens) for _ in range(_TEXTS_AT_ONCE)]
-        yield torch.tensor(hay), [range(0)] * _TEXTS_AT_ONCE
-        yield _drawn(task, chance, tokens)
+        yield torch.tensor(hay), [[]] * _TEXTS_AT_ONCE
+        yield _drawn(task, chance, tokens, keys=1)
 
     def _task_of(self, stage: Stage) -> PasskeyTask:
         return replace(
@@ -240,12 +248,22 @@ class GeneratedBatches:
         return head + text[:half], [-100] * len(head) + text[:half]
 
 
-def _drawn(task: PasskeyTask, chance: random.Random, tokens: int) -> Said:
-    """Some texts with a key in each."""
-    samples = [
-        task.draw(chance, tokens, depth=chance.random(), asked=False) for _ in range(_TEXTS_AT_ONCE)
-    ]
-    return torch.tensor([one.text for one in samples]), [one.said for one in samples]
+def _drawn(task: PasskeyTask, chance: random.Random, tokens: int, keys: int) -> Said:
+    """Some texts with a key in each of their parts."""
+    parts = [tokens // keys] * (keys - 1)
+    parts.append(tokens - sum(parts))
+    texts: list[list[int]] = []
+    places: list[list[range]] = []
+    for _ in range(_TEXTS_AT_ONCE):
+        text: list[int] = []
+        said: list[range] = []
+        for length in parts:
+            one = task.draw(chance, length, depth=chance.random(), asked=False)
+            said.append(range(len(text) + one.said.start, len(text) + one.said.stop))
+            text += one.text
+        texts.append(text)
+        places.append(said)
+    return torch.tensor(texts), places
 
 
 def _drawn_length(chance: random.Random, stage: Stage) -> int:

@@ -60,9 +60,11 @@ class Gates:
         chunk_size: of the texts that they are fitted to; the model's own if None.
         texts: how many; four are read at once.
         tokens: of each.
+        keys: in each text, one in each of as many parts of it.
         history: tokens that memories have read before these texts, at most. A state that has read
             for long is another thing than one of a few chunks, and gates fitted to those alone
             leak and jam at it. Hay, and hay with a key, in four rows each.
+        fresh: share of the texts that new memories read where others have a history.
         first_layer: layers below keep the gates that they have.
     """
 
@@ -73,17 +75,21 @@ class Gates:
     chunk_size: int | None = None
     texts: int = 144
     tokens: int = 768
+    keys: int = 1
     history: int = 0
+    fresh: float = 0.0
     first_layer: int = 0
 
     def __post_init__(self) -> None:
         if self.texts < 4:
             raise ValueError(f"stages.gates.texts must be at least 4, got {self.texts}")
-        for name in ("history", "first_layer"):
-            if getattr(self, name) < 0:
+        for name, least in (("keys", 1), ("history", 0), ("first_layer", 0)):
+            if getattr(self, name) < least:
                 raise ValueError(
-                    f"stages.gates.{name} must be at least 0, got {getattr(self, name)}"
+                    f"stages.gates.{name} must be at least {least}, got {getattr(self, name)}"
                 )
+        if not 0 <= self.fresh <= 1:
+            raise ValueError(f"stages.gates.fresh must be between 0 and 1, got {self.fresh}")
         if not 0 < self.sharpness < math.inf:
             raise ValueError(f"stages.gates.sharpness must be more than 0, got {self.sharpness}")
         for name in ("keep", "keep_at_key", "key_share"):

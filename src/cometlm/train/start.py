@@ -59,7 +59,8 @@ def fit_gates(
 
     Args:
         histories: with as many rows as texts have, and fitted to as well. The texts are read by
-            memories that stand somewhere in them; by new memories if there are none.
+            memories that stand somewhere in them, but for the share of `gates.fresh`; by new
+            memories if there are none.
 
     Raises:
         ValueError: texts of less than three chunks, or without a key in a chunk that has a past.
@@ -74,7 +75,7 @@ def fit_gates(
     try:
         model.eval()  # dropout would be noise in what is fitted
         with _seen(memories) as seen:
-            holds = _read_all(model, texts, histories)
+            holds = _read_all(model, texts, histories, gates.fresh)
     finally:
         model.train(training)
         model.config.comet = own.to_dict()
@@ -93,7 +94,7 @@ def fit_gates(
 
 
 def _read_all(
-    model: CometForCausalLM, texts: Iterable[Said], histories: Iterable[Said]
+    model: CometForCausalLM, texts: Iterable[Said], histories: Iterable[Said], fresh: float
 ) -> list[Tensor]:
     """Read histories, and texts from somewhere in them; whether chunks held keys, see `_holding`.
 
@@ -110,7 +111,7 @@ def _read_all(
         read = shots[-1].rows[0].tokens if shots else 0
         holds.append(_holding(model, range(size, read, size), said))
     for ids, said in texts:
-        before = chance.choice(memories) if memories else None
+        before = chance.choice(memories) if memories and chance.random() >= fresh else None
         whole = ids.shape[1] // size * size
         model.model(
             ids[:, :whole].to(model.device),
@@ -154,17 +155,23 @@ def _logit(share: float) -> float:
     return math.log(share / (1 - share))
 
 
-def _holding(model: CometForCausalLM, chunks: range, said: Sequence[range]) -> Tensor:
+def _holding(model: CometForCausalLM, chunks: range, said: Sequence[Sequence[range]]) -> Tensor:
     """Whether a key stands in what each sample of `_seen` saw: 1, 0, or -1 for a part of it."""
     sizes = model.config.comet_config
     kinds = []
     for begin in chunks:
-        for place in said:
-            end = begin + sizes.chunk_size
-            inside = len(range(max(begin, place.start), min(end, place.stop)))
-            kind = 0 if not inside else 1 if inside == len(place) else -1
+        chunk = range(begin, begin + sizes.chunk_size)
+        for places in said:
+            found = {_share(place, chunk) for place in places}
+            kind = 1 if "whole" in found else -1 if "part" in found else 0
             kinds += [kind] * sizes.readout_tokens
     return torch.tensor(kinds, dtype=torch.long)
+
+
+def _share(place: range, chunk: range) -> str:
+    """What of a place stands in a chunk: "whole", "part" or "none"."""
+    inside = len(range(max(chunk.start, place.start), min(chunk.stop, place.stop)))
+    return "none" if not inside else "whole" if inside == len(place) else "part"
 
 
 @contextmanager
