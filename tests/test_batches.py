@@ -117,11 +117,12 @@ def test_impossible_gates(changes, said):
 
 
 def test_each_part_of_a_text_that_gates_are_fitted_to_says_a_key(generated, words):
-    stage = replace(STAGE, gates=Gates(texts=8, tokens=300, keys=3))
+    stage = replace(STAGE, keys=(2, 3), gates=Gates(texts=8, tokens=300, keys=3))
     texts = list(GeneratedBatches(generated(stage), words, 0).hidden_keys(0))
     assert [ids.shape for ids, _ in texts] == [(4, 300)] * 2
     for ids, said in texts:
         for row, places in zip(ids, said, strict=True):
+            assert len(set(re.findall(r"\d{5}", words.decode(row)))) == 3  # no others
             assert [place.stop <= 100 * (i + 1) for i, place in enumerate(places)] == [True] * 3
             assert [place.start >= 100 * i for i, place in enumerate(places)] == [True] * 3
             for place in places:

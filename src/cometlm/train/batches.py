@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,22 +104,16 @@ class GeneratedBatches:
         """
         for i, stage in enumerate(self._stages):
             chance = random.Random(f"{self._seed}/check/{i}")
-            try:
+            task = self._task_of(stage)
+            with _naming(f"generated.stages.{i}"):
                 for _ in range(_DRAWS if stage.passkey else 0):
-                    asked = stage.ask == "end"
-                    sample = self._task_of(stage).draw(chance, stage.tokens[0], asked=asked)
+                    sample = task.draw(chance, stage.tokens[0], asked=stage.ask == "end")
                     if stage.told_weight:
                         self._spelled(sample.key)
-            except ValueError as error:
-                raise ValueError(f"generated.stages.{i}: {error}") from error
             gates = stage.gates or Gates()
-            try:
-                if stage.gates:
-                    _drawn(self._task_of(stage), chance, gates.tokens // gates.keys, keys=1)
-            except ValueError as error:
-                raise ValueError(
-                    f"generated.stages.{i}.gates, for each of keys: {error}"
-                ) from error
+            if stage.gates:
+                with _naming(f"generated.stages.{i}.gates, for each of keys"):
+                    _drawn(task, chance, gates.tokens // gates.keys)
             own = self._sizes.chunk_size
             for name, tokens, size in (
                 ("history", stage.history, own),
@@ -168,7 +164,7 @@ class GeneratedBatches:
         task = self._task_of(self.stage(step))
         hay = [task.hay.draw(chance, tokens) for _ in range(_TEXTS_AT_ONCE)]
         yield torch.tensor(hay), [[]] * _TEXTS_AT_ONCE
-        yield _drawn(task, chance, tokens, keys=1)
+        yield _drawn(task, chance, tokens)
 
     def _task_of(self, stage: Stage) -> PasskeyTask:
         return replace(
@@ -248,22 +244,34 @@ class GeneratedBatches:
         return head + text[:half], [-100] * len(head) + text[:half]
 
 
-def _drawn(task: PasskeyTask, chance: random.Random, tokens: int, keys: int) -> Said:
+def _drawn(task: PasskeyTask, chance: random.Random, tokens: int, keys: int = 1) -> Said:
     """Some texts with a key in each of their parts."""
-    parts = [tokens // keys] * (keys - 1)
-    parts.append(tokens - sum(parts))
+    task = replace(task, keys=(1, 1))  # of several, a sample says only where the first one stands
+    borders = [tokens * i // keys for i in range(keys + 1)]
     texts: list[list[int]] = []
     places: list[list[range]] = []
     for _ in range(_TEXTS_AT_ONCE):
-        text: list[int] = []
-        said: list[range] = []
-        for length in parts:
-            one = task.draw(chance, length, depth=chance.random(), asked=False)
-            said.append(range(len(text) + one.said.start, len(text) + one.said.stop))
-            text += one.text
-        texts.append(text)
-        places.append(said)
+        parts = [
+            task.draw(chance, end - begin, depth=chance.random(), asked=False)
+            for begin, end in pairwise(borders)
+        ]
+        texts.append([id_ for part in parts for id_ in part.text])
+        places.append(
+            [
+                range(begin + part.said.start, begin + part.said.stop)
+                for begin, part in zip(borders, parts, strict=False)
+            ]
+        )
     return torch.tensor(texts), places
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Errors say where in the settings they come from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _drawn_length(chance: random.Random, stage: Stage) -> int:
