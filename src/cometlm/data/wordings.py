@@ -1,8 +1,8 @@
 """How keys are hidden in texts and asked for.
 
 Wordings to train with and wordings to measure with are kept apart, so that a measurement never
-repeats a sentence of the training. Those to train with are many: gates that were fitted to twenty
-of them stayed shut at one key in three of other wordings.
+repeats a sentence of the training. Those to train with are many: gates that were fitted to the
+first 23 stayed shut at one key in three of other wordings, mostly where the number comes first.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ TRAINING = Wording(
         "NB: {key}, and nothing else, is the {what}.",
         "(The {what} is {key}.)",
         "SECRET - {what} {key} - DO NOT LOSE",
-        "TODO: somebody is going to ask for {key}, so keep it.",
+        "To do: somebody is going to ask for {key}, so keep it.",
         "Grandmother always said the {what} was {key}.",
         "The voice on the telephone repeated {key} and hung up.",
         "He scribbled {key} on his hand before he left.",
