@@ -109,6 +109,26 @@ def test_lora_beside_the_memory(wrapped):
             assert error(got[name], wanted) < 1e-9, name
 
 
+def test_flipped_gates():
+    """The second run of a chunk flips what the first did."""
+    model = tiny_comet("llama").train()
+    for layer in model.model.comet.layers:
+        layer.global_memory.gate_flips = 0.4
+    ids = batch_of(2, 60)
+    results = []
+    for every in (0, 1, 3):
+        if every:
+            model.activation_checkpointing_enable({"every": every})
+        torch.manual_seed(3)
+        results.append(gradients(model, ids))
+    torch.manual_seed(4)
+    assert error(gradients(model, ids)[0], results[0][0]) > 1e-6
+    for again, got in results[1:]:
+        assert error(again, results[0][0]) < 1e-9
+        for name, wanted in results[0][1].items():
+            assert error(got[name], wanted) < 1e-9, name
+
+
 def test_float32():
     """The issue's bound: 1e-5."""
     check_same(tiny_comet("qwen3").float().train(), batch_of(1, 80), bound=1e-5)

@@ -75,6 +75,15 @@ def test_stages_count_steps_of_the_optimiser(settings, tmp_path):
     assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
 
 
+def test_gates_flip_in_the_stages_that_say_so(settings, tmp_path):
+    quietly(read_config(as_config(settings, tmp_path, output=str(tmp_path / "plain"))))
+    settings["generated"]["stages"][1]["gate_flips"] = 0.5
+    quietly(read_config(as_config(settings, tmp_path)))
+    plain, flipped = losses(tmp_path / "plain"), losses(tmp_path / "out")
+    assert [plain[step] == flipped[step] for step in (1, 2, 3, 4)] == [True] * 4
+    assert any(plain[step] != flipped[step] for step in (5, 6, 7, 8))
+
+
 def test_a_reporter_hears_every_step(settings, tmp_path):
     """The answers' loss beside the whole one, and it goes on where a stopped run went on."""
     reporting = {**settings["trainer"], "report_to": "tensorboard"}

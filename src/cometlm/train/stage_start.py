@@ -18,7 +18,7 @@ from cometlm.train.batches import GeneratedBatches, Said
 from cometlm.train.config import Say, TrainConfig
 from cometlm.train.histories import Histories
 from cometlm.train.stages import Gates
-from cometlm.train.start import fit_gates
+from cometlm.train.start import fit_gates, global_memories
 
 _TOLD_EVERY = 50_000  # tokens; a minute or so on two cores
 FITTED = "gates-{}.safetensors"  # in the output, until the run is done
@@ -49,6 +49,8 @@ class StageStart:
     def __call__(self, step: int) -> None:
         """Do what the step needs."""
         stage = self._batches.stage(step)
+        for memory in global_memories(self._model):
+            memory.gate_flips = stage.gate_flips
         begins = step == 0 or self._batches.stage(step - 1) is not stage
         if stage.gates is not None and begins:
             self._set_gates(step, stage.gates)

@@ -130,6 +130,9 @@ class Stage:
         hay: as in `Generated`, for these steps.
         chunks: as in the run, for these steps; the run's own if None.
         gates: set the gates before the first of these steps.
+        gate_flips: share of the slots whose gate does the opposite, drawn for each chunk, layer and
+            slot. Gates err where words or hay are new; so a key comes to stand in more slots than
+            reading it needs.
         history: tokens that memories have read when these batches begin, at most; 0 for new
             memories. A state that has read for long, and may hold another key, is another thing
             to write to than one of a few chunks. They are read without a gradient, by the weights
@@ -153,6 +156,7 @@ class Stage:
     hay: HayShares | None = None
     chunks: ChunkSettings | None = None
     gates: Gates | None = None
+    gate_flips: float = 0.0
     history: int = 0
 
     def __post_init__(self) -> None:
@@ -185,6 +189,10 @@ class Stage:
         for name in ("before_question", "answer_weight", "told_weight", "history"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stages.{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.gate_flips < 1:
+            raise ValueError(
+                f"stages.gate_flips must be at least 0 and less than 1, got {self.gate_flips}"
+            )
         if self.steps < 1:
             raise ValueError(f"stages.steps must be at least 1, got {self.steps}")
 

@@ -65,10 +65,7 @@ def fit_gates(
     Raises:
         ValueError: texts of less than three chunks, or without a key in a chunk that has a past.
     """
-    layers = [cast("LayerMemoryWeights", one).global_memory for one in model.model.comet.layers]
-    memories = [
-        one for one in layers[gates.first_layer :] if one is not None and one.gate is not None
-    ]
+    memories = [one for one in global_memories(model, gates.first_layer) if one.gate is not None]
     own = model.config.comet_config
     model.config.comet = own.replace(chunk_size=gates.chunk_size or own.chunk_size).to_dict()
     training = model.training
@@ -91,6 +88,13 @@ def fit_gates(
         fitted = _fitted(torch.cat(inputs), where, gates)
         assert memory.gate is not None
         memory.gate.copy_(gates.sharpness * fitted[None])
+
+
+def global_memories(model: CometForCausalLM, first_layer: int = 0) -> list[GlobalMemory]:
+    """The global memory's weights of each layer from `first_layer` on that has one."""
+    layers = [cast("LayerMemoryWeights", one) for one in model.model.comet.layers]
+    found = [one.global_memory for one in layers[first_layer:]]
+    return [one for one in found if one is not None]
 
 
 def _read_all(
