@@ -140,12 +140,57 @@ def test_readout_tokens_are_asked_where_their_part_stands(asked):
     assert error(got.told_loss, (first + second) / 6) < 1e-9
 
 
+def test_readout_tokens_are_asked_something_else_where_their_part_does_not_stand(asked):
+    """Not where a border leaves only its beginning."""
+    ids, _, _ = asked
+    model = tiny_comet("llama").eval()
+    labels, others = (
+        torch.stack([random_ids(3, seed=seed + b) for b in range(2)]) for seed in (20, 30)
+    )
+    others[1, 2] = -100
+    places = {"told_until": torch.tensor([20, 38]), "told_since": torch.tensor([13, 35])}
+    given = {"told_labels": labels, "told_otherwise": others, **places}
+    got = model(ids[:, :48], labels=ids[:, :48], more_text=True, **given)
+    parts = [
+        told_by_hand(model, ids[row, None], said[row, None], 12 * chunk, 12 * chunk + 12)
+        for row, chunk, said in (
+            (0, 0, others), (0, 1, labels), (0, 2, others), (0, 3, others),
+            (1, 0, others), (1, 1, others), (1, 3, labels),
+        )
+    ]  # fmt: skip
+    assert error(got.told_loss, sum(parts) / 19) < 1e-9
+    with pytest.raises(ValueError, match="told_since and told_otherwise need each other, and"):
+        model(ids, labels=ids, told_labels=labels, told_until=labels[:, 0], told_otherwise=others)
+    with pytest.raises(ValueError, match=r"3 readout tokens and 2 rows need .*\(2, 3\), .* \(1, 3"):
+        model(ids, labels=ids, **{**given, "told_otherwise": others[:1]})
+
+
+def test_what_else_is_asked_has_its_place_in_the_calls_own_text(asked):
+    ids, _, _ = asked
+    model = tiny_comet("llama").eval()
+    said = {f"told_{name}": random_ids(6).view(2, 3) for name in ("labels", "otherwise")}
+
+    def told(start, end, past=None):
+        places = {"told_since": torch.tensor([27, 36]), "told_until": torch.tensor([30, 40])}
+        places = {name: place - start for name, place in places.items()}
+        text = ids[:, start:end]
+        common = {"past_key_values": past, "use_cache": True, "more_text": True}
+        out = model(text, labels=text, **common, **said, **places)
+        return out.told_loss, out.past_key_values
+
+    whole, _ = told(0, 48)
+    first, past = told(0, 24)
+    rest, _ = told(24, 48, past)
+    assert error((first + rest) / 2, whole) < 1e-9
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_what_is_told_is_learned_recomputed_too(asked, every):
     ids, _, _ = asked
     model = tiny_comet("llama").train()
     labels = torch.stack([random_ids(3, seed=20 + b) for b in range(2)])
     told = {"told_labels": labels, "told_until": torch.tensor([20, 36])}
+    told |= {"told_since": torch.tensor([15, 30]), "told_otherwise": labels.flip(1)}
     found = []
     for again in (False, True):
         if again:

@@ -1,6 +1,7 @@
 """Generated batches: made from their number alone, stage after stage."""
 
 import re
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -93,6 +94,7 @@ def test_stages_have_their_own_wording_depth_and_hay(generated, words):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"passkey": 0.8, "repeat": 0.3}, "add up to at most 1, got 0.8 and 0.3"),
         ({"depth": (0.5, 1.5)}, r"depth must be \[least, most\] between 0 and 1"),
+        ({"silent_hay": True}, "silent_hay needs a told_weight of more than 0"),
         ({"gate_flips": 1.0}, "gate_flips must be at least 0 and less than 1, got 1.0"),
     ],
 )
@@ -168,6 +170,24 @@ def test_questions_on_the_way(generated, words):
             assert key in words.decode(ids[:since])
             assert key not in words.decode(ids[since:])
             assert words.decode(aside).count(key) == 1
+
+
+def test_chunks_without_the_key_are_to_say_the_end_of_a_text(generated, words):
+    stage = replace(STAGE, passkey=1.0, ask="borders", told_weight=1.0)
+    plain = GeneratedBatches(generated(stage), words, 0)[0]
+    batch = GeneratedBatches(generated(replace(stage, silent_hay=True)), words, 0)[0]
+    assert {name: batch.get(name) for name in plain} == plain
+    assert set(batch) - set(plain) == {"told_since", "told_otherwise"}
+    rows = (batch[n] for n in ("input_ids", "told_since", "told_until", "told_labels"))
+    for ids, since, until, labels in zip(*rows, strict=True):
+        assert words.decode(labels[:5]) in words.decode(ids[since:until])
+        assert words.decode(labels[:5]) not in words.decode(ids[:since])
+    slots = CometConfig().readout_tokens
+    assert batch["told_otherwise"] == [[words.eos_token_id] * slots] * len(batch["input_ids"])
+    words = deepcopy(words)
+    words.eos_token = None
+    with pytest.raises(ValueError, match=r"stages.0: .*silent_hay needs .* an eos_token"):
+        GeneratedBatches(generated(replace(stage, silent_hay=True)), words, 0).check()
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "like gemma"])

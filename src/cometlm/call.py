@@ -75,10 +75,15 @@ class Told(NamedTuple):
     Attributes:
         labels: [B, M], -100 where nothing is asked of a readout token.
         until: [B] where in the call's text each row's part ends.
+        since: [B] where it begins; with `otherwise`.
+        otherwise: [B, M], the same as `labels` for chunks that hold nothing of that part; None asks
+            nothing of them there.
     """
 
     labels: Tensor
     until: Tensor
+    since: Tensor | None = None
+    otherwise: Tensor | None = None
 
     def check(self, batch: int, readout_tokens: int) -> None:
         """Refuse labels and places of other shapes.
@@ -86,21 +91,32 @@ class Told(NamedTuple):
         Raises:
             ValueError: they do not fit the batch and the readout tokens.
         """
-        shapes = [tuple(x.shape) for x in self]
-        if shapes != [(batch, readout_tokens), (batch,)]:
+        shapes = [tuple(x.shape) for x in self if x is not None]
+        wanted = [(batch, readout_tokens), (batch,), (batch,), (batch, readout_tokens)]
+        if shapes != wanted[: 2 if self.otherwise is None else 4]:
             raise ValueError(
                 f"{readout_tokens} readout tokens and {batch} rows need labels "
-                f"[{batch}, {readout_tokens}] and ends [{batch}], got {shapes}"
+                f"[{batch}, {readout_tokens}] and places [{batch}], got {shapes}"
             )
 
     def of(self, layout: ChunkLayout) -> Tensor:
         """Labels [B, M] of one step."""
-        holds = []
-        for end, row, piece in zip(self.until.tolist(), layout.rows, layout.step, strict=True):
-            first = row.tokens - row.text
-            holds.append(piece.close and first < end <= row.tokens + piece.text)
-        where = torch.tensor(holds, device=self.labels.device)
-        return self.labels.masked_fill(~where[:, None], -100)
+        since = self.until if self.since is None else self.since
+        parts = zip(since.tolist(), self.until.tolist(), strict=True)
+        ends, apart = [], []
+        for (begin, end), row, piece in zip(parts, layout.rows, layout.step, strict=True):
+            first, last = row.tokens - row.text, row.tokens + piece.text
+            ends.append(piece.close and first < end <= last)
+            apart.append(piece.close and (end <= first or last <= begin))
+        labels = _only(self.labels, ends)
+        if self.otherwise is None:
+            return labels
+        return torch.maximum(labels, _only(self.otherwise, apart))
+
+
+def _only(labels: Tensor, rows: Sequence[bool]) -> Tensor:
+    """These rows of labels [B, M], and -100 in the others."""
+    return labels.masked_fill(~torch.tensor(rows, device=labels.device)[:, None], -100)
 
 
 @dataclass
@@ -135,7 +151,9 @@ class Call:
         if self.aside is not None:
             self.aside = self.aside._replace(since=self.aside.since.cpu() + before)
         if self.told is not None:
-            self.told = self.told._replace(until=self.told.until.cpu() + before)
+            places = {"since": self.told.since, "until": self.told.until}
+            moved = {name: x.cpu() + before for name, x in places.items() if x is not None}
+            self.told = self.told._replace(**moved)
         self.asides: list[bool] = []
         self._aside_step: Step = ()
         if self.aside is not None:

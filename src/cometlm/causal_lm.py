@@ -118,6 +118,8 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         aside_since: Tensor | None = None,
         told_labels: Tensor | None = None,
         told_until: Tensor | None = None,
+        told_since: Tensor | None = None,
+        told_otherwise: Tensor | None = None,
         **kwargs: Any,
     ) -> CometCausalOutput:
         """Read text of any length; like any Hugging Face causal language model.
@@ -133,8 +135,8 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
             aside_ids, aside_labels, aside_since: with labels, a text that is also read from forks
                 of the memory after some chunks and then forgotten, like a question about what was
                 read so far; see `call.Aside`.
-            told_labels, told_until: with labels, what readout tokens are to say in training;
-                see `call.Told`.
+            told_labels, told_until, told_since, told_otherwise: with labels, what readout tokens
+                are to say in training; see `call.Told`.
 
         Returns:
             `loss` (a scalar), `logits` [B, kept, V], `past_key_values`, with labels `right`, and
@@ -151,7 +153,8 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
                 f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
                 "they must be the same"
             )
-        extra = _extra(aside_ids, aside_labels, aside_since, told_labels, told_until)
+        extra = _aside(aside_ids, aside_labels, aside_since)
+        extra |= _told(told_labels, told_until, told_since, told_otherwise)
         if extra and (labels is None or logits_to_keep is not None):
             raise ValueError("aside_ids and told_labels need labels, and no logits_to_keep")
         budget = {"stride": stride, "capacity": capacity}
@@ -304,26 +307,28 @@ def _items(labels: Tensor, given: Tensor | int | None) -> Tensor | int:
     return (labels != -100).sum().clamp(min=1) if given is None else given
 
 
-def _extra(
-    ids: Tensor | None,
-    labels: Tensor | None,
-    since: Tensor | None,
-    told: Tensor | None,
-    until: Tensor | None,
-) -> dict[str, Any]:
-    """What `CometModel.forward` takes for an aside and for what readout tokens are to say."""
+def _aside(ids: Tensor | None, labels: Tensor | None, since: Tensor | None) -> dict[str, Any]:
+    """What `CometModel.forward` takes for an aside."""
     if (ids is None) != (labels is None):
         raise ValueError("aside_ids and aside_labels need each other")
-    if (told is None) != (until is None):
+    if ids is None or labels is None:
+        return {}
+    if since is None:
+        since = torch.zeros(len(ids), dtype=torch.long)
+    return {"aside": Aside(ids, next_labels(labels, None), since), "more_text": True}
+
+
+def _told(
+    labels: Tensor | None, until: Tensor | None, since: Tensor | None, otherwise: Tensor | None
+) -> dict[str, Any]:
+    """What `CometModel.forward` takes for what readout tokens are to say."""
+    if (labels is None) != (until is None):
         raise ValueError("told_labels and told_until need each other")
-    extra: dict[str, Any] = {}
-    if ids is not None and labels is not None:
-        if since is None:
-            since = torch.zeros(len(ids), dtype=torch.long)
-        extra |= {"aside": Aside(ids, next_labels(labels, None), since), "more_text": True}
-    if told is not None and until is not None:
-        extra["told"] = Told(told, until)
-    return extra
+    if (since is None) != (otherwise is None) or (labels is None and since is not None):
+        raise ValueError("told_since and told_otherwise need each other, and told_labels")
+    if labels is None or until is None:
+        return {}
+    return {"told": Told(labels, until, since, otherwise)}
 
 
 def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:

@@ -110,6 +110,8 @@ class GeneratedBatches:
                     sample = task.draw(chance, stage.tokens[0], asked=stage.ask == "end")
                     if stage.told_weight:
                         self._spelled(sample.key)
+                if stage.silent_hay:
+                    self._silence()
             gates = stage.gates or Gates()
             if stage.gates:
                 with _naming(f"generated.stages.{i}.gates, for each of keys"):
@@ -192,6 +194,9 @@ class GeneratedBatches:
             "told_until": [sample.said.stop for sample in made],
             "told_weight": [stage.told_weight],
         }
+        if stage.silent_hay:
+            told["told_since"] = [sample.said.start for sample in made]
+            told["told_otherwise"] = [self._silence()] * len(made)
         return {
             "input_ids": texts,
             "labels": [self._some(text, chance) for text in texts],
@@ -232,6 +237,13 @@ class GeneratedBatches:
             )
         often, rest = divmod(self._sizes.global_slots, len(ids))
         return ids * often + [-100] * rest
+
+    def _silence(self) -> list[int]:
+        """The end of a text, in every readout token."""
+        end = self._task.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("stages.silent_hay needs a tokenizer that has an eos_token")
+        return [end] * self._sizes.global_slots
 
     def _mixed(self, shares: HayShares) -> MixedHay:
         return MixedHay(list(self._hay.values()), [getattr(shares, name) for name in self._hay])

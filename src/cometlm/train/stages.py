@@ -124,6 +124,9 @@ class Stage:
         answer_weight: with "borders", what the answers' loss counts beside the text's.
         told_weight: with "borders", what it counts that readout tokens say the key, digit by digit
             and over again, at the end of the chunk that says it; 0 asks nothing of them.
+        silent_hay: with `told_weight`, readout tokens are to say the end of a text at the end of
+            all other chunks. Without, they may well spell any number there, and gates are left
+            to tell it from a key.
         wordings: use only so many of the sentences and questions; all if None. Few of them, in
             plain hay, are learned first. Where a text has several keys, as many that name an owner
             come with them.
@@ -152,6 +155,7 @@ class Stage:
     before_question: int = 8
     answer_weight: float = 1.0
     told_weight: float = 0.0
+    silent_hay: bool = False
     wordings: int | None = None
     hay: HayShares | None = None
     chunks: ChunkSettings | None = None
@@ -189,6 +193,8 @@ class Stage:
         for name in ("before_question", "answer_weight", "told_weight", "history"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stages.{name} must be at least 0, got {getattr(self, name)}")
+        if self.silent_hay and not self.told_weight:
+            raise ValueError("stages.silent_hay needs a told_weight of more than 0")
         if not 0 <= self.gate_flips < 1:
             raise ValueError(
                 f"stages.gate_flips must be at least 0 and less than 1, got {self.gate_flips}"
