@@ -94,7 +94,8 @@ def test_stages_have_their_own_wording_depth_and_hay(generated, words):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"passkey": 0.8, "repeat": 0.3}, "add up to at most 1, got 0.8 and 0.3"),
         ({"depth": (0.5, 1.5)}, r"depth must be \[least, most\] between 0 and 1"),
-        ({"silent_hay": True}, "silent_hay needs a told_weight of more than 0"),
+        ({"silent_hay": True, "ask": "borders"}, r"a told_weight of .* got 'borders' and 0.0"),
+        ({"silent_hay": True, "told_weight": 1.0}, "needs ask: borders .* got 'end' and 1.0"),
         ({"gate_flips": 1.0}, "gate_flips must be at least 0 and less than 1, got 1.0"),
     ],
 )

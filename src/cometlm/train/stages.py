@@ -193,8 +193,11 @@ class Stage:
         for name in ("before_question", "answer_weight", "told_weight", "history"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stages.{name} must be at least 0, got {getattr(self, name)}")
-        if self.silent_hay and not self.told_weight:
-            raise ValueError("stages.silent_hay needs a told_weight of more than 0")
+        if self.silent_hay and not (self.told_weight and self.ask == "borders"):
+            raise ValueError(
+                "stages.silent_hay needs ask: borders and a told_weight of more than 0, got "
+                f"{self.ask!r} and {self.told_weight}"
+            )
         if not 0 <= self.gate_flips < 1:
             raise ValueError(
                 f"stages.gate_flips must be at least 0 and less than 1, got {self.gate_flips}"
