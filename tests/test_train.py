@@ -78,7 +78,8 @@ def test_stages_count_steps_of_the_optimiser(settings, tmp_path):
 def test_gates_flip_in_the_stages_that_say_so(settings, tmp_path):
     quietly(read_config(as_config(settings, tmp_path, output=str(tmp_path / "plain"))))
     settings["generated"]["stages"][1]["gate_flips"] = 0.5
-    quietly(read_config(as_config(settings, tmp_path)))
+    model = quietly(read_config(as_config(settings, tmp_path)))
+    assert all(layer.global_memory.gate_flips == 0 for layer in model.model.comet.layers)
     plain, flipped = losses(tmp_path / "plain"), losses(tmp_path / "out")
     assert [plain[step] == flipped[step] for step in (1, 2, 3, 4)] == [True] * 4
     assert any(plain[step] != flipped[step] for step in (5, 6, 7, 8))

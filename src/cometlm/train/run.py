@@ -34,7 +34,7 @@ from cometlm.train.lengths import (
 from cometlm.train.lora import lora_config, set_trainable
 from cometlm.train.resuming import SETTINGS, check_same, set_aside
 from cometlm.train.stage_start import StageStart, forget_gates
-from cometlm.train.start import start_like
+from cometlm.train.start import global_memories, start_like
 from cometlm.train.templates import generation_template
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
@@ -108,6 +108,8 @@ def train(
         trainer.take(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for memory in global_memories(model):
+        memory.gate_flips = 0.0  # the last stage's; who trains the model on may want none
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output / "trainer_state.json"))
