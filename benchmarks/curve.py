@@ -1,15 +1,19 @@
 """The curve of a training run: loss and share of right tokens step after step.
 
     python benchmarks/curve.py out/smollm2 [--output out/smollm2.png]
+    python benchmarks/curve.py out/first out/second    # runs that went on from one another
 
-Reads the newest whole checkpoint of the run. Faint: each logged mean; strong: their running median.
-Dotted lines are where a stage of the recipe ends; the loss there jumps since the task got harder.
+Reads the newest whole checkpoint of each run. Faint: each logged mean; strong: their running
+median. Dotted lines are where a stage of the recipe ends; the loss there jumps since the task got
+harder.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +26,38 @@ SHOWN = {  # of runs that ask on the way
     "answers_right": "right answer tokens",
     "text_loss": "loss of the text",
 }
+TOLD = {"told_loss": "loss of what\nreadout tokens say"}
 NEAR = 4  # logged values on each side that a median is taken of
 
 
-def logged(run: Path) -> list[dict[str, Any]]:
-    """What a run logged of its training steps, in order."""
+def logged(run: Path) -> tuple[list[dict[str, Any]], int]:
+    """What a run logged of its training steps, in order, and how many steps those were."""
     checkpoint = last_checkpoint(run)
     if checkpoint is None:
         raise SystemExit(f"{run} holds no whole checkpoint")
-    history = json.loads((checkpoint / STATE).read_text())["log_history"]
-    return [row for row in history if "loss" in row]
+    state = json.loads((checkpoint / STATE).read_text())
+    return [row for row in state["log_history"] if "loss" in row], state["global_step"]
 
 
-def stage_ends(run: Path) -> list[int]:
-    """The last step of each stage but the last, if the run had stages."""
+def stage_ends(run: Path, steps: int) -> list[int]:
+    """The last step of each stage that ended before the run's last step, if it had stages."""
     generated = json.loads((run / "train.json").read_text())["generated"] or {"stages": []}
-    steps = [stage["steps"] for stage in generated["stages"]]
-    return [sum(steps[: i + 1]) for i in range(len(steps) - 1)]
+    ends = accumulate(stage["steps"] for stage in generated["stages"])
+    return [end for end in ends if end < steps]
+
+
+def one_after_the_other(runs: Sequence[Path]) -> tuple[list[dict[str, Any]], list[int]]:
+    """What several runs logged, as one, and where their stages end."""
+    rows: list[dict[str, Any]] = []
+    ends: list[int] = []
+    before = 0
+    for run in runs:
+        own, steps = logged(run)
+        rows += [row | {"step": row["step"] + before} for row in own]
+        ends += [before + end for end in stage_ends(run, steps)]
+        before += steps
+        ends.append(before)
+    return rows, ends[:-1]
 
 
 def median(values: list[float]) -> list[float]:
@@ -47,13 +66,15 @@ def median(values: list[float]) -> list[float]:
     return [statistics.median(part) for part in near]
 
 
-def picture(run: Path, path: Path) -> None:
-    """Both curves, one below the other."""
+def picture(runs: Sequence[Path], path: Path) -> None:
+    """The curves, one below the other."""
     import matplotlib.pyplot as plt
 
-    rows = logged(run)
+    rows, ends = one_after_the_other(runs)
     steps = [row["step"] for row in rows]
-    shown = SHOWN if all(name in row for name in SHOWN for row in rows) else PLAIN
+    choices = (SHOWN | TOLD, SHOWN)
+    told = (names for names in choices if all(names.keys() <= row.keys() for row in rows))
+    shown = next(told, PLAIN)
     figure, panels = plt.subplots(
         len(shown), 1, figsize=(8, 2.5 * len(shown)), sharex=True, layout="constrained"
     )
@@ -63,21 +84,21 @@ def picture(run: Path, path: Path) -> None:
         axes.plot(steps, median(values), color="C0")
         axes.set(ylabel=label, ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-        for end in stage_ends(run):
+        for end in ends:
             axes.axvline(end, color="grey", lw=0.6, ls=":")
     panels[-1].set(xlabel="steps")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Draw one run."""
+    """Draw one run, or several as one."""
     parser = argument_parser(__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
-    path = args.output or OUT / f"{args.run.name}.png"
-    picture(args.run, path)
+    path = args.output or OUT / f"{args.runs[-1].name}.png"
+    picture(args.runs, path)
     print(path)
 
 
