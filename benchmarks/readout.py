@@ -60,40 +60,51 @@ class Readouts:
             yield said[0].argmax(-1).cpu()
 
 
+def in_hay(readouts: Readouts, hay: Hay, chance: random.Random, texts: int, size: int) -> Tensor:
+    """What they say in texts that tell no key."""
+    drawn = [hay.draw(chance, CHUNKS * size) for _ in range(texts)]
+    return torch.cat([words for ids in drawn for words in readouts.of(ids)])
+
+
+def spelled(
+    readouts: Readouts, task: PasskeyTask, chance: random.Random, texts: int, size: int
+) -> list[bool]:
+    """Whether they spell the key at the end of its chunk, for each key that no border cuts."""
+    found = []
+    for _ in range(texts):
+        sample = task.draw(chance, CHUNKS * size, chance.random() * 0.7, asked=False)
+        place = (sample.said.stop - 1) // size
+        if sample.said.start // size == place:
+            *_, chunk = readouts.of(sample.text[: (place + 1) * size])
+            text = "".join(task.tokenizer.batch_decode(chunk[:, None]))
+            found.append(text.startswith(sample.key))
+    return found
+
+
 def main() -> None:
     """Count what they say in each hay, with and without a key."""
     parser = argument_parser(__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--texts", type=int, default=12, help="of each hay, and as many with a key")
     args = parser.parse_args()
+    if args.texts < 1:
+        parser.error(f"--texts must be at least 1, got {args.texts}")
     model, tokenizer = cometlm.load(args.model, overlap=0)
     model.eval()
+    sizes = model.config.comet_config
+    if not sizes.global_slots:
+        raise SystemExit(f"{args.model} has no global memory, and so no readout tokens")
     readouts = Readouts(model)
-    size = model.config.comet_config.chunk_size
     for name, hay in hays(tokenizer).items():
         chance = random.Random(f"0/{name}")
-        said = [
-            words
-            for _ in range(args.texts)
-            for words in readouts.of(hay.draw(chance, CHUNKS * size))
-        ]
-        words = torch.cat(said)
+        words = in_hay(readouts, hay, chance, args.texts, sizes.chunk_size)
         digits = [text.strip().isdecimal() for text in tokenizer.batch_decode(words[:, None])]
         silent = (words == tokenizer.eos_token_id).float().mean()
-        right, asked = 0, 0
         task = PasskeyTask(tokenizer, hay, MEASURING, digits=(5, 5))
-        for _ in range(args.texts):
-            sample = task.draw(chance, CHUNKS * size, chance.random() * 0.7, asked=False)
-            place = (sample.said.stop - 1) // size
-            if sample.said.start // size != place:
-                continue  # a border cuts it
-            (chunk,) = list(readouts.of(sample.text[: (place + 1) * size]))[place:]
-            spelled = "".join(tokenizer.batch_decode(chunk[:, None]))
-            right += spelled.startswith(sample.key)
-            asked += 1
+        right = spelled(readouts, task, chance, args.texts, sizes.chunk_size)
         print(
             f"{name:<16} hay: digits {sum(digits) / len(digits):.2f}, silence {silent:.2f} of "
-            f"{len(digits)}   keys spelled: {right} of {asked}",
+            f"{len(digits)}   keys spelled: {sum(right)} of {len(right)}",
             flush=True,
         )
 
