@@ -61,11 +61,19 @@ def heard(config, **options):
     return said
 
 
+def logged(folder):
+    """A row for each step."""
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    return [row for row in state["log_history"] if "loss" in row]
+
+
 def losses(folder):
     """What each step logged: its loss, and how many tokens had been read."""
-    state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    rows = [row for row in state["log_history"] if "loss" in row]
-    return {row["step"]: (row["loss"], row["num_tokens"]) for row in rows}
+    return {row["step"]: (row["loss"], row["num_tokens"]) for row in logged(folder)}
+
+
+def rates(folder):
+    return [row["learning_rate"] for row in logged(folder)]
 
 
 def records_run(settings, folder, rows, **changes):

@@ -15,7 +15,18 @@ from cometlm.train.lora import set_trainable
 from cometlm.train.run import train
 from cometlm.train.trainer import last_checkpoint
 from tests.real import tokenizer
-from tests.runs import WORDS, as_config, heard, losses, quietly, records_run, settings, start
+from tests.runs import (
+    WORDS,
+    as_config,
+    heard,
+    logged,
+    losses,
+    quietly,
+    rates,
+    records_run,
+    settings,
+    start,
+)
 
 __all__ = ["settings", "start"]  # fixtures
 
@@ -70,9 +81,21 @@ def test_stages_count_steps_of_the_optimiser(settings, tmp_path):
     config = read_config(as_config(settings, tmp_path, **changes))
     quietly(config)
     assert [count for _, count in losses(config.output).values()] == [40, 80, 140, 200]
-    state = json.loads((Path(config.output) / "trainer_state.json").read_text())
-    rates = [row["learning_rate"] for row in state["log_history"] if "loss" in row]
-    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
+    assert rates(config.output) == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
+
+
+def test_a_stage_may_begin_with_a_fresh_optimiser(settings, tmp_path):
+    """It has counted no steps before, and warms up again."""
+    first = {"steps": 4, "tokens": [30, 30], "batch_tokens": 30, "passkey": 0.0}
+    second = {**first, "steps": 3, "learning_rate": 1e-3, "fresh_optimizer": True}
+    settings["generated"]["stages"] = [first, second]
+    changes = {"learning_rate": 1e-2, "warmup": 2, "save_steps": 4}
+    config = read_config(as_config(settings, tmp_path, **changes))
+    quietly(config)
+    assert rates(config.output) == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2, 5e-4, 1e-3, 1e-3])
+    for done, counted in ((4, 4), (7, 3)):
+        kept = torch.load(Path(config.output, f"checkpoint-{done}", "optimizer.pt"))
+        assert {int(moments["step"]) for moments in kept["state"].values()} == {counted}
 
 
 def test_gates_flip_in_the_stages_that_say_so(settings, tmp_path):
@@ -126,9 +149,7 @@ def test_questions_on_the_way_and_fitted_gates_in_a_run(settings, tmp_path, monk
     assert [line for line in said if line.startswith("fitting")] == [
         "fitting the gates to 4 texts, before step 2"
     ]
-    state = json.loads((Path(config.output) / "trainer_state.json").read_text())
-    rows = [row for row in state["log_history"] if "loss" in row]
-    for row in rows:
+    for row in logged(config.output):
         parts = [float(row[name]) for name in ("text_loss", "answer_loss", "told_loss")]
         assert all(part > 0 for part in parts)
         assert float(row["loss"]) == pytest.approx(parts[0] + 2 * parts[1] + parts[2] / 2, rel=1e-2)

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_m
 
 
 def test_killed_and_resumed_is_the_run_that_was_not(settings, tmp_path):
-    """SIGKILL in the middle, then the same command again; dropout and flips are the same."""
+    """SIGKILL in the middle, then the same command again; dropout, flips, moments are alike."""
     settings["lora"] = {"r": 2, "dropout": 0.3}
-    settings["generated"]["stages"][1]["gate_flips"] = 0.3
+    settings["generated"]["stages"][1] |= {"gate_flips": 0.3, "fresh_optimizer": True}
     whole = read_config(as_config(settings, tmp_path))
     quietly(whole)
     path = as_config(settings, tmp_path, output=str(tmp_path / "killed"))

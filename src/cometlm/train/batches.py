@@ -96,6 +96,17 @@ class GeneratedBatches:
             step -= stage.steps
         return self._stages[-1]
 
+    def optimizer_start(self, step: int) -> int:
+        """The step, this one or before it, at which its optimiser was new."""
+        start = first = 0
+        for stage in self._stages:
+            if first > step:
+                break
+            if stage.fresh_optimizer:
+                start = first
+            first += stage.steps
+        return start
+
     def check(self) -> None:
         """Draw a shortest sample of each stage, so that what is too short is known at once.
 

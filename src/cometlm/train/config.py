@@ -94,7 +94,7 @@ class TrainConfig:
         memory_factor: the memory's learning rate, as a multiple of that.
         gate_factor: the gates' learning rate, as a multiple of the memory's. What a gate looks at
             has a long mean, so that each step moves all that it does at once.
-        warmup: steps over which the rate rises from 0.
+        warmup: steps over which the rate of a new optimiser rises from 0.
         max_length: longest sample in tokens; None is any. Longer ones are an error, unless
         cut: is set, which drops what is too long from their ends.
         save_steps: optimiser's steps between two checkpoints, and between evaluations.

@@ -33,7 +33,7 @@ from cometlm.train.lengths import (
 )
 from cometlm.train.lora import lora_config, set_trainable
 from cometlm.train.resuming import SETTINGS, check_same, set_aside
-from cometlm.train.stage_start import StageStart, forget_gates
+from cometlm.train.stage_start import FreshOptimizer, StageStart, forget_gates
 from cometlm.train.start import global_memories, start_like
 from cometlm.train.templates import generation_template
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
@@ -148,6 +148,7 @@ def make_trainer(
             rates=_stage_rates(config, batches),
             before_step=StageStart(config, model, batches, histories, say),
             memories=histories.of,
+            callbacks=[FreshOptimizer(batches)],
             in_order=True,
             whole=config.mode == "full",
         )
@@ -282,10 +283,11 @@ def _stage_chunking(
 
 
 def _stage_rates(config: TrainConfig, batches: GeneratedBatches) -> Callable[[int], float]:
-    """From a step to its stage's learning rate, as a share of the run's; warmed up at first."""
+    """From a step to its stage's learning rate, as a share of the run's; with a warm-up."""
 
     def share(step: int) -> float:
         rate = batches.stage(step).learning_rate or config.learning_rate
-        return min(1.0, (step + 1) / max(1, config.warmup)) * rate / config.learning_rate
+        warm = (step - batches.optimizer_start(step) + 1) / max(1, config.warmup)
+        return min(1.0, warm) * rate / config.learning_rate
 
     return share

@@ -1,4 +1,4 @@
-"""What comes before a step: gates are fitted, and memories read that batches begin with."""
+"""What comes before a step: gates fitted, memories read that batches begin with, moments lost."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
+from transformers import TrainerCallback, TrainerState
 
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.files import write_whole
@@ -121,6 +123,18 @@ class StageStart:
             if read - told >= _TOLD_EVERY:
                 told = read
                 self._say(f"{read:,} tokens of {what} read")
+
+
+class FreshOptimizer(TrainerCallback):
+    """Empties the optimiser's state before the stages that ask for it."""
+
+    def __init__(self, batches: GeneratedBatches) -> None:
+        self._batches = batches
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **others: Any) -> None:
+        """Called by the trainer, with its `optimizer`."""
+        if self._batches.optimizer_start(state.global_step) == state.global_step:
+            others["optimizer"].state.clear()
 
 
 def forget_gates(output: Path) -> None:

@@ -108,6 +108,8 @@ class Stage:
         tokens: shortest and longest sample.
         batch_tokens: tokens of one batch, which is as many samples of one length as fit.
         learning_rate: of the backbone's adapters here; the run's own if None.
+        fresh_optimizer: forget the moments of the steps before, and warm up again: they are of
+            another task, or of a memory whose gates were other ones.
         passkey: share of batches that are passkey samples.
         repeat: share of batches in which a text is read twice, and learned the second time. Where
             an answer of six tokens teaches little, this teaches to read the memory with every
@@ -146,6 +148,7 @@ class Stage:
     tokens: tuple[int, int]
     batch_tokens: int
     learning_rate: float | None = None
+    fresh_optimizer: bool = False
     passkey: float = 0.85
     repeat: float = 0.0
     keys: tuple[int, int] = (1, 1)
