@@ -21,12 +21,12 @@ from cometlm.train.trainer import STATE, last_checkpoint
 from common import OUT, argument_parser
 
 PLAIN = {"loss": "loss", "mean_token_accuracy": "right answer tokens"}
-SHOWN = {  # of runs that ask on the way
+ON_THE_WAY = {  # of runs that ask on the way
     "answer_loss": "loss of answers",
     "answers_right": "right answer tokens",
     "text_loss": "loss of the text",
+    "told_loss": "loss of what\nreadout tokens say",
 }
-TOLD = {"told_loss": "loss of what\nreadout tokens say"}
 NEAR = 4  # logged values on each side that a median is taken of
 
 
@@ -71,15 +71,15 @@ def picture(runs: Sequence[Path], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows, ends = one_after_the_other(runs)
-    steps = [row["step"] for row in rows]
-    choices = (SHOWN | TOLD, SHOWN)
-    told = (names for names in choices if all(names.keys() <= row.keys() for row in rows))
-    shown = next(told, PLAIN)
+    found = {name for row in rows for name in row}
+    shown = {name: label for name, label in ON_THE_WAY.items() if name in found} or PLAIN
     figure, panels = plt.subplots(
         len(shown), 1, figsize=(8, 2.5 * len(shown)), sharex=True, layout="constrained"
     )
     for axes, (name, label) in zip(panels, shown.items(), strict=True):
-        values = [float(row[name]) for row in rows]
+        # Batches without a key have no answers.
+        values = [float(row[name]) for row in rows if name in row]
+        steps = [row["step"] for row in rows if name in row]
         axes.plot(steps, values, color="C0", alpha=0.3, lw=0.8)
         axes.plot(steps, median(values), color="C0")
         axes.set(ylabel=label, ylim=(0, None))
