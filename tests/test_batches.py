@@ -110,6 +110,7 @@ def test_impossible_stages(changes, said):
         ({"texts": 3}, "gates.texts must be at least 4, got 3"),
         ({"keep": 1.0}, "gates.keep must be between 0 and 1, got 1.0"),
         ({"sharpness": 0.0}, "gates.sharpness must be more than 0, got 0.0"),
+        ({"ridge": 0.0}, "gates.ridge must be more than 0, got 0.0"),
         ({"first_layer": -1}, "gates.first_layer must be at least 0, got -1"),
         ({"keys": 0}, "gates.keys must be at least 1, got 0"),
         ({"fresh": 1.5}, "gates.fresh must be between 0 and 1, got 1.5"),

@@ -116,6 +116,21 @@ def test_sharp_gates_are_the_fitted_ones_many_times():
         torch.testing.assert_close(thrice, 3 * once)
 
 
+@given(seed=st.integers(0, 1000))
+def test_more_ridge_makes_fits_to_two_draws_more_alike(seed):
+    """Of many features one tells a key, and a small sample finds others that seem to."""
+    chance = torch.Generator().manual_seed(seed)
+    holds = torch.cat([torch.zeros(60), torch.ones(60)]).long()
+    alike = []
+    draws = torch.randn(2, 120, 40, generator=chance)
+    draws[..., 0] += torch.where(holds == 1, -3.0, 3.0)
+    for ridge in (1e-4, 1.0):
+        gates = Gates(keep=0.99, keep_at_key=0.01, ridge=ridge)
+        one, other = (_fitted(x, holds, gates) for x in draws)
+        alike.append(float(torch.cosine_similarity(one, other, dim=0)))
+    assert alike[1] > alike[0] + 0.05
+
+
 def test_histories_are_fitted_to_as_well():
     """Their chunks are samples like any other: here none of the texts' own counts."""
     model = tiny_comet("llama").eval()

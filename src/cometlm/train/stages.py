@@ -57,6 +57,8 @@ class Gates:
         sharpness: what the logits of `keep` and `keep_at_key` are multiplied by, which shares that
             round to 0 or 1 could not say. A gate that half opens at hay leaves half of a key
             behind, which the next such chunk halves again; a sharp one opens or not.
+        ridge: keeps what is fitted small, as a share of the mean square of what gates look at.
+            With more of it fits to two draws of texts differ less, and gates open less at keys.
         chunk_size: of the texts that they are fitted to; the model's own if None.
         texts: how many; four are read at once.
         tokens: of each.
@@ -72,6 +74,7 @@ class Gates:
     keep_at_key: float = 0.3
     key_share: float = 0.5
     sharpness: float = 1.0
+    ridge: float = 5e-4
     chunk_size: int | None = None
     texts: int = 144
     tokens: int = 768
@@ -90,8 +93,11 @@ class Gates:
                 )
         if not 0 <= self.fresh <= 1:
             raise ValueError(f"stages.gates.fresh must be between 0 and 1, got {self.fresh}")
-        if not 0 < self.sharpness < math.inf:
-            raise ValueError(f"stages.gates.sharpness must be more than 0, got {self.sharpness}")
+        for name in ("sharpness", "ridge"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"stages.gates.{name} must be more than 0, got {getattr(self, name)}"
+                )
         for name in ("keep", "keep_at_key", "key_share"):
             share = getattr(self, name)
             if not 0 < share < 1:

@@ -19,7 +19,6 @@ from cometlm.train.config import Start
 from cometlm.train.histories import read_on
 from cometlm.train.stages import Gates
 
-_RIDGE = 5e-4  # of the mean square of what gates look at: keeps what is fitted small
 _ROUNDS = 10  # of Newton's method; what falls short hardly changes after six
 
 
@@ -142,7 +141,7 @@ def _fitted(x: Tensor, holds: Tensor, gates: Gates) -> Tensor:
     weights = torch.zeros_like(wanted)
     for kind, share in ((0, 1 - gates.key_share), (1, gates.key_share)):
         weights[holds == kind] = share / (holds == kind).sum()
-    ridge = _RIDGE * (x.square() * weights[:, None]).sum(0).mean()
+    ridge = gates.ridge * (x.square() * weights[:, None]).sum(0).mean()
     short = weights
     # Gates that are to look at nothing have nothing to tell apart.
     for _ in range(_ROUNDS if gates.keep != gates.keep_at_key else 1):
