@@ -20,7 +20,7 @@ from typing import Any
 from cometlm.train.trainer import STATE, last_checkpoint
 from common import OUT, argument_parser
 
-PLAIN = {"loss": "loss", "mean_token_accuracy": "right answer tokens"}
+PLAIN = {"loss": "loss", "mean_token_accuracy": "right tokens"}
 ON_THE_WAY = {  # of runs that ask on the way
     "answer_loss": "loss of answers",
     "answers_right": "right answer tokens",
