@@ -10,10 +10,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from cometlm import Session, load
-from cometlm.cli import console
+from cometlm.cli import console, main
 from cometlm.cli.demo import NEEDLE
 from tests import real
 from tests.cli.said import INTERRUPTED, TEXT, count_of, one_line
@@ -42,6 +43,21 @@ def test_every_verb_has_help(command, verb):
     assert code == 0
     assert "--device" in out
     assert "--dtype" in out
+
+
+@pytest.mark.parametrize(("verb", "left"), [("--help", True), ("no-such-verb", False)])
+def test_a_rank_that_is_done_leaves_its_job(verb, left, monkeypatch, tmp_path, capsys):
+    """The interpreter's end in a job aborts now and then, and torchrun then ends the others."""
+    monkeypatch.setattr(sys, "argv", ["cometlm", verb])
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with pytest.raises(SystemExit):
+            main.run()
+        assert dist.is_initialized() is not left
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    capsys.readouterr()
 
 
 ERRORS = {

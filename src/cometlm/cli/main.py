@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
 from cometlm.cli.console import err, print_error
+from cometlm.parallel.mesh import leave_job
 from cometlm.parallel.p2p import PipelineError
 
 app = typer.Typer(
@@ -34,6 +35,10 @@ def run() -> None:
     """Entry point: one clear line instead of a traceback; set COMETLM_DEBUG=1 to see it all."""
     try:
         app(standalone_mode=True)
+    except SystemExit as end:
+        if not end.code:  # after a failure others may wait in the job: torchrun ends them
+            leave_job()
+        raise
     except KeyboardInterrupt:
         err.print("\ninterrupted")
         sys.exit(130)

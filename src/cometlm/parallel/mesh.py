@@ -32,6 +32,16 @@ def join_job(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def leave_job() -> None:
+    """Leave the job of several ranks that this process is in, if it is in one.
+
+    A process that ends in it may be aborted while the interpreter goes down, by a thread of the
+    job's that is not done yet, and `torchrun` then ends the other ranks in the middle of a save.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def make_mesh(chunk_parallel: int, device: torch.device | None = None) -> DeviceMesh:
     """A mesh (data, chunk) over all ranks of a job that `torchrun` started.
 
