@@ -131,6 +131,26 @@ def test_more_ridge_makes_fits_to_two_draws_more_alike(seed):
     assert alike[1] > alike[0]
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 3.0])
+def test_gates_can_be_fitted_near_those_that_are_there(sharpness):
+    """With a ridge that outweighs all texts they stay; without `near` they come to nothing."""
+    ids, said = texts_with_keys()
+    left = []
+    for near in (False, True):
+        model = tiny_comet("llama")
+        gates = [one.global_memory.gate for one in model.model.comet.layers]
+        with torch.no_grad():
+            for gate in gates:
+                gate.copy_(torch.randn(gate.shape, generator=torch.Generator().manual_seed(0)))
+        before = [gate.clone() for gate in gates]
+        fit_gates(model, [(ids, said)], Gates(ridge=1e6, near=near, sharpness=sharpness))
+        left.append(
+            [(gate - was).norm() / was.norm() for gate, was in zip(gates, before, strict=True)]
+        )
+    assert min(left[0]) > 0.99
+    assert max(left[1]) < 0.01
+
+
 def test_histories_are_fitted_to_as_well():
     """Their chunks are samples like any other: here none of the texts' own counts."""
     model = tiny_comet("llama").eval()

@@ -59,6 +59,8 @@ class Gates:
             behind, which the next such chunk halves again; a sharp one opens or not.
         ridge: keeps what is fitted small, as a share of the mean square of what gates look at.
             With more of it fits to two draws of texts differ less, and gates open less at keys.
+        near: let the ridge draw to the gates that the model has, rather than to none. What another
+            fit or training found is then kept where these texts say little.
         chunk_size: of the texts that they are fitted to; the model's own if None.
         texts: how many; four are read at once.
         tokens: of each.
@@ -75,6 +77,7 @@ class Gates:
     key_share: float = 0.5
     sharpness: float = 1.0
     ridge: float = 5e-4
+    near: bool = False
     chunk_size: int | None = None
     texts: int = 144
     tokens: int = 768

@@ -84,8 +84,9 @@ def fit_gates(
             f"and more, got {int((where == 1).sum())} with and {int((where == 0).sum())} without"
         )
     for memory, inputs in zip(memories, seen, strict=True):
-        fitted = _fitted(torch.cat(inputs), where, gates)
         assert memory.gate is not None
+        before = memory.gate[0].cpu() / gates.sharpness if gates.near else None
+        fitted = _fitted(torch.cat(inputs), where, gates, before)
         memory.gate.copy_(gates.sharpness * fitted[None])
 
 
@@ -126,13 +127,13 @@ def _read_all(
     return holds
 
 
-def _fitted(x: Tensor, holds: Tensor, gates: Gates) -> Tensor:
+def _fitted(x: Tensor, holds: Tensor, gates: Gates, near: Tensor | None = None) -> Tensor:
     """Weights [2D] that make of x [samples, 2D] the logits wanted, or more than that.
 
     The loss is a squared hinge: what lies beyond its logit costs nothing, so that the fit is to
     what is hardest to tell apart. A few chunks of hay that look like a key are all that a memory
     loses, and of them a regression to the mean knows little. Each round of Newton's method is a
-    ridge regression of what falls short.
+    ridge regression of what falls short. The ridge draws to weights `near` [2D], or to none.
     """
     x = x.float()
     wanted = torch.full_like(x[:, 0], _logit(gates.keep))
@@ -146,7 +147,8 @@ def _fitted(x: Tensor, holds: Tensor, gates: Gates) -> Tensor:
     # Gates that are to look at nothing have nothing to tell apart.
     for _ in range(_ROUNDS if gates.keep != gates.keep_at_key else 1):
         square = ((x * short[:, None]).T @ x + ridge * torch.eye(x.shape[1])).double()
-        fitted = torch.linalg.solve(square, (x.T @ (short * wanted)).double()).float()
+        towards = x.T @ (short * wanted) + (0 if near is None else ridge * near.float())
+        fitted = torch.linalg.solve(square, towards.double()).float()
         now = weights * ((wanted - x @ fitted) * above > 0)
         if torch.equal(now, short):
             break
