@@ -186,7 +186,7 @@ def test_sigint_in_a_pipe_ends_with_a_summary():
         process.stdin.write((TEXT * 200).encode())  # more than a pipe holds: so it is being read
         time.sleep(1)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == INTERRUPTED, err.decode()
@@ -197,7 +197,7 @@ def test_sigint_in_a_pipe_ends_with_a_summary():
 
 def test_output_goes_into_a_pipe():
     process = subprocess_of("read", "tiny", "-", "--next", "3")
-    out, err = process.communicate(TEXT.encode(), timeout=60)
+    out, err = process.communicate(TEXT.encode(), timeout=300)
     assert process.returncode == 0, err.decode()
     assert len(out.decode()) > 1
     assert "\x1b" not in out.decode()
@@ -206,7 +206,7 @@ def test_output_goes_into_a_pipe():
 
 def test_the_installed_command_runs():
     where = Path(sys.executable).with_name("cometlm")
-    done = subprocess.run([where, "read"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([where, "read"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert "Usage: cometlm read" in done.stderr
 
