@@ -226,6 +226,7 @@ trainer = sft(
 )
 trainer.train()
 torch.save(model.model.comet.state_dict(), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
+trainer.accelerator.end_training()  # a rank that stays in its job is aborted now and then
 """
 
 

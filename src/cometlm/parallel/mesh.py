@@ -35,8 +35,8 @@ def join_job(device: torch.device) -> tuple[int, int]:
 def leave_job() -> None:
     """Leave the job of several ranks that this process is in, if it is in one.
 
-    A process that ends in it may be aborted while the interpreter goes down, by a thread of the
-    job's that is not done yet, and `torchrun` then ends the other ranks in the middle of a save.
+    A thread of gloo's that frees what a collective worked on needs the interpreter: where that goes
+    down first the process aborts, and `torchrun` then ends the other ranks, be it in a save.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
