@@ -19,8 +19,8 @@ def attached(folder, **sizes):
     return model
 
 
-def with_lora(model, targets):
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, lora_alpha=4))
+def with_lora(model, targets, **options):
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, lora_alpha=4, **options))
     torch.manual_seed(8)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,12 +1,14 @@
 """LoRA adapters in checkpoints, and merged into the weights that they adapt."""
 
-import peft
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cometlm
-from cometlm import CometForCausalLM
+from cometlm import CometForCausalLM, lora_file
 from tests.checkpoints import SIZES, attached, logits, with_lora
 from tests.tiny import error, random_ids, tiny_backbone
 
@@ -54,6 +56,65 @@ def test_lora_is_merged_on_loading_unless_it_is_to_be_trained(named, tmp_path):
     whole = CometForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float64)
     assert not whole.merged
     assert error(logits(whole), want) < 1e-12
+
+
+def loaded(folder, dtype=torch.float32, **options):
+    return cometlm.load(str(folder), device="cpu", dtype=dtype, **options)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 3}}])
+def test_an_adapter_is_merged_from_its_file_as_peft_merges_it(named, tmp_path, dtype, options):
+    with_lora(attached(named), ["q_proj", "down_proj"], **options).save_pretrained(tmp_path)
+    ours, theirs = loaded(tmp_path, dtype), loaded(tmp_path, dtype, merge=False)
+    assert cometlm.merge_lora(theirs)
+    assert ours.merged
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    session = theirs.session()
+    session.read(random_ids(40))
+    session.save(tmp_path / "s")
+    assert cometlm.Session.load(tmp_path / "s", ours).continuation(3) == session.continuation(3)
+
+
+def test_reading_needs_no_peft(named, tmp_path, monkeypatch):
+    with_lora(attached(named), ["q_proj"]).save_pretrained(tmp_path)
+    want = logits(loaded(tmp_path))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert torch.equal(logits(loaded(tmp_path)), want)
+    with pytest.raises(ValueError, match="pip install peft"):
+        loaded(tmp_path, merge=False)
+    assert not (CometForCausalLM.from_pretrained(tmp_path, merge=True)).training
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"alpha_pattern": {"q_proj": 7}}], ids=str)
+def test_an_adapter_that_is_more_than_two_matrices_is_merged_by_peft(named, tmp_path, options):
+    with_lora(attached(named), ["q_proj"], **options).save_pretrained(tmp_path)
+    apart = loaded(tmp_path, torch.float64, merge=False)
+    merged = loaded(tmp_path, torch.float64)
+    assert merged.merged
+    assert error(logits(merged), logits(apart)) < 1e-12
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_an_adapter_of_another_model_is_refused(named, tmp_path, merge):
+    with_lora(attached(named), ["q_proj"]).save_pretrained(tmp_path)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    weights = {name.replace("q_proj", "x_proj"): w for name, w in load_file(file).items()}
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"lora.*does not fit this model.*x_proj"):
+        loaded(tmp_path, merge=merge)
+
+
+def test_a_damaged_adapter_is_named(named, tmp_path):
+    with_lora(attached(named), ["q_proj"]).save_pretrained(tmp_path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        file = tmp_path / "lora" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=name):
+            loaded(tmp_path)
+        file.write_bytes(whole)
 
 
 def test_a_backbone_is_saved_without_its_adapter(named, tmp_path):
@@ -123,11 +184,11 @@ def test_a_session_is_not_bound_to_how_a_machine_rounds_when_it_merges(
     session = model.session()
     session.read(random_ids(40))
     session.save(tmp_path / "s")
-    exact = peft.tuners.lora.Linear.get_delta_weight
+    exact = lora_file.merge_delta
     monkeypatch.setattr(
-        peft.tuners.lora.Linear,
-        "get_delta_weight",
-        lambda layer, adapter: exact(layer, adapter) * (1 + 1e-6),
+        lora_file,
+        "merge_delta",
+        lambda layer, delta, *parts: exact(layer, delta * (1 + 1e-6), *parts),
     )
     other = loaded()
     name = next(name for name, _ in other.named_parameters() if "v_proj" in name)

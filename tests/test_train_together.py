@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch.utils.data import SequentialSampler
 
 import cometlm
+from cometlm.files import read_weights
 from cometlm.parallel.agreement import check_alike
 from cometlm.parallel.mesh import make_mesh
-from cometlm.pretrained import WEIGHTS, read_weights
+from cometlm.pretrained import WEIGHTS
 from cometlm.train.config_file import config_of, read_config
 from cometlm.train.lengths import check_enough_chunks
 from cometlm.train.run import train

@@ -15,7 +15,6 @@ from cometlm.causal_lm import CometForCausalLM
 from cometlm.config import RUNTIME_SIZES, CometConfig
 from cometlm.device import default_device, default_dtype
 from cometlm.loading import BUILT_IN, Bits, load_backbone, not_found, quantization_of, source_of
-from cometlm.merge import merge_lora
 from cometlm.model_config import CometModelConfig
 from cometlm.pretrained import BACKBONE, WEIGHTS, load_model
 
@@ -74,11 +73,9 @@ def load(
     config = _config_of(name)
     trained = _trained_config(name, config, sizes)
     if trained is not None:
-        model = load_model(_home(name), config=trained, **where)
+        model = load_model(_home(name), config=trained, merge=merge, **where)
         model.config.name_or_path = name
         _warn_of_bits(name, trained, model)
-        if merge:
-            merge_lora(model)
     else:
         chosen = {**built_in.sizes, **sizes} if built_in else sizes
         model = attach(load_backbone(name, **where).eval(), **chosen)

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cometlm.attachment import attach
 from cometlm.backbone import FAMILIES
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.pretrained import read_weights, save_model
+from cometlm.files import read_weights
+from cometlm.pretrained import save_model
 
 # Published field -> the name used in the golden files' metadata.
 _FIELDS = {

@@ -1,4 +1,4 @@
-"""Writing files that are whole or not there at all."""
+"""Files: written so that they are whole or not there at all, and weights read from them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import errno
 import os
 import tempfile
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -35,6 +39,18 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: it is damaged, or something else.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
 
 def _umask() -> int:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cometlm.adapters import has_adapter
 from cometlm.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from cometlm.causal_lm import CometForCausalLM
-
-
-def has_adapter(model: CometForCausalLM) -> bool:
-    """Whether a model has an adapter of transformers' peft integration."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def merge_lora(model: CometForCausalLM) -> bool:
@@ -43,15 +40,36 @@ def merge_lora(model: CometForCausalLM) -> bool:
     if not all(_can_merge(layer, uses) for layer in layers.values()):
         return False
     for name, layer in layers.items():
-        base, parts = layer.get_base_layer(), _digest_of_parts(layer)
+        base = layer.get_base_layer()
+        parts = _digest_of_parts(dict(layer.named_parameters()), layer.scaling)
         layer.merge()
         base.lora_origin = _Origin(fingerprint([("", base.weight)]), parts)
         model.set_submodule(name, base)
     del model.peft_config
     model._hf_peft_config_loaded = False
+    mark_merged(model)
+    return True
+
+
+def merge_delta(
+    layer: nn.Module, delta: Tensor, parts: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> None:
+    """Add what an adapter adds to a layer's weight, and note what the weight came from.
+
+    Args:
+        parts: weights of the layer and its adapter, by the names that peft gives them.
+        scales: of its adapter, by name.
+    """
+    digest = _digest_of_parts(parts, scales)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight.data += delta.to(weight.dtype)
+    layer.lora_origin = _Origin(fingerprint([("", weight)]), digest)  # type: ignore[assignment]
+
+
+def mark_merged(model: CometForCausalLM) -> None:
+    """Say that a model's backbone is another one now."""
     backbone: Any = model._backbone  # where detach() and attach() keep it
     backbone.lora_merged = True
-    return True
 
 
 def weights_before_merging(model: nn.Module) -> dict[str, Tensor]:
@@ -68,6 +86,17 @@ def weights_before_merging(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def can_change(layer: Any, uses: Mapping[int, int]) -> bool:
+    """Whether a layer's weight is plain numbers, here, and nobody else's.
+
+    Args:
+        uses: how often each parameter comes up in the model, by its `id`.
+    """
+    weight: Tensor = layer.weight
+    here = weight.device != torch.device("meta")
+    return weight.is_floating_point() and here and uses[id(weight)] == 1
+
+
 @dataclass(frozen=True)
 class _Origin:
     """What a merged weight came from.
@@ -81,9 +110,9 @@ class _Origin:
     parts: Tensor
 
 
-def _digest_of_parts(layer: Any) -> Tensor:
-    scales = {name: torch.tensor(float(scale)) for name, scale in layer.scaling.items()}
-    digest = fingerprint([*layer.named_parameters(), *scales.items()])
+def _digest_of_parts(parts: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
+    scaling = {name: torch.tensor(float(scale)) for name, scale in scales.items()}
+    digest = fingerprint([*parts.items(), *scaling.items()])
     return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
 
 
@@ -96,7 +125,5 @@ def _can_merge(layer: Any, uses: Counter[int]) -> bool:
         and not layer.disable_adapters
         and bool(layer.active_adapters)
         and type(base) in (nn.Linear, nn.Embedding)
-        and base.weight.is_floating_point()
-        and base.weight.device != torch.device("meta")
-        and uses[id(base.weight)] == 1
+        and can_change(base, uses)
     )

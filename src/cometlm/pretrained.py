@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 from transformers import (
@@ -34,11 +32,15 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from cometlm.adapters import has_adapter
 from cometlm.attachment import attach
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.files import write_whole
+from cometlm.files import read_weights, write_whole
 from cometlm.loading import load_backbone, read_backbone
-from cometlm.merge import has_adapter
+from cometlm.lora_file import CONFIG as LORA_CONFIG
+from cometlm.lora_file import WEIGHTS as LORA_WEIGHTS
+from cometlm.lora_file import LoraFile, save_lora
+from cometlm.merge import merge_lora
 from cometlm.model_config import CometModelConfig
 
 WEIGHTS = "model.safetensors"
@@ -46,7 +48,7 @@ BACKBONE, LORA = "backbone", "lora"
 _PREFIX = "model.comet."
 _AUTO = ("trust_remote_code", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash")
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-_TAKEN = ("backbone", "config", "dtype", "device_map", "quantization_config", *_HUB)
+_TAKEN = ("backbone", "config", "merge", "dtype", "device_map", "quantization_config", *_HUB)
 
 
 def save_model(
@@ -80,7 +82,7 @@ def save_model(
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     if has_adapter(model):
-        _save_lora(model, folder / LORA, state_dict)
+        save_lora(model, folder / LORA, state_dict)
     elif (folder / LORA).exists():  # of a model that stood here before
         shutil.rmtree(folder / LORA)
     card = folder / "README.md"
@@ -125,6 +127,7 @@ def load_model(
     *,
     backbone: PreTrainedModel | str | Path | None = None,
     config: CometModelConfig | None = None,
+    merge: bool = False,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     quantization_config: QuantizationConfigMixin | None = None,
@@ -136,6 +139,7 @@ def load_model(
         backbone: use this model, or load this name or path, instead of the one named.
         dtype, device_map, quantization_config: of the backbone; the memory follows it, but one that
             was saved in float32 is not rounded, and none is quantised.
+        merge: merge a LoRA adapter into the backbone, where that can be; see `merge_lora`.
         options: hub options (revision, token, cache_dir, local_files_only, force_download).
 
     Raises:
@@ -169,36 +173,16 @@ def load_model(
         model.generation_config = GenerationConfig.from_pretrained(name, **options)
     model.config.name_or_path = name
     lora = cached_file(
-        name, f"{LORA}/adapter_config.json", _raise_exceptions_for_missing_entries=False, **options
+        name, f"{LORA}/{LORA_CONFIG}", _raise_exceptions_for_missing_entries=False, **options
     )
     if lora is not None:
-        model.load_adapter(str(Path(lora).parent))
+        cached_file(name, f"{LORA}/{LORA_WEIGHTS}", **options)  # on the hub each file comes alone
+        adapter = LoraFile.read(Path(lora).parent)
+        if not (merge and adapter.merge_into(model)):
+            adapter.put_beside(model)
+            if merge:
+                merge_lora(model)
     return model.eval()
-
-
-def load_lora(model: CometForCausalLM, checkpoint: str | Path) -> None:
-    """Put a checkpoint's LoRA weights into the active adapter of a model that has one already.
-
-    Raises:
-        ValueError: they do not fit it.
-    """
-    file = Path(checkpoint) / LORA / "adapter_model.safetensors"
-    if not has_adapter(model):
-        if file.exists():
-            raise ValueError(f"{checkpoint} has LoRA weights, but this model has no adapter")
-        return
-    (adapter,) = model.active_adapters()
-    own = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-    given = {
-        name.removeprefix("base_model.model.").replace(".weight", f".{adapter}.weight"): weight
-        for name, weight in read_weights(file).items()
-    }
-    for name in sorted(own.keys() ^ given.keys()):
-        what = "lacks" if name in own else "holds an unknown"
-        raise ValueError(f"{file} does not fit this model: it {what} weight {name}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(given[name])
 
 
 def upload_model(
@@ -232,18 +216,6 @@ def upload_model(
             create_pr=create_pr,
         )
     return str(commit)
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        ValueError: it is damaged, or something else.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
 
 def memory_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -338,18 +310,6 @@ def _load_backbone(
     if wanted == f"./{BACKBONE}":
         return read_backbone(name, subfolder=BACKBONE, **where, **options)
     return load_backbone(wanted, **where)
-
-
-def _save_lora(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None) -> None:
-    """The active LoRA adapter, as peft keeps one."""
-    (adapter, *more) = model.active_adapters()
-    if more:
-        raise ValueError(f"only one LoRA adapter can be saved, active are {[adapter, *more]}")
-    folder.mkdir(exist_ok=True)
-    weights = model.get_adapter_state_dict(adapter, state_dict)
-    plain = {f"base_model.model.{n}": w.detach().cpu().contiguous() for n, w in weights.items()}
-    model.peft_config[adapter].save_pretrained(folder)
-    write_whole(folder / "adapter_model.safetensors", to_bytes(plain, {"format": "pt"}))
 
 
 AutoConfig.register(CometModelConfig.model_type, CometModelConfig)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cometlm.adapters import has_adapter
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.merge import has_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig

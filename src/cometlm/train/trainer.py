@@ -32,9 +32,11 @@ from trl import SFTTrainer
 from cometlm.cache import CometCache
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
+from cometlm.files import read_weights
+from cometlm.lora_file import load_lora
 from cometlm.parallel.p2p import PipelineError, answering
 from cometlm.parallel.shard import gathered, gathered_state, shard, shard_state
-from cometlm.pretrained import check_can_save, load_lora
+from cometlm.pretrained import check_can_save
 from cometlm.train.lora import parameter_groups
 from cometlm.train.together import (
     SharedBatches,
@@ -363,11 +365,11 @@ def restore(model: CometForCausalLM, checkpoint: str | Path, whole: bool) -> Non
     """Put what a checkpoint holds into a model that has the same parts."""
     from transformers import AutoModelForCausalLM
 
-    from cometlm.pretrained import BACKBONE, WEIGHTS, load_memory, read_weights
+    from cometlm.pretrained import BACKBONE, LORA, WEIGHTS, load_memory
 
     folder = Path(checkpoint)
     load_memory(model, read_weights(folder / WEIGHTS), str(folder))
-    load_lora(model, folder)
+    load_lora(model, folder / LORA)
     if whole:
         saved = AutoModelForCausalLM.from_pretrained(folder / BACKBONE, dtype=model.dtype)
         cast("nn.Module", model._backbone).load_state_dict(saved.state_dict())
