@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cometlm.compat import cpu_abilities
 from cometlm.data.texts import text_files
 
 OUT = Path("out")
@@ -27,7 +28,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 def machine() -> dict[str, Any]:
     """What a figure depends on."""
-    abilities = torch.cpu.get_capabilities()
+    abilities = cpu_abilities()
     return {
         "cpu": abilities.get("cpu_name", platform.processor()),
         "cores": os.cpu_count(),

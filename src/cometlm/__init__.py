@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"  # before the imports: what a session file says of its writer
 
+import cometlm.compat  # noqa: F401 (refuses old versions of torch and transformers, before all else)
 from cometlm.attachment import attach, detach
 from cometlm.by_name import load
 from cometlm.cache import CometCache

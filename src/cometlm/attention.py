@@ -27,11 +27,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cometlm.compat import cpu_flash_attention
+from cometlm.fixed_layout import FixedLayout
 from cometlm.layout import ChunkLayout
 from cometlm.memory import join_ragged
 
 NAME = "cometlm"
 _FEW = 64
+_FEW_ITEMS = 16
 
 
 class KeyValue(NamedTuple):
@@ -54,10 +57,10 @@ class CellCall:
         layout: where everything stands.
         memory: rotated keys and values of the memory slots, or None.
         chunk: rotated keys and values of the open chunk, before the call and, afterwards, after;
-            filling may follow.
+            filling may follow. Under a `FixedLayout` a buffer with the whole row, written in place.
     """
 
-    layout: ChunkLayout
+    layout: ChunkLayout | FixedLayout
     memory: KeyValue | None
     chunk: KeyValue | None
 
@@ -66,6 +69,9 @@ class CellCall:
         old, layout = self.chunk, self.layout
         if old is None:
             self.chunk = new
+        elif isinstance(layout, FixedLayout):
+            for buffer, part in zip(old, new, strict=True):
+                buffer.index_copy_(2, layout.positions[0], part)
         elif layout.uniform:
             before = layout.rows[0].items
             self.chunk = KeyValue(*(_appended(o, n, before) for o, n in zip(old, new, strict=True)))
@@ -74,6 +80,7 @@ class CellCall:
             self.chunk = KeyValue(
                 *(join_ragged(o, lengths, n, layout.items) for o, n in zip(old, new, strict=True))
             )
+        assert self.chunk is not None
         return self.chunk
 
 
@@ -125,23 +132,27 @@ def attend(
     query: Tensor,
     memory: KeyValue | None,
     chunk: KeyValue,
-    layout: ChunkLayout,
+    layout: ChunkLayout | FixedLayout,
     window: int | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention of the new items to the whole row, [B, heads, I, head width]."""
+    if isinstance(layout, FixedLayout):
+        return attend_masked(query, chunk, layout.mask(window), scale)
     if not layout.uniform or (dropout and memory is not None):
         row = chunk if memory is None else _joined(memory, chunk)
-        full = layout.full_mask(window)
-        return sdpa(query, *row, full, dropout, scale=scale, enable_gqa=True)
+        return attend_masked(query, row, layout.full_mask(window), scale, dropout)
     mask = layout.chunk_mask(window, chunk.key.shape[2])
     causal = mask is None and query.shape[2] > 1
+    if memory is None and mask is not None:
+        return attend_masked(query, chunk, mask, scale, dropout)
     if memory is None:
-        return sdpa(query, *chunk, mask, dropout, causal, scale=scale, enable_gqa=True)
-    if query.device.type == "cpu":
+        return sdpa(query, *chunk, None, dropout, causal, scale=scale, enable_gqa=True)
+    if query.device.type == "cpu" and _FLASH is not None:
         return attend_two_part(query, memory, chunk, mask, causal, scale)
     whole = None if mask is None else layout.full_mask(window)
+    chunk = KeyValue(*(x[:, :, : layout.slots[0]] for x in chunk))  # without filling
     return attend_one_part(query, memory, chunk, whole, causal, scale)
 
 
@@ -154,9 +165,7 @@ def attend_two_part(
     scale: float | None,
 ) -> Tensor:
     """Memory without a mask, chunk under `mask` [I, slots] or the causal flag; CPU only."""
-    tensors: tuple[Tensor, ...] = (query, *memory, *chunk)
-    if torch.is_autocast_enabled("cpu"):  # it knows torch's attention, but not this one
-        tensors = tuple(x.to(torch.get_autocast_dtype("cpu")) for x in tensors)
+    tensors = _cast(query, *memory, *chunk)
     out: Tensor = _TwoPart.apply(*tensors, mask, causal, scale)  # type: ignore[no-untyped-call]
     return out
 
@@ -171,8 +180,42 @@ def attend_one_part(
 ) -> Tensor:
     """Memory and chunk as one row under a full mask or a lower-right causal flag."""
     row = _joined(memory, chunk)
-    bias = causal_lower_right(query.shape[2], row.key.shape[2]) if causal else mask
-    return sdpa(query, *row, bias, scale=scale, enable_gqa=True)
+    if mask is not None:
+        return attend_masked(query, row, mask, scale)
+    bias = causal_lower_right(query.shape[2], row.key.shape[2]) if causal else None
+    query, key, value = _cast(query, *row)
+    return sdpa(query, key, value, bias, scale=scale, enable_gqa=True)
+
+
+def attend_masked(
+    query: Tensor,
+    row: KeyValue,
+    mask: Tensor,
+    scale: float | None,
+    dropout: float = 0.0,
+    grouped: bool | None = None,
+) -> Tensor:
+    """A whole row under a mask.
+
+    Args:
+        mask: bool, [I, S] or [1 or B, 1, I, S].
+        grouped: let the kernel group the heads of a key. Default: on CPUs; fused kernels of other
+            devices take a mask or groups, but not both.
+    """
+    heads, key_heads = query.shape[1], row.key.shape[1]
+    grouped = query.device.type == "cpu" if grouped is None else grouped
+    if grouped or heads == key_heads:
+        return sdpa(query, *row, mask, dropout, scale=scale, enable_gqa=heads != key_heads)
+    groups, items = heads // key_heads, query.shape[2]
+    if items > _FEW_ITEMS:
+        row = KeyValue(*(x.repeat_interleave(groups, 1) for x in row))
+        return sdpa(query, *row, mask, dropout, scale=scale)
+    # The heads of a key are as good as more items that see the same: nothing is copied.
+    more = query.unflatten(1, (key_heads, groups)).flatten(2, 3)
+    seen = mask.repeat(*(1,) * (mask.dim() - 2), groups, 1)
+    out = sdpa(more, *row, seen, dropout, scale=scale)
+    apart: Tensor = out.unflatten(2, (groups, items))
+    return apart.flatten(1, 2)
 
 
 def _appended(old: Tensor, new: Tensor, length: int) -> Tensor:
@@ -190,12 +233,19 @@ def _appended(old: Tensor, new: Tensor, length: int) -> Tensor:
     return torch.cat([old[:, :, :length], new, filling], dim=2)
 
 
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as autocast would have them; it knows torch's attention, but not what is under it."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+
+
 def _joined(memory: KeyValue, chunk: KeyValue) -> KeyValue:
     return KeyValue(*(torch.cat(pair, dim=2) for pair in zip(memory, chunk, strict=True)))
 
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLASH = cpu_flash_attention()
 
 
 class _TwoPart(torch.autograd.Function):
@@ -213,9 +263,11 @@ class _TwoPart(torch.autograd.Function):
         causal: bool,
         scale: float | None,
     ) -> Tensor:
+        assert _FLASH is not None
+        flash, _ = _FLASH
         bias = None if mask is None else _additive(mask, query.dtype)
-        far, far_lse = _flash(query, memory_key, memory_value, 0.0, False, scale=scale)
-        near, near_lse = _flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        far, far_lse = flash(query, memory_key, memory_value, 0.0, False, scale=scale)
+        near, near_lse = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         lse = torch.logaddexp(far_lse, near_lse)
         out: Tensor = far * (far_lse - lse).exp().unsqueeze(-1).to(far.dtype)
         out.addcmul_(near, (near_lse - lse).exp().unsqueeze(-1).to(near.dtype))
@@ -227,11 +279,11 @@ class _TwoPart(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, memory_key, memory_value, key, value, bias, out, lse = ctx.saved_tensors
+        assert _FLASH is not None
+        _, backward = _FLASH
         merged = (out, lse, 0.0)
-        far = _flash_backward(
-            grad, query, memory_key, memory_value, *merged, False, scale=ctx.scale
-        )
-        near = _flash_backward(
+        far = backward(grad, query, memory_key, memory_value, *merged, False, scale=ctx.scale)
+        near = backward(
             grad, query, key, value, *merged, ctx.causal, attn_mask=bias, scale=ctx.scale
         )
         return far[0] + near[0], *far[1:], *near[1:], None, None, None

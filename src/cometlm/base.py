@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from cometlm.adapters import AdapterMixin
+from cometlm.compat import CheckpointingSwitches
 from cometlm.model_config import CometModelConfig
 from cometlm.recompute import Recomputation
 
 
-class CometPreTrainedModel(PreTrainedModel):
+class CometPreTrainedModel(CheckpointingSwitches, AdapterMixin, PreTrainedModel):
     """What both models share with transformers."""
 
     config_class = CometModelConfig

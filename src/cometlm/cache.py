@@ -30,7 +30,9 @@ class CometCache:
             the cache's length. The session may have read far more: `tokens_read`.
     """
 
-    is_compileable: ClassVar[bool] = False  # asked by transformers' generate()
+    # Asked by transformers' generate(), the second one from 5.24 on.
+    is_compileable: ClassVar[bool] = False
+    is_linear: ClassVar[tuple[bool, ...]] = (False,)
 
     layers: tuple[LayerState, ...]
     rows: tuple[RowCounts, ...]

@@ -27,7 +27,9 @@ from cometlm.base import CometPreTrainedModel
 from cometlm.batch import check_shape, next_labels
 from cometlm.cache import CometCache
 from cometlm.call import Aside, Scored, Told
+from cometlm.compat import CACHE, EitherName, takes_either_name
 from cometlm.fingerprint import sample
+from cometlm.fixed_cache import FixedCache
 from cometlm.generation import MemoryGenerationMixin
 from cometlm.model import CometModel
 from cometlm.model_config import CometModelConfig
@@ -39,7 +41,7 @@ _COMET = "model.comet."
 
 
 @dataclass
-class CometCausalOutput(CausalLMOutputWithPast):
+class CometCausalOutput(EitherName, CausalLMOutputWithPast):
     """transformers' output, and what labels and asides add.
 
     Attributes:
@@ -102,6 +104,7 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         """The backbone's head."""
         return self.lm_head
 
+    @takes_either_name
     def forward(
         self,
         input_ids: Tensor,
@@ -148,6 +151,9 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         if self._undo is None:
             raise ValueError("this model was detached from its backbone; attach() again to use it")
         check_shape(input_ids)
+        if isinstance(past_key_values, FixedCache) and labels is None:
+            logits = past_key_values.read(input_ids, attention_mask)[:, None]
+            return CometCausalOutput(logits=logits, **{CACHE: past_key_values})
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
@@ -166,8 +172,8 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
             summed, right, *told = out.summed.unbind()
             result = CometCausalOutput(
                 loss=summed / _items(targets, num_items_in_batch),
-                past_key_values=out.past_key_values,
                 right=right.detach(),
+                **{CACHE: out.past_key_values},
             )
             if told:
                 result.told_loss = told[0] / told[1].clamp(min=1)
@@ -186,8 +192,8 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
             summed, right = self._summed_loss(hidden, targets).unbind()
             loss, right = summed / _items(targets, num_items_in_batch), right.detach()
         logits = self.logits(_kept(hidden, keep))
-        past = out.past_key_values
-        return CometCausalOutput(loss=loss, logits=logits, past_key_values=past, right=right)
+        past: dict[str, Any] = {CACHE: out.past_key_values}
+        return CometCausalOutput(loss=loss, logits=logits, right=right, **past)
 
     def save_pretrained(  # type: ignore[override]
         self,

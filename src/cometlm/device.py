@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from cometlm.compat import cpu_abilities
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -47,8 +49,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.bfloat16
-    abilities = torch.cpu.get_capabilities()
-    native = any(has is True for name, has in abilities.items() if "bf16" in name)
+    native = any(has is True for name, has in cpu_abilities().items() if "bf16" in name)
     return torch.bfloat16 if native else torch.float32
 
 

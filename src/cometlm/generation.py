@@ -19,6 +19,8 @@ from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor
 
 from cometlm.cache import CometCache
+from cometlm.compat import CACHE, takes_either_name
+from cometlm.fixed_cache import FixedCache
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -27,6 +29,14 @@ class MemoryGenerationMixin(GenerationMixin):
     config: Any
     device: Any
     model: Any
+
+    @takes_either_name
+    def generate(self, *args: Any, past_key_values: CometCache | None = None, **kwargs: Any) -> Any:
+        """Write, as transformers' `generate()` does, from `past_key_values` (or `cache`) on."""
+        if past_key_values is not None:
+            kwargs[CACHE] = past_key_values
+        inherited: Any = super()
+        return inherited.generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -37,22 +47,30 @@ class MemoryGenerationMixin(GenerationMixin):
         max_cache_length: int,
     ) -> Any:
         """Put a cache that counts from this call into `model_kwargs`, a row for every sequence."""
-        if generation_config.cache_implementation is not None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "static"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} does not apply: "
-                "the memory is the cache"
+                f"cache_implementation must be None or 'static', got {kind!r}: the memory is the "
+                "cache"
             )
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is None and generation_config.use_cache is False:
             return
+        if kind and (generation_config.num_beams or 1) > 1:
+            raise ValueError(
+                "cache_implementation='static' writes in place, which beams cannot share: "
+                f"num_beams must be 1, got {generation_config.num_beams}"
+            )
         cache: CometCache = self.model.cache_for(given, batch_size)
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         rows = [row for row in range(batch_size) for _ in range(copies)]
-        model_kwargs["past_key_values"] = cache.select(rows).restarted()
+        cache = cache.select(rows).restarted()
+        whole: Any = self
+        model_kwargs[CACHE] = FixedCache(whole, cache) if kind else cache
 
-    def _reorder_cache(self, past_key_values: CometCache, beam_idx: Any) -> CometCache:
+    def _reorder_cache(self, cache: CometCache, beam_idx: Any) -> CometCache:
         """The cache of the beams that go on."""
-        return past_key_values.select(beam_idx.tolist())
+        return cache.select(beam_idx.tolist())
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Mask the reserved rows of published checkpoints, whatever the caller suppresses."""

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from cometlm.attention import CellCall, KeyValue
 from cometlm.backbone import Family, RotaryTable, rotate_keys
 from cometlm.config import CometConfig
+from cometlm.fixed_layout import FixedLayout
 from cometlm.layout import ChunkLayout, RowCounts, take
 from cometlm.memory import LayerMemory, LayerMemoryWeights, join_ragged, push
 
@@ -106,7 +107,7 @@ class Cell(nn.Module):
         self,
         hidden: Tensor,
         state: LayerState,
-        layout: ChunkLayout,
+        layout: ChunkLayout | FixedLayout,
         rotary: RotaryTable,
         weights: LayerMemoryWeights,
     ) -> tuple[Tensor, LayerState]:
@@ -128,6 +129,7 @@ class Cell(nn.Module):
 
         pending: tuple[Tensor, ...]
         if state.open is None:
+            assert isinstance(layout, ChunkLayout), "a fixed layout has no place to open a chunk"
             memory, before, pending = slots(state.memory, layout), None, ()
         else:
             memory, before, pending = state.open.memory, state.open.chunk, state.open.pending
@@ -140,6 +142,7 @@ class Cell(nn.Module):
         pending = self._extend(pending, out, layout, weights)
         if not layout.closes:
             return out, replace(state, open=OpenChunk(memory, call.chunk, pending))
+        assert isinstance(layout, ChunkLayout), "a fixed layout closes no chunk"
         folded = self._fold(state.memory, out, pending, layout, weights)
         after = replace(layout, rows=layout.counts_after(), _masks={})
         longest = max(row.items for row in after.rows)
@@ -242,7 +245,7 @@ class Cell(nn.Module):
         self,
         pending: tuple[Tensor, ...],
         out: Tensor,
-        layout: ChunkLayout,
+        layout: ChunkLayout | FixedLayout,
         weights: LayerMemoryWeights,
     ) -> tuple[Tensor, ...]:
         """Entries of the open chunk with those of this step's compression tokens added."""
@@ -251,7 +254,7 @@ class Cell(nn.Module):
             return pending
         entries = temporary(take(out, layout.compression_index)).to(out.dtype)
         new = self._pack(entries)
-        if layout.uniform:
+        if isinstance(layout, FixedLayout) or layout.uniform:
             return (*pending, new)
         before = [row.compressions for row in layout.rows]
         old = torch.cat(pending, dim=1) if pending else new[:, :0]
@@ -323,7 +326,7 @@ States = tuple[LayerState, ...]
 
 
 def through_layers(
-    grid: Grid, hidden: Tensor, layout: ChunkLayout, states: States
+    grid: Grid, hidden: Tensor, layout: ChunkLayout | FixedLayout, states: States
 ) -> tuple[Tensor, States]:
     """One step through all layers: streaming, when repeated chunk after chunk.
 

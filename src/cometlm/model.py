@@ -22,8 +22,10 @@ from cometlm.batch import TextBatch, check_shape, documents
 from cometlm.cache import CometCache
 from cometlm.call import Aside, Call, Scored, Told, checked, finished
 from cometlm.chunking import Chunking
+from cometlm.compat import CACHE, EitherName, takes_either_name
 from cometlm.compiling import compile_or_warn
 from cometlm.config import CometConfig
+from cometlm.fixed_cache import FixedCache
 from cometlm.grid import Cell, Grid, States, through_layers
 from cometlm.layout import ChunkLayout, check_cuts, plan, plan_cuts, take
 from cometlm.memory import Comet, LayerMemoryWeights
@@ -40,7 +42,7 @@ class SharedReading(Protocol):
 
 
 @dataclass
-class CometOutput(BaseModelOutputWithPast):
+class CometOutput(EitherName, BaseModelOutputWithPast):
     """What `CometModel` returns; with `Scored`, `summed` in place of `last_hidden_state`.
 
     Attributes:
@@ -90,6 +92,7 @@ class CometModel(CometPreTrainedModel):
         """Replace the backbone's embedding."""
         self.embed_tokens = value
 
+    @takes_either_name
     def forward(
         self,
         input_ids: Tensor,
@@ -114,7 +117,7 @@ class CometModel(CometPreTrainedModel):
             input_ids: [B, N] text tokens; any N.
             attention_mask: [B, N], or longer with the past in front; each row's ones must be
                 contiguous, padding may stand left or right.
-            past_key_values: what an earlier call returned; left as it was.
+            past_key_values: what an earlier call returned; left as it was. `cache` is another name.
             use_cache: return a cache. Default: the config's, but not while training.
             stride: compression stride of this call. Default: the config's.
             capacity: temporary memory slots from the next fold on. Default: the config's.
@@ -193,7 +196,8 @@ class CometModel(CometPreTrainedModel):
         wanted = [
             (step, out) for step, out in zip(call.steps, kept, strict=True) if call.wants(step)
         ]
-        return CometOutput(last_hidden_state=text.aligned(wanted, call.first), past_key_values=past)
+        hidden = text.aligned(wanted, call.first)
+        return CometOutput(last_hidden_state=hidden, **{CACHE: past})
 
     def _read_packed(
         self,
@@ -267,6 +271,8 @@ class CometModel(CometPreTrainedModel):
         """
         if given is None:
             return self.empty_cache(batch)
+        if isinstance(given, FixedCache):
+            given = given.value()
         if not isinstance(given, CometCache):
             raise ValueError(
                 f"past_key_values must be a CometCache that this model returned, got "
@@ -418,9 +424,7 @@ def _summed(kept: Sequence[Tensor], asides: Sequence[bool], past: Any) -> CometO
     for score, is_aside in zip(kept, asides, strict=True):
         parts[is_aside].append(score)
     summed, beside = (torch.stack(part).sum(0) if part else None for part in parts.values())
-    return CometOutput(
-        summed=summed, aside_summed=beside, asides=len(parts[True]), past_key_values=past
-    )
+    return CometOutput(summed=summed, aside_summed=beside, asides=len(parts[True]), **{CACHE: past})
 
 
 # What callers pass along that says nothing new: `return_dict` is transformers' habit, the others

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from cometlm.compat import backward_pass
 from cometlm.grid import States, map_tensors, tensors_of, with_tensors
 from cometlm.layout import ChunkLayout
 
@@ -91,10 +92,10 @@ def read_recomputed(
     run = _Run(read, _Sums(parameters), finished, _Vault() if how.offload else None)
     token = _Join.apply(run.sums, *parameters)
     kept: list[Tensor] = []
-    for span in _spans(layouts, how.every, truncate):
+    for place, span in enumerate(_spans(layouts, how.every, truncate)):
         if truncate and _folds(span[0]) % truncate == 0:
             states = map_tensors(states, Tensor.detach)
-        work = _Work(run, span, states)
+        work = _Work(run, place, span, states)
         border = tensors_of(states)
         outs = _Span.apply(work, token, *border)
         kept.extend(outs[: len(span)])
@@ -121,27 +122,43 @@ class _Sums:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = tuple(parameters)
-        self._pass = -1
-        self._sums: list[Tensor | None] = []
+        self._pass = self._place = _NONE
+        self._sums: list[Tensor | None] = [None] * len(self.parameters)
+
+    def begin(self, place: int) -> None:
+        """Say that a span is about to run; what a pass left that broke off is forgotten.
+
+        Args:
+            place: the span's among all; a pass runs them from the last one back.
+        """
+        if backward_pass() is None and place >= self._place:
+            self._forget()
+        self._place = place
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Add one span's gradients, one for each parameter."""
-        self._begin()
+        self._look_at_pass()
         for i, (old, new) in enumerate(zip(self._sums, grads, strict=True)):
             if new is not None:
                 self._sums[i] = new.clone() if old is None else old.add_(new)
 
     def take(self) -> list[Tensor | None]:
         """The sums, which are handed on once."""
-        self._begin()
-        self._pass = -1
-        return self._sums
+        self._look_at_pass()
+        sums = self._sums
+        self._forget()
+        self._pass = self._place = _NONE
+        return sums
 
-    def _begin(self) -> None:
+    def _look_at_pass(self) -> None:
         """Forget what a pass left that broke off, or that did not want parameters' gradients."""
-        now = torch._C._current_graph_task_id()
-        if now != self._pass:
-            self._pass, self._sums = now, [None] * len(self.parameters)
+        now = backward_pass()
+        if now is not None and now != self._pass:
+            self._forget()
+            self._pass = now
+
+    def _forget(self) -> None:
+        self._sums = [None] * len(self.parameters)
 
 
 class _Join(torch.autograd.Function):
@@ -189,6 +206,7 @@ class _Work:
     """What one span does, apart from the tensors that autograd sees."""
 
     shared: _Run
+    place: int
     layouts: Sequence[ChunkLayout]
     before: States  # only its structure is used; holding the tensors would keep them alive
     after: States = ()
@@ -242,6 +260,7 @@ class _Span(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         work: _Work = ctx.work
         sums = work.shared.sums
+        sums.begin(work.place)
         border = [
             x.detach().to(device).requires_grad_(need)
             for x, device, need in zip(
@@ -338,6 +357,7 @@ class _Vault:
 
 
 _ALIGNED = 64  # bytes
+_NONE = -1  # no pass, no place
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:

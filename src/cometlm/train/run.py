@@ -13,14 +13,15 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig
 
+from cometlm.adapters import has_adapter
 from cometlm.by_name import has_memory, load
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.chunking import Chunking
+from cometlm.compat import ACTIVATION_CHECKPOINTING
 from cometlm.data.records import read_records
 from cometlm.device import as_dtype
 from cometlm.files import write_whole
 from cometlm.loading import BUILT_IN
-from cometlm.merge import has_adapter
 from cometlm.parallel.p2p import PipelineError
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
 from cometlm.train.config import LoraSettings, Say, TrainConfig
@@ -214,8 +215,8 @@ def _arguments(config: TrainConfig, device: torch.device, steps: int | None = No
         # The frozen backbone is in its own dtype already, and what is trained in float32.
         "bf16": config.mode == "full" and device.type != "cpu",
         "use_cpu": device.type == "cpu",
-        "activation_checkpointing": recompute.enabled,
-        "activation_checkpointing_kwargs": {
+        ACTIVATION_CHECKPOINTING: recompute.enabled,
+        f"{ACTIVATION_CHECKPOINTING}_kwargs": {
             "every": recompute.every,
             "offload": recompute.offload,
             "truncate_after": recompute.truncate_after,

@@ -1,0 +1,307 @@
+"""A cache in buffers of fixed size, written in place: what decoding on an accelerator is fast with.
+
+`CometCache` is a value: every step makes new tensors, and Python launches each kernel. Here the
+open chunk of each layer lies in one buffer for the whole row, so every step is the same work on the
+same memory, which a device can record once and replay. `forward` still closes chunks; then the
+buffers take over what the cache holds.
+
+Footguns:
+    - It changes under your hands. `value()` gives what it holds as a `CometCache`.
+    - The next step overwrites the logits of the last one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from cometlm.attention import KeyValue
+from cometlm.cache import CometCache
+from cometlm.compat import new_graph
+from cometlm.fixed_layout import FixedLayout
+from cometlm.grid import LayerState, OpenChunk, through_layers
+from cometlm.layout import RowCounts
+
+if TYPE_CHECKING:
+    from cometlm.causal_lm import CometForCausalLM
+
+_WARM_UPS = 2  # runs before recording: kernels are chosen and workspaces made in the first ones
+
+
+class FixedCache:
+    """Writes token after token; see the module's docstring.
+
+    Args:
+        cache: what was read so far; all of its rows stand at the same place.
+        record: record a step where the device can, and replay it.
+
+    Raises:
+        ValueError: rows that stand at different places; layers on several devices.
+    """
+
+    # Asked by transformers' generate().
+    is_compileable: ClassVar[bool] = False
+    is_linear: ClassVar[tuple[bool, ...]] = (False,)
+
+    def __init__(self, model: CometForCausalLM, cache: CometCache, record: bool = True) -> None:
+        self._model = model
+        self._record = record
+        self._buffers: _Buffers | None = None
+        self._replays: dict[int, Callable[[], Tensor]] = {}
+        self._cache: CometCache
+        self._rows: tuple[RowCounts, ...]
+        self._take_over(cache)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Read text.
+
+        Args:
+            ids: [B, N]; a single token of an open chunk is read in the buffers.
+            mask: [B, N or more], see `CometModel.forward`.
+
+        Returns:
+            Logits [B, V] of what follows.
+
+        Raises:
+            ValueError: rows that stand at different places now; what `forward` raises.
+        """
+        size = self._cache.config.chunk_size
+        if ids.shape[1] == 1 and self._rows[0].items > 0 and self._rows[0].text < size:
+            return self._step(ids)
+        past = self.value()
+        out = self._model(
+            ids, attention_mask=mask, past_key_values=past, use_cache=True, logits_to_keep=1
+        )
+        self._take_over(out.past_key_values)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def value(self) -> CometCache:
+        """What was read, as a value that nothing changes any more."""
+        steps = self._rows[0].tokens - self._cache.rows[0].tokens
+        if steps and self._buffers is not None:
+            after, counts = self._buffers.state_after, self._rows[0]
+            layers = tuple(after(i, counts) for i in range(len(self._cache.layers)))
+            columns = self._cache.columns + steps
+            self._cache = replace(self._cache, layers=layers, rows=self._rows, columns=columns)
+            self._buffers.before = self._cache
+        return self._cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of `input_ids` read since `generate()` began (transformers' name)."""
+        return self._cache.columns + self._rows[0].tokens - self._cache.rows[0].tokens
+
+    def _take_over(self, cache: CometCache) -> None:
+        _check(cache, self._model)
+        self._cache, self._rows = cache, cache.rows
+        if not cache.rows[0].items:
+            return  # the next token opens a chunk, and has its memory projected
+        if self._buffers is None or not self._buffers.fit(cache):
+            self._buffers, self._replays = _Buffers.like(cache, self._entry_widths()), {}
+        self._buffers.fill(cache)
+
+    def _entry_widths(self) -> list[int]:
+        return [int(cell.entry_width) for cell in self._model.model.cells]
+
+    def _step(self, ids: Tensor) -> Tensor:
+        assert self._buffers is not None
+        config, before = self._cache.config, self._rows[0]
+        compress = config.temporary_memory and (before.text + 1) % config.stride == 0
+        items = 1 + compress
+        self._buffers.ids.copy_(ids)
+        if items not in self._replays:
+            self._replays[items] = self._replay_of(items)
+        logits = self._replays[items]()
+        self._rows = tuple(
+            replace(row, text=row.text + 1, items=row.items + items, tokens=row.tokens + 1)
+            for row in self._rows
+        )
+        return logits
+
+    def _replay_of(self, items: int) -> Callable[[], Tensor]:
+        """A step as it is to be run from now on: recorded, or as it is where that fails."""
+        buffers = self._buffers
+        assert buffers is not None
+
+        def work() -> Tensor:
+            return _run(self._model, buffers, items)
+
+        if not self._record:
+            return work
+        try:
+            return _recorded(work, buffers) or work
+        except RuntimeError as error:  # what devices raise at work that cannot be recorded
+            reason = " ".join(str(error).split())[:300]
+            warnings.warn(f"decoding is not recorded, since that failed: {reason}", stacklevel=2)
+            self._record = False
+            return work
+
+
+@dataclass
+class _Buffers:
+    """One buffer for each layer's row, and the numbers that move, all on the device.
+
+    Attributes:
+        before: what the buffers were filled from.
+        ids: [B, 1] the token to read.
+        rows: of each layer, memory and open chunk by position, [B, key-value heads, W, head width].
+        pending: of each layer, entries of the open chunk, [B, e, E]; empty without a temporary
+            memory.
+        position: [1] the next item's.
+        memory_width: [1] memory slots.
+        compressions: [1] entries.
+    """
+
+    before: CometCache
+    ids: Tensor
+    rows: list[KeyValue]
+    pending: list[Tensor]
+    position: Tensor
+    memory_width: Tensor
+    compressions: Tensor
+
+    @classmethod
+    def like(cls, cache: CometCache, entry_widths: Sequence[int]) -> _Buffers:
+        """Buffers for all that an open chunk like this one's can come to hold.
+
+        Args:
+            entry_widths: width E of each layer's entries.
+        """
+        config, batch = cache.config, len(cache.rows)
+        most = config.compression_tokens(config.chunk_size)
+        rows, pending = [], []
+        for layer, width in zip(cache.layers, entry_widths, strict=True):
+            assert layer.open is not None
+            made = (
+                x.new_zeros(batch, x.shape[1], _width(cache), x.shape[3]) for x in layer.open.chunk
+            )
+            rows.append(KeyValue(*made))
+            pending.append(rows[-1].key.new_zeros(batch, most, width))
+        device = rows[0].key.device
+        zeros = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(3))
+        ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        return cls(cache, ids, rows, pending, *zeros)
+
+    def fit(self, cache: CometCache) -> bool:
+        """Whether another cache's open chunk fits in."""
+        batch, _, width, _ = self.rows[0].key.shape
+        same = cache.config == self.before.config
+        return same and (batch, width) == (len(cache.rows), _width(cache))
+
+    def fill(self, cache: CometCache) -> None:
+        """Take over what a cache holds."""
+        self.before = cache
+        counts = cache.rows[0]
+        memory = (cache.config.global_slots if counts.folds else 0) + counts.entries
+        for buffer, pending, layer in zip(self.rows, self.pending, cache.layers, strict=True):
+            assert layer.open is not None
+            for whole, read in zip(buffer, layer.open.memory or (), strict=False):
+                whole[:, :, :memory] = read
+            for whole, read in zip(buffer, layer.open.chunk, strict=True):
+                whole[:, :, memory : memory + counts.items] = read[:, :, : counts.items]
+            if layer.open.pending:
+                pending[:, : counts.compressions] = torch.cat(layer.open.pending, dim=1)
+        self.memory_width.fill_(memory)
+        self.position.fill_(memory + counts.items)
+        self.compressions.fill_(counts.compressions)
+
+    def state_after(self, layer: int, counts: RowCounts) -> LayerState:
+        """What one layer holds now, as a value.
+
+        Args:
+            counts: how far the rows have come.
+        """
+        before = self.before.layers[layer]
+        assert before.open is not None
+        start = 0 if before.open.memory is None else before.open.memory.key.shape[2]
+        end = start + counts.items
+        chunk = KeyValue(*(x[:, :, start:end].clone() for x in self.rows[layer]))
+        held = self.pending[layer][:, : counts.compressions].clone()
+        pending = (held,) if counts.compressions else ()
+        return LayerState(before.memory, OpenChunk(before.open.memory, chunk, pending))
+
+    @property
+    def counters(self) -> tuple[Tensor, ...]:
+        """The numbers that a step moves on."""
+        return self.position, self.compressions
+
+
+def _width(cache: CometCache) -> int:
+    """Positions of a row before its chunk ends, which is where readout tokens come in."""
+    return cache.reach - cache.config.global_slots
+
+
+def _check(cache: CometCache, model: CometForCausalLM) -> None:
+    """Refuse what has no buffers of one shape on one device."""
+    if len({(bool(r.folds), r.entries, r.text, r.items) for r in cache.rows}) > 1:
+        raise ValueError(
+            "cache_implementation='static' needs rows that stand at the same place, got rows with "
+            f"{sorted({row.text for row in cache.rows})} tokens in the open chunk"
+        )
+    devices = sorted({str(cos.device) for cos, _ in model.model.grid(cache.reach).rotary})
+    if len(devices) > 1:
+        raise ValueError(
+            "cache_implementation='static' needs all layers on one device, got "
+            f"{', '.join(devices)}"
+        )
+
+
+def _run(model: CometForCausalLM, buffers: _Buffers, items: int) -> Tensor:
+    """One step in the buffers: logits [B, V]; the same work however far the chunk has come."""
+    inner = model.model
+    batch, _, width, _ = buffers.rows[0].key.shape
+    place = (buffers.position.clone()[0], buffers.memory_width[0])
+    layout = FixedLayout(batch, width, items, *place)
+    embedded: Tensor = inner.embed_tokens(buffers.ids)
+    if items == 2:
+        assert inner.comet.compression is not None
+        compression = inner.comet.compression.to(embedded)
+        embedded = torch.cat([embedded, compression.expand(batch, 1, -1)], dim=1)
+    states = tuple(LayerState(open=OpenChunk(None, row)) for row in buffers.rows)
+    hidden, after = through_layers(inner.grid(buffers.before.reach), embedded, layout, states)
+    if items == 2:
+        for entries, state in zip(buffers.pending, after, strict=True):
+            assert state.open is not None
+            entries.index_copy_(1, buffers.compressions, state.open.pending[-1].to(entries.dtype))
+        buffers.compressions += 1
+    buffers.position += items
+    return model.logits(inner.norm(hidden[:, :1]))[:, 0]
+
+
+def _recorded(work: Callable[[], Tensor], buffers: _Buffers) -> Callable[[], Tensor] | None:
+    """Work that a device replays; None on a device that records nothing."""
+    device = buffers.ids.device
+    graph = new_graph(device)
+    if graph is None:
+        return None
+    before = [counter.clone() for counter in buffers.counters]
+    here = torch.accelerator.current_stream(device)
+    aside = torch.Stream(device=device)
+    aside.wait_stream(here)
+    torch.accelerator.set_stream(aside)
+    try:
+        for _ in range(_WARM_UPS):
+            work()
+            for counter, value in zip(buffers.counters, before, strict=True):
+                counter.copy_(value)
+        torch.accelerator.synchronize(device)
+        graph.capture_begin()
+        try:
+            logits = work()
+        finally:
+            graph.capture_end()
+    finally:
+        torch.accelerator.set_stream(here)
+    here.wait_stream(aside)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
