@@ -3,6 +3,7 @@
 #   make demo        a real model looks for a number in 300,000 tokens (DEMO="--file book.txt")
 #   make test        the offline suite
 #   make test-slow   real backbones
+#   make test-matrix the suite beside other versions of torch and transformers
 #   make lint        ruff, mypy
 #   make bench       all benchmarks at their defaults, most into out/; many hours
 #
@@ -17,7 +18,9 @@ DEMO ?=
 # CI installs known versions; everybody else what pip finds.
 CONSTRAIN := $(if $(filter true,$(CI)),-c constraints.txt)
 
-.PHONY: demo test test-slow lint format bench clean
+MATRIX ?=
+
+.PHONY: demo test test-slow test-matrix lint format bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo $(VENV)/.smollm2
@@ -25,6 +28,10 @@ demo: $(VENV)/.demo $(VENV)/.smollm2
 
 test: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+
+# Beside other versions of torch and transformers: MATRIX="oldest newest --core" takes some.
+test-matrix: $(VENV)/.dev
+	$(BIN)/python tests/matrix.py $(MATRIX)
 
 test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma
 	$(BIN)/python -m pytest -m slow
@@ -53,13 +60,13 @@ bench: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python benchmarks/shapes.py
 
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) .matrix out build dist
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cometlm needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) install $(TORCH),\
-	  $(PIP) install 'torch==2.13.0+cpu' || $(PIP) install 'torch>=2.13')
+	  $(PIP) install 'torch==2.13.0+cpu' || $(PIP) install 'torch>=2.9')
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
