@@ -6,6 +6,7 @@
 #   make test-matrix the suite beside other versions of torch and transformers
 #   make lint        ruff, mypy
 #   make bench       all benchmarks at their defaults, most into out/; many hours
+#   make gpu-bundle  what a GPU machine without network needs, in pieces
 #
 # Each creates .venv if it is missing. TORCH= chooses another torch, PYTHON= another Python.
 
@@ -15,12 +16,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH ?=
 DEMO ?=
+GPU_BUNDLE ?=
 # CI installs known versions; everybody else what pip finds.
 CONSTRAIN := $(if $(filter true,$(CI)),-c constraints.txt)
 
 MATRIX ?=
 
-.PHONY: demo test test-slow test-matrix lint format bench clean
+.PHONY: demo test test-slow test-matrix lint format bench gpu-bundle clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo $(VENV)/.smollm2
@@ -58,6 +60,10 @@ bench: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python benchmarks/borders.py
 	$(BIN)/python benchmarks/second.py
 	$(BIN)/python benchmarks/shapes.py
+
+# pip is all that it takes of the environment.
+gpu-bundle: $(VENV)/.torch
+	$(BIN)/python gpu/bundle.py $(GPU_BUNDLE)
 
 clean:
 	rm -rf $(VENV) .matrix out build dist

@@ -1,6 +1,8 @@
-"""The bundle for a machine without network: cutting and joining."""
+"""The bundle for a machine without network: cutting, joining, making it."""
 
 import json
+import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bundle
 import pieces
+from cometlm import __version__
+from cometlm.loading import BUILT_IN
 
+ROOT = Path(__file__).parents[1]
 ORIGIN = pieces.Origin("1.0", "0123abc", "3.12")
 DATA = bytes(range(250)) * 4
 LIMIT = 300  # four pieces, the last of 100 bytes
@@ -137,3 +143,63 @@ def test_a_manifest_of_another_format_is_refused(made):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2, "more": "in it"}))
     with pytest.raises(ValueError, match="format 2, but this version reads 1"):
         pieces.read_manifest(path)
+
+
+# --- making it ----------------------------------------------------------------------------------
+
+
+def test_versions_are_those_that_are_tested():
+    wanted = {wheel.name: wheel.version for wheel in bundle.WHEELS}
+    known = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    assert wanted["gguf"] == known["gguf"]
+    (package,) = BUILT_IN["smollm2"].packages
+    assert wanted[package] == BUILT_IN["smollm2"].version
+    assert bundle.version() == __version__
+
+
+def test_an_archive_depends_on_names_and_bytes_only(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(DATA)
+    two.write_bytes(b"")
+    made = []
+    for date in (1_000_000_000, 2_000_000_000):
+        os.utime(one, (date, date))
+        bundle.pack([one, two], tmp_path / "made.zip")
+        made.append((tmp_path / "made.zip").read_bytes())
+    assert made[0] == made[1]
+    assert made[0].index(DATA) < 100  # as it is: wheels are compressed already
+
+
+def test_a_wheel_is_fetched_once(tmp_path, monkeypatch):
+    asked = []
+
+    def pip(*arguments):
+        asked.append(arguments)
+        target = arguments[arguments.index("--dest") + 1]
+        (Path(target) / "two_words-1.0-py3-none-any.whl").write_bytes(b"wheel")
+
+    monkeypatch.setattr(bundle, "_pip", pip)
+    wheel = bundle.Wheel("two-words", "1.0", "a test")
+    first = bundle.fetch(wheel, "3.12", tmp_path / "wheels")
+    assert bundle.fetch(wheel, "3.12", tmp_path / "wheels") == first
+    assert len(asked) == 1
+    assert ("--python-version", "3.12") in zip(asked[0], asked[0][1:], strict=False)
+    bundle.fetch(replace(wheel, version="1.0.1"), "3.12", tmp_path / "wheels")
+    assert len(asked) == 2
+
+
+def test_a_stopped_download_is_not_taken_for_a_wheel(tmp_path, monkeypatch):
+    def pip(*arguments):
+        target = arguments[arguments.index("--dest") + 1]
+        (Path(target) / "gguf-1.0-py3-none-any.whl").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, "_pip", pip)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.fetch(bundle.Wheel("gguf", "1.0", "a test"), "3.12", tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_what_pip_cannot_do_is_an_error(tmp_path, capsys):
+    assert bundle.main(["--python", "no version", "--wheels", str(tmp_path / "wheels")]) == 1
+    assert "pip download" in capsys.readouterr().err
