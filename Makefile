@@ -6,7 +6,7 @@
 #   make test-matrix the suite beside other versions of torch and transformers
 #   make lint        ruff, mypy
 #   make bench       all benchmarks at their defaults, most into out/; many hours
-#   make gpu-bundle  what a GPU machine without network needs, in pieces
+#   make gpu-bundle  what a GPU machine without network needs, in pieces (docs/gpu.md)
 #
 # Each creates .venv if it is missing. TORCH= chooses another torch, PYTHON= another Python.
 
