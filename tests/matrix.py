@@ -1,7 +1,7 @@
 """The suite beside other versions of torch and transformers: `make test-matrix`.
 
-Each row gets a fresh environment of its own under `.matrix/`, made by uv, and runs the default suite
-in it, or with `--core` the tests marked `core`. A table at the end says what ran and how it went.
+Each row gets a fresh environment of its own under `.matrix/`, made by uv, and runs the default
+suite in it, or with `--core` the tests marked `core`. A table at the end says how each went.
 
 torch's builds for Linux on the package index bring some 3 GB of CUDA libraries for each version,
 used or not; uv downloads and keeps each once. Where a build for CPUs can be found it is taken.

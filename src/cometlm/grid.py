@@ -144,7 +144,7 @@ class Cell(nn.Module):
             return out, replace(state, open=OpenChunk(memory, call.chunk, pending))
         assert isinstance(layout, ChunkLayout), "a fixed layout closes no chunk"
         folded = self._fold(state.memory, out, pending, layout, weights)
-        after = replace(layout, rows=layout.counts_after(), _masks={})
+        after = replace(layout, rows=layout.counts_after(), tables={})
         longest = max(row.items for row in after.rows)
         if longest == 0:
             return out, LayerState(folded)

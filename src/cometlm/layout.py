@@ -12,15 +12,19 @@ always item s of its open chunk: causality is a comparison of slots, and filling
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cometlm.config import CometConfig
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class ChunkLayout:
         step: what each row adds.
         reach: rows that the rotary table holds; positions of filling stop there.
         device: where the index tensors live.
+        tables: index tensors and masks that were made already; `shared` finds those of a like step.
     """
 
     config: CometConfig
@@ -136,13 +141,25 @@ class ChunkLayout:
     step: Step
     reach: int
     device: torch.device
-    _masks: dict[tuple[int | None, int], Tensor | None] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    tables: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def bare(self) -> ChunkLayout:
         """The same without any index or mask made yet: small enough to keep by the thousand."""
-        return replace(self, _masks={})
+        return replace(self, tables={})
+
+    def shared(self) -> ChunkLayout:
+        """The same with the tables of earlier steps of this shape, as most chunks of a text have."""
+        rows = tuple((bool(r.folds), r.entries, r.text, r.items) for r in self.rows)
+        pieces = tuple((piece.text, piece.close) for piece in self.step)
+        shape = (self.config, rows, pieces, self.reach, self.device, *_surroundings(self.device))
+        return replace(self, tables=_tables_of(shape))
+
+    def _table(self, name: Any, make: Callable[[], _Made]) -> _Made:
+        """What was made under a name, or what is made now."""
+        if name not in self.tables:
+            self.tables[name] = make()
+        made: _Made = self.tables[name]
+        return made
 
     # --- counts -----------------------------------------------------------------------------
 
@@ -213,9 +230,9 @@ class ChunkLayout:
         """Row b's new items as places in [its text of this step | C | R]."""
         return self._item_lists[b if not self.uniform else 0]
 
-    @cached_property
+    @property
     def _item_lists(self) -> list[list[int]]:
-        return [self._order_row(b) for b in self.distinct]
+        return self._table("items", lambda: [self._order_row(b) for b in self.distinct])
 
     @cached_property
     def widest_text(self) -> int:
@@ -239,49 +256,54 @@ class ChunkLayout:
 
     # --- indices ----------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def order(self) -> Tensor:
         """[1 or B, I]: where each item comes from in [text (widest) | C | R]."""
-        return self._table([self._items(b) for b in self.distinct], filling=0)
+        return self._table("order", lambda: self._placed([self._items(b) for b in self.distinct]))
 
-    @cached_property
+    @property
     def text_index(self) -> Tensor:
         """[1 or B, n]: which items are text."""
-        return self._where(lambda item: item < self.widest_text)
+        return self._table("text", lambda: self._where(lambda item: item < self.widest_text))
 
-    @cached_property
+    @property
     def compression_index(self) -> Tensor:
         """[1 or B, e]: which items are compression tokens."""
-        return self._where(lambda item: item == self.widest_text)
+        compression = self.widest_text
+        return self._table("compression", lambda: self._where(lambda item: item == compression))
 
-    @cached_property
+    @property
     def readout_index(self) -> Tensor:
         """[1 or B, M]: which items are readout tokens."""
-        return self._where(lambda item: item > self.widest_text)
+        return self._table("readout", lambda: self._where(lambda item: item > self.widest_text))
 
     def _where(self, wanted: Callable[[int], bool]) -> Tensor:
         rows = [[i for i, item in enumerate(self._items(b)) if wanted(item)] for b in self.distinct]
-        return self._table(rows, filling=0)
+        return self._placed(rows)
 
-    def _table(self, rows: list[list[int]], filling: int) -> Tensor:
-        table: Tensor = _padded(rows, filling)
+    def _placed(self, rows: list[list[int]]) -> Tensor:
+        table: Tensor = _padded(rows, filling=0)
         return table.to(self.device)
 
     # --- positions --------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """[1 or B, I]: position of each new item over the row as it is."""
+        return self._table("positions", self._make_positions)
+
+    def _make_positions(self) -> Tensor:
         item = torch.arange(max(self.items))[None, :]
         first = torch.tensor(
             [self._global(b) + self.rows[b].entries + self.rows[b].items for b in self.distinct]
         )
         return (item + first[:, None]).clamp(max=self.reach - 1).to(self.device)
 
-    @cached_property
+    @property
     def memory_positions(self) -> Tensor:
         """[1, memory_width]: position of each memory slot."""
-        return torch.arange(self.memory_width, device=self.device)[None, :]
+        width = self.memory_width
+        return self._table("memory", lambda: torch.arange(width, device=self.device)[None, :])
 
     # --- masks ------------------------------------------------------------------------------
 
@@ -297,23 +319,20 @@ class ChunkLayout:
         fits = width == before + new and (window is None or width <= window)
         if fits and (before == 0 or new == 1):
             return None
-        key = (window, width)
-        if key not in self._masks:
-            slot = torch.arange(before, before + new)
-            self._masks[key] = _sees(slot, torch.arange(width), window).to(self.device)
-        return self._masks[key]
+        slot = torch.arange(before, before + new)
+        make = lambda: _sees(slot, torch.arange(width), window).to(self.device)  # noqa: E731
+        return self._table((window, width), make)
 
     def full_mask(self, window: int | None) -> Tensor:
         """[1 or B, 1, I, memory_width + slots] bool: what each new item sees of the whole row.
 
         Memory stays visible in layers with a window; the window applies to the chunk.
         """
-        key = (window, 0)
-        mask = self._masks.get(key)
-        if mask is None:
-            mask = torch.cat([self._memory_mask(), self._slot_mask(window)], dim=-1)
-            mask = self._masks[key] = mask[:, None].to(self.device)
-        return mask
+        return self._table((window, 0), lambda: self._make_full_mask(window))
+
+    def _make_full_mask(self, window: int | None) -> Tensor:
+        mask = torch.cat([self._memory_mask(), self._slot_mask(window)], dim=-1)
+        return mask[:, None].to(self.device)
 
     def _memory_mask(self) -> Tensor:
         folded = torch.tensor([bool(self._global(b)) for b in self.distinct])
@@ -326,6 +345,18 @@ class ChunkLayout:
         before = torch.tensor([self.rows[b].items for b in self.distinct])
         slot = torch.arange(max(self.items))[None, :] + before[:, None]
         return _sees(slot, torch.arange(max(self.slots)), window)
+
+
+@functools.lru_cache(maxsize=16)
+def _tables_of(shape: tuple[Any, ...]) -> dict[Any, Any]:
+    """The tables of steps of one shape; what a step needs of it is put in when it is asked for."""
+    return {}
+
+
+def _surroundings(device: torch.device) -> tuple[Any, ...]:
+    """What a tensor is bound to: autograd takes none of inference mode, nor a stream another's."""
+    stream = None if device.type == "cpu" else torch.accelerator.current_stream(device)
+    return torch.is_inference_mode_enabled(), stream
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -20,7 +20,7 @@ from cometlm.backbone import Parts, RotaryTable, device_of
 from cometlm.base import CometPreTrainedModel
 from cometlm.batch import TextBatch, check_shape, documents
 from cometlm.cache import CometCache
-from cometlm.call import Aside, Call, Scored, Told, checked, finished
+from cometlm.call import Aside, Call, Scored, Told, Watch
 from cometlm.chunking import Chunking
 from cometlm.compat import CACHE, EitherName, takes_either_name
 from cometlm.compiling import compile_or_warn
@@ -331,13 +331,14 @@ class CometModel(CometPreTrainedModel):
         states: States = call.cache.layers
         args = (read, layouts, states)
         cut = self.truncate_after if self._learning else 0
-        after_step = checked if self._learning else finished
+        watch = Watch(give_back=not self._learning)
         if self._learning and self.recomputation is not None:
             own = [*self.parameters(), *(scored.parameters if scored else ())]
             wanted = list(dict.fromkeys(p for p in own if p.requires_grad))
-            kept, states = read_recomputed(*args, wanted, self.recomputation, after_step, cut)
+            kept, states = read_recomputed(*args, wanted, self.recomputation, watch, cut)
         else:
-            kept, states = read_on(*args, after_step, cut)
+            kept, states = read_on(*args, watch, cut)
+        watch.end()
         return kept, CometCache(states, call.rows, call.sizes, call.reach, columns)
 
     def embedded(self, call: Call, layout: ChunkLayout) -> Tensor:

@@ -219,15 +219,16 @@ class _Work:
         """Kept outputs of all steps, then the tensors of the states after them that are new."""
         states = with_tensors(self.before, border)
         read, parameters = self.shared.read, self.shared.sums.parameters
+        layouts = [layout.shared() for layout in self.layouts]
         if not torch.is_grad_enabled():
-            kept, states = read_on(read, self.layouts, states, self.shared.finished, 0)
+            kept, states = read_on(read, layouts, states, self.shared.finished, 0)
             self.layouts = [layout.bare() for layout in self.layouts]
         elif len(self.layouts) == 1:
-            kept, states = read_on(read, self.layouts, states, _nothing, 0)
+            kept, states = read_on(read, layouts, states, _nothing, 0)
         else:
             one = Recomputation(every=1)
             args = (parameters, one, _nothing, 0)
-            kept, states = read_recomputed(read, self.layouts, states, *args)
+            kept, states = read_recomputed(read, layouts, states, *args)
         given = {id(tensor): i for i, tensor in enumerate(border)}
         after = tensors_of(states)
         self.sources = [given.get(id(tensor)) for tensor in after]

@@ -43,7 +43,10 @@ class RotaryTables:
         if key not in self._kept:
             while len(self._kept) >= _KEPT:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = self._placed(length, like, devices)
+            with torch.inference_mode(False), torch.no_grad():  # they outlive this call
+                self._kept[key] = self._placed(length, like, devices)
+            for device in {device for device in devices if device.type != "cpu"}:
+                torch.accelerator.synchronize(device)  # another stream may be the next to use them
         return self._kept[key]
 
     def _placed(

@@ -203,7 +203,7 @@ def _without_ended(layouts: Sequence[ChunkLayout]) -> list[ChunkLayout]:
             replace(row, text=0, items=0) if over else row
             for row, over in zip(layout.rows, ended, strict=True)
         )
-        return replace(layout, rows=rows, _masks={})
+        return replace(layout, rows=rows, tables={})
 
     return [cleared(layout) for layout in layouts]
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from cometlm.batch import TextBatch
-from cometlm.call import Call, checked
+from cometlm.call import Call, Watch
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.config import CometConfig
 from cometlm.grid import States, walk_by_layer
@@ -142,7 +142,9 @@ class SharedSession(Session):
                 wave.incoming() if self._blocks else self._cache.layers,
                 wave.outgoing(self._right),
             )
-            checked(layouts[-1], self._last)
+            watch = Watch(give_back=False)
+            watch(layouts[-1], self._last)
+            watch.end()
         self._blocks += 1
         self._cache = replace(self._cache, rows=call.rows)
         return self._folded()
