@@ -108,7 +108,7 @@ def test_layer_by_layer_equals_chunk_by_chunk(model, length, batch, again):
     inner = model.model
     sizes = inner.config.comet_config
     cache = CometCache.empty(len(inner.cells), batch, sizes)
-    text = TextBatch.of(ids, None, 96)
+    text = TextBatch.of(ids, None, 96, ids.device)
     steps = plan(cache.rows, text.lengths, sizes.chunk_size)
     call = Call(text, cache, steps, sizes, cache.reach, first=0, use_cache=False, scored=None)
     layouts = list(call.layouts())

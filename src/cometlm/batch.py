@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cometlm.device import sent
 from cometlm.layout import ChunkLayout, Step
 
 
@@ -21,8 +22,16 @@ class TextBatch:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor | None, vocabulary: int) -> TextBatch:
+    def of(
+        cls, ids: Tensor, mask: Tensor | None, vocabulary: int, device: torch.device
+    ) -> TextBatch:
         """Check ids [B, N] and mask [B, N or more] and find where each row's tokens stand.
+
+        Ids on the CPU are checked there and then sent, which waits for no device.
+
+        Args:
+            vocabulary: ids lie below it.
+            device: where the text is wanted.
 
         Raises:
             ValueError: no tokens, ids outside 0 … vocabulary − 1, a mask with holes.
@@ -45,7 +54,7 @@ class TextBatch:
                 f"input_ids must lie in 0 … {vocabulary - 1} (the vocabulary), got "
                 f"{low if low < 0 else high}"
             )
-        return cls(ids, starts, lengths)
+        return cls(sent(ids, device) if ids.device.type == "cpu" else ids, starts, lengths)
 
     @property
     def batch(self) -> int:
@@ -80,7 +89,7 @@ class TextBatch:
         if min(texts) == own.shape[1]:
             return own
         filling = torch.arange(own.shape[1])[None, :] >= torch.tensor(texts)[:, None]
-        return own.masked_fill(filling.to(own.device), -100)
+        return own.masked_fill(sent(filling, own.device), -100)
 
     def _of_step(self, values: Tensor, layout: ChunkLayout) -> Tensor:
         """Columns of values [B, N] that belong to one step."""
@@ -91,7 +100,7 @@ class TextBatch:
             if first == firsts[0]:
                 return values[:, first : first + width]
         index = torch.tensor(firsts)[:, None] + torch.arange(width)
-        return values.gather(1, index.clamp(max=self.width - 1).to(values.device))
+        return values.gather(1, sent(index.clamp(max=self.width - 1), values.device))
 
     def rows(self) -> list[list[int]]:
         """Each row's ids, without padding."""
@@ -117,7 +126,7 @@ class TextBatch:
                 rows.extend([b] * (piece.text - skip))
                 columns.extend(range(begin + skip - first, begin + piece.text - first))
         flat = torch.cat(values)
-        where = (torch.tensor(rows, device=flat.device), torch.tensor(columns, device=flat.device))
+        where = tuple(sent(torch.tensor(x), flat.device) for x in (rows, columns))
         empty = flat.new_zeros(self.batch, self.width - first, flat.shape[-1])
         return empty.index_put(where, flat)
 

@@ -203,7 +203,7 @@ class Call:
 class Watch:
     """What follows every step of a call: a look at the memory that a chunk's end has written.
 
-    The CPU looks at once. On another device a look would wait for all work under way, so its numbers
+    The CPU looks at once. On another device a look would wait for all work under way, so numbers
     are fetched beside that work, and looked at when the next chunk ends, or the call does.
 
     Args:

@@ -28,6 +28,7 @@ from cometlm.batch import check_shape, next_labels
 from cometlm.cache import CometCache
 from cometlm.call import Aside, Scored, Told
 from cometlm.compat import CACHE, EitherName, takes_either_name
+from cometlm.device import sent
 from cometlm.fingerprint import sample
 from cometlm.fixed_cache import FixedCache
 from cometlm.generation import MemoryGenerationMixin
@@ -166,7 +167,8 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         budget = {"stride": stride, "capacity": capacity}
         common = (input_ids, attention_mask, past_key_values, use_cache)
         if labels is not None and logits_to_keep is None:
-            targets = next_labels(labels, attention_mask)
+            # Where they count decides what the head runs on: a chunk must not wait to hear that.
+            targets = next_labels(labels, attention_mask).cpu()
             scored = Scored(self._loss_of_chunk, targets, list(self.lm_head.parameters()))
             out = self.model(*common, **budget, scored=scored, **{**kwargs, **extra})
             summed, right, *told = out.summed.unbind()
@@ -188,7 +190,7 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         hidden = out.last_hidden_state
         loss = right = None
         if labels is not None:
-            targets = next_labels(labels, attention_mask).to(hidden.device)
+            targets = next_labels(labels, attention_mask).cpu()
             summed, right = self._summed_loss(hidden, targets).unbind()
             loss, right = summed / _items(targets, num_items_in_batch), right.detach()
         logits = self.logits(_kept(hidden, keep))
@@ -299,9 +301,10 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
 
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Of hidden states [B, n, D] under labels [B, n]: [summed loss, labels that came first]."""
-        labels = labels.to(hidden.device)
-        counted = labels != -100  # the head is wide: it never runs where nothing is asked
-        logits, labels = self.logits(hidden[counted]), labels[counted]
+        counted = labels.cpu() != -100  # the head is wide: it never runs where nothing is asked
+        where = counted.flatten().nonzero().flatten()
+        logits = self.logits(hidden.flatten(0, 1).index_select(0, sent(where, hidden.device)))
+        labels = sent(labels.cpu()[counted], hidden.device)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         right = (logits.detach().argmax(-1) == labels).sum()

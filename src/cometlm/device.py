@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cometlm.compat import cpu_abilities
 
@@ -26,6 +27,11 @@ def default_device() -> torch.device:
     if rank is None:
         return found
     return torch.device(found.type, int(rank) % torch.accelerator.device_count())
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for the work that is under way there."""
+    return x.to(device, non_blocking=True)
 
 
 def as_dtype(name: str | None) -> torch.dtype | None:

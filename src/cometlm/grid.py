@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from cometlm.attention import CellCall, KeyValue
 from cometlm.backbone import Family, RotaryTable, rotate_keys
 from cometlm.config import CometConfig
+from cometlm.device import sent
 from cometlm.fixed_layout import FixedLayout
 from cometlm.layout import ChunkLayout, RowCounts, take
 from cometlm.memory import LayerMemory, LayerMemoryWeights, join_ragged, push
@@ -420,7 +421,7 @@ def map_tensors(states: States, change: Callable[[Tensor], Tensor]) -> States:
 
 
 def _rows_of(x: Tensor, rows: Sequence[int]) -> Tensor:
-    return x.index_select(0, torch.tensor(list(rows), device=x.device))
+    return x.index_select(0, sent(torch.tensor(list(rows)), x.device))
 
 
 def _clip(blocks: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
@@ -443,4 +444,4 @@ def _at(rotary: RotaryTable, positions: Tensor) -> RotaryTable:
 def _per_row(flags: Sequence[bool], out: Tensor) -> Tensor:
     """Flags as [B, 1, …], ready to choose between rows of `out`."""
     shape = (len(flags), *repeat(1, out.dim() - 1))
-    return torch.tensor(list(flags), device=out.device).view(shape)
+    return sent(torch.tensor(list(flags)), out.device).view(shape)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cometlm.config import CometConfig
+from cometlm.device import sent
 
 _Made = TypeVar("_Made")
 
@@ -148,7 +149,7 @@ class ChunkLayout:
         return replace(self, tables={})
 
     def shared(self) -> ChunkLayout:
-        """The same with the tables of earlier steps of this shape, as most chunks of a text have."""
+        """The same with the tables of earlier steps of its shape, which most chunks share."""
         rows = tuple((bool(r.folds), r.entries, r.text, r.items) for r in self.rows)
         pieces = tuple((piece.text, piece.close) for piece in self.step)
         shape = (self.config, rows, pieces, self.reach, self.device, *_surroundings(self.device))
@@ -283,7 +284,7 @@ class ChunkLayout:
 
     def _placed(self, rows: list[list[int]]) -> Tensor:
         table: Tensor = _padded(rows, filling=0)
-        return table.to(self.device)
+        return sent(table, self.device)
 
     # --- positions --------------------------------------------------------------------------
 
@@ -297,7 +298,7 @@ class ChunkLayout:
         first = torch.tensor(
             [self._global(b) + self.rows[b].entries + self.rows[b].items for b in self.distinct]
         )
-        return (item + first[:, None]).clamp(max=self.reach - 1).to(self.device)
+        return sent((item + first[:, None]).clamp(max=self.reach - 1), self.device)
 
     @property
     def memory_positions(self) -> Tensor:
@@ -320,7 +321,7 @@ class ChunkLayout:
         if fits and (before == 0 or new == 1):
             return None
         slot = torch.arange(before, before + new)
-        make = lambda: _sees(slot, torch.arange(width), window).to(self.device)  # noqa: E731
+        make = lambda: sent(_sees(slot, torch.arange(width), window), self.device)  # noqa: E731
         return self._table((window, width), make)
 
     def full_mask(self, window: int | None) -> Tensor:
@@ -332,7 +333,7 @@ class ChunkLayout:
 
     def _make_full_mask(self, window: int | None) -> Tensor:
         mask = torch.cat([self._memory_mask(), self._slot_mask(window)], dim=-1)
-        return mask[:, None].to(self.device)
+        return sent(mask[:, None], self.device)
 
     def _memory_mask(self) -> Tensor:
         folded = torch.tensor([bool(self._global(b)) for b in self.distinct])
@@ -375,6 +376,7 @@ def _sees(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x [B, S, W] at index [1 or B, n]: [B, n, W]."""
+    index = index.to(x.device)  # layers may lie on several devices
     if index.shape[0] == 1:
         return x.index_select(1, index[0])
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

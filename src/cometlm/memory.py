@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cometlm.config import CometConfig
+from cometlm.device import sent
 
 # RMSNorm_g keeps torch.nn.RMSNorm's default for float32 whatever the dtype (SPEC §3).
 GLOBAL_EPS = float(torch.finfo(torch.float32).eps)
@@ -204,7 +205,7 @@ def join_ragged(
     first = torch.tensor(list(old_lengths))[:, None]
     source = torch.where(slot < first, slot, old.shape[-2] + slot - first)
     both = torch.cat([old, new], dim=-2)
-    index = source.clamp(max=both.shape[-2] - 1).to(both.device)
+    index = sent(source.clamp(max=both.shape[-2] - 1), both.device)
     for _ in range(both.dim() - 3):
         index = index[:, None]
     return both.gather(-2, index[..., None].expand(*both.shape[:-2], longest, both.shape[-1]))

@@ -114,7 +114,7 @@ class CometModel(CometPreTrainedModel):
         """Read text, folding every full chunk into memory.
 
         Args:
-            input_ids: [B, N] text tokens; any N.
+            input_ids: [B, N] text tokens; any N. They may be on the CPU wherever the model is.
             attention_mask: [B, N], or longer with the past in front; each row's ones must be
                 contiguous, padding may stand left or right.
             past_key_values: what an earlier call returned; left as it was. `cache` is another name.
@@ -160,7 +160,8 @@ class CometModel(CometPreTrainedModel):
             found = documents(position_ids, cu_seq_lens_q, input_ids)
             if len(found) > 1:
                 return self._read_packed(input_ids, found, stride, capacity, scored)
-        text = TextBatch.of(input_ids, attention_mask, self.config.vocab_size)
+        home = device_of(self.embed_tokens)
+        text = TextBatch.of(input_ids, attention_mask, self.config.vocab_size, home)
         cache = self.cache_for(past_key_values, text.batch)
         if cuts is not None:
             check_cuts(cuts, text.lengths, cache.rows, self.config.comet_config.chunk_size)
@@ -187,7 +188,7 @@ class CometModel(CometPreTrainedModel):
             scored=scored,
             aside=aside,
             told=told,
-            aside_text=aside and TextBatch.of(aside.ids, None, self.config.vocab_size),
+            aside_text=aside and TextBatch.of(aside.ids, None, self.config.vocab_size, home),
         )
         kept, after = self._walk(call)
         past = cast("Any", after if use_cache else None)

@@ -263,7 +263,7 @@ class _Span(torch.autograd.Function):
         sums = work.shared.sums
         sums.begin(work.place)
         border = [
-            x.detach().to(device).requires_grad_(need)
+            x.detach().to(device, non_blocking=True).requires_grad_(need)
             for x, device, need in zip(
                 ctx.saved_tensors, ctx.devices, ctx.needs_input_grad[2:], strict=True
             )
@@ -349,7 +349,9 @@ class _Vault:
         held = self._held.get(key)
         if held is not None and held[0]() is tensor:
             return held[1]
-        copy = tensor.detach().to("cpu")
+        # Neither way waits: both copies are work of the stream that makes and reads the tensor.
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy.copy_(tensor.detach(), non_blocking=True)
         self._held[key] = (weakref.ref(tensor, lambda _: self._forget(key)), copy)
         return copy
 

@@ -316,7 +316,7 @@ class Session:
         if not self._open:
             raise ValueError("nothing was read and the prompt is empty: there is nothing to go on")
         options = _generation_options(generation, self.model, self.tokenizer)
-        prompt = self._tensor(self._open)
+        prompt = self._tensor(self._open).to(self.model.device)
         model: Any = self.model  # transformers' own annotations want its models only
 
         def run(**more: Any) -> Tensor:
@@ -359,7 +359,7 @@ class Session:
                 raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}, got {token}")
 
     def _tensor(self, ids: list[int]) -> Tensor:
-        return torch.tensor([ids], device=self.model.device)
+        return torch.tensor([ids])
 
 
 def _pieces(source: Source) -> Iterator[str | list[int]]:

@@ -163,7 +163,9 @@ class SharedSession(Session):
         sizes = self._sizes
         full = len(ids) // sizes.chunk_size
         return Call(
-            text=TextBatch.of(self._tensor(list(ids)), None, self.model.config.vocab_size),
+            text=TextBatch.of(
+                self._tensor(list(ids)), None, self.model.config.vocab_size, self.model.device
+            ),
             cache=self._cache,
             steps=plan_cuts([[sizes.chunk_size] * full], more=True),
             sizes=sizes,
