@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from cometlm import text
+from cometlm.device import default_device
 from tests import real
 from tests.tiny import tiny_backbone, tiny_comet
 
@@ -16,6 +17,13 @@ settings.register_profile(
 )
 settings.load_profile("default")
 torch.set_num_threads(1)
+
+
+def pytest_report_header():
+    device = default_device()
+    if device.type == "cpu":
+        return "gpu: no accelerator here; tests marked gpu rehearse on the CPU, or are skipped"
+    return f"gpu: tests marked gpu run on {device}"
 
 
 @pytest.fixture(scope="module")
