@@ -24,8 +24,9 @@ ACCELERATED = DEVICE.type != "cpu"
 needs_accelerator = pytest.mark.skipif(not ACCELERATED, reason="there is no accelerator here")
 
 # max |difference| / max |reference|, of outputs and of gradients. Tiny random models are badly
-# conditioned (weights of 0.3 to 0.5 where trained ones have 0.02), which costs two to three digits; on
-# a CPU the worst are 2e-6 and 2e-6, 0.04 and 0.09, 0.008 and 0.006.
+# conditioned (weights of 0.3 to 0.5 where trained ones have 0.02), which costs two to three digits.
+# On a CPU the worst are 2e-6 and 2e-6 in float32, 0.04 and 0.09 in bfloat16, 0.008 and 0.006 in
+# float16.
 BOUNDS = {
     torch.float64: (1e-9, 1e-9),
     torch.float32: (1e-4, 1e-3),
