@@ -241,7 +241,7 @@ def test_a_long_prompt_holds_hidden_states_of_its_end_only():
     ("options", "said"),
     [
         ({"prompt_lookup_num_tokens": 2}, "not supported with stateful models"),
-        ({"cache_implementation": "static"}, "the memory is the cache"),
+        ({"cache_implementation": "dynamic"}, "the memory is the cache"),
         ({"max_new_token": 3}, "max_new_token"),
         ({"output_attentions": True}, "output_attentions"),
         ({"past_key_values": "text"}, "CometCache"),

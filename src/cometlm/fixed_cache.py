@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +27,19 @@ from cometlm.fixed_layout import FixedLayout
 from cometlm.grid import LayerState, OpenChunk, through_layers
 from cometlm.layout import RowCounts
 
-if TYPE_CHECKING:
-    from cometlm.causal_lm import CometForCausalLM
-
 _WARM_UPS = 2  # runs before recording: kernels are chosen and workspaces made in the first ones
+
+
+class Writer(Protocol):
+    """What is asked of the model, a `CometForCausalLM`, which knows this module."""
+
+    model: Any
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [B, n, V] of last hidden states [B, n, D]."""
+
+    def __call__(self, ids: Tensor, **options: Any) -> Any:
+        """Read text; see `CometForCausalLM.forward`."""
 
 
 class FixedCache:
@@ -48,7 +57,7 @@ class FixedCache:
     is_compileable: ClassVar[bool] = False
     is_linear: ClassVar[tuple[bool, ...]] = (False,)
 
-    def __init__(self, model: CometForCausalLM, cache: CometCache, record: bool = True) -> None:
+    def __init__(self, model: Writer, cache: CometCache, record: bool = True) -> None:
         self._model = model
         self._record = record
         self._buffers: _Buffers | None = None
@@ -237,7 +246,7 @@ def _width(cache: CometCache) -> int:
     return cache.reach - cache.config.global_slots
 
 
-def _check(cache: CometCache, model: CometForCausalLM) -> None:
+def _check(cache: CometCache, model: Writer) -> None:
     """Refuse what has no buffers of one shape on one device."""
     if len({(bool(r.folds), r.entries, r.text, r.items) for r in cache.rows}) > 1:
         raise ValueError(
@@ -252,7 +261,7 @@ def _check(cache: CometCache, model: CometForCausalLM) -> None:
         )
 
 
-def _run(model: CometForCausalLM, buffers: _Buffers, items: int) -> Tensor:
+def _run(model: Writer, buffers: _Buffers, items: int) -> Tensor:
     """One step in the buffers: logits [B, V]; the same work however far the chunk has come."""
     inner = model.model
     batch, _, width, _ = buffers.rows[0].key.shape

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -183,8 +182,9 @@ def test_sigint_in_a_pipe_ends_with_a_summary():
     try:
         while b"slots" not in process.stderr.readline():  # what was loaded
             assert process.poll() is None
-        process.stdin.write((TEXT * 200).encode())  # more than a pipe holds: so it is being read
-        time.sleep(1)
+        # A pipe holds 64 KiB, so when all of this is in, half of it was taken out to be read.
+        process.stdin.write((TEXT * 200).encode()[: 2 << 16])
+        process.stdin.flush()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=300)
     finally:
