@@ -31,4 +31,5 @@ def test_it_resolves_beside(tmp_path, beside, override):
         [*command, tmp_path / "wanted.in"], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert all(f"\n{name.partition('==')[0].replace('_', '-')}==" in done.stdout for name in beside)
+    found = "\n" + done.stdout
+    assert all(f"\n{name.partition('==')[0].replace('_', '-')}==" in found for name in beside)
