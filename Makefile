@@ -7,6 +7,7 @@
 #   make lint        ruff, mypy
 #   make bench       all benchmarks at their defaults, most into out/; many hours
 #   make gpu-bundle  what a GPU machine without network needs, in pieces (docs/gpu.md)
+#   make gpu-bench   the accelerator's benchmark, in minutes (GPU_BENCH="--minutes 5")
 #
 # Each creates .venv if it is missing. TORCH= chooses another torch, PYTHON= another Python.
 
@@ -17,12 +18,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH ?=
 DEMO ?=
 GPU_BUNDLE ?=
+GPU_BENCH ?=
 # CI installs known versions; everybody else what pip finds.
 CONSTRAIN := $(if $(filter true,$(CI)),-c constraints.txt)
 
 MATRIX ?=
 
-.PHONY: demo test test-slow test-matrix lint format bench gpu-bundle clean
+.PHONY: demo test test-slow test-matrix lint format bench gpu-bundle gpu-bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo $(VENV)/.smollm2
@@ -64,6 +66,9 @@ bench: $(VENV)/.dev $(VENV)/.smollm2
 # pip is all that it takes of the environment.
 gpu-bundle: $(VENV)/.torch
 	$(BIN)/python gpu/bundle.py $(GPU_BUNDLE)
+
+gpu-bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/gpu.py $(GPU_BENCH)
 
 clean:
 	rm -rf $(VENV) .matrix out build dist
