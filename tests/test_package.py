@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from packaging.utils import canonicalize_name
 import cometlm
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SOURCE = ROOT / "src" / "cometlm"
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -22,6 +24,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Run first in a fresh process: modules that a bare install would not have cannot be found.
 HIDE = """
 import sys
+import tomllib
 from importlib.machinery import PathFinder
 
 class Hiding(PathFinder):
@@ -107,7 +110,7 @@ cometlm.cli.main.run()
     assert done.stderr == ""
 
 
-# Modules that stand on an extra; `cometlm train` says which when they cannot be imported.
+# Modules that stand on the extra `train`; `cometlm train` says which when they cannot be imported.
 NEED_TRL = {"cometlm.train.resuming", "cometlm.train.trainer", "cometlm.train.run"}
 
 
@@ -139,6 +142,46 @@ assert accelerator is None or not torch.get_device_module(accelerator).is_initia
 """
     done = run_bare(program)
     assert done.returncode == 0, done.stderr
+
+
+# --- what is declared ---------------------------------------------------------------------------
+
+
+def names_in(requirements):
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
+BASE = names_in(PROJECT["dependencies"])
+EXTRAS = {
+    extra: names_in(lines)
+    for extra, lines in PROJECT["optional-dependencies"].items()
+    if extra != "dev"
+}
+
+
+def third_party(path):
+    """(distributions that have the module, module, whether at the top) of a file's imports."""
+    owners = metadata.packages_distributions()
+    for name, at_top in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        module = name.partition(".")[0]
+        if module != "cometlm" and module not in sys.stdlib_module_names:
+            assert module in owners, f"{module} is not installed here: what brings it?"
+            yield {canonicalize_name(owner) for owner in owners[module]}, module, at_top
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
+def test_every_import_is_declared(path):
+    """In `dependencies`, or in an extra; those of extras wait until they are needed."""
+    for owners, module, at_top in third_party(path):
+        if not owners & BASE:
+            assert owners & set.union(*EXTRAS.values()), f"{module} is in no extra"
+            assert not at_top or module_name(path) in NEED_TRL, f"{module} is not in every install"
+
+
+def test_every_declared_package_is_imported():
+    """What nobody imports must not be installed."""
+    used = set().union(*(owners for path in FILES for owners, _, _ in third_party(path)))
+    assert set.union(BASE, *EXTRAS.values()) - used == set()
 
 
 # --- the arrows ---------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def draw(outcomes: Sequence[Outcome], layers: int, path: Path) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("a picture needs matplotlib; run: pip install matplotlib") from error
+        raise ValueError('a picture needs matplotlib; run: pip install "cometlm[plot]"') from error
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
 
