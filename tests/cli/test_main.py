@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+import cometlm
 from cometlm import Session, load
 from cometlm.cli import console, main
 from cometlm.cli.demo import NEEDLE
@@ -35,6 +36,10 @@ def test_help_lists_the_verbs(command):
     assert code == 0
     for verb in ("read", "info", "demo"):
         assert re.search(rf"\b{verb}\b", out)
+
+
+def test_the_version_is_one_line(command):
+    assert command("--version") == (0, f"cometlm {cometlm.__version__}\n", "")
 
 
 @pytest.mark.parametrize("verb", ["read", "info", "demo"])

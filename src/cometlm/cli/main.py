@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from safetensors import SafetensorError
 
+from cometlm import __version__
 from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
-from cometlm.cli.console import err, print_error
+from cometlm.cli.console import err, out, print_error
 from cometlm.parallel.mesh import leave_job
 from cometlm.parallel.p2p import PipelineError
 
@@ -20,6 +22,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        out.print(f"cometlm {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Say the version and leave."
+        ),
+    ] = False,
+) -> None: ...
+
+
 app.command("read")(read.read)
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
