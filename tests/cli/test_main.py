@@ -127,6 +127,36 @@ def test_an_unknown_model_is_one_line(command, monkeypatch, text_file):
     assert "no-such-model" in one_line(err)
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("no_such_module.inner", "this needs no_such_module, which is not installed; run: pip"),
+        ("resource", "No module named 'resource'"),
+        ("cometlm.gone", "No module named 'cometlm.gone'"),
+    ],
+)
+def test_a_missing_module_is_one_line(command, monkeypatch, text_file, module, message):
+    """With the command that brings it, where it is none of Python's or ours."""
+
+    def missing(*_, **__):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(console, "load", missing)
+    code, out, err = command("read", "tiny", text_file)
+    assert (code, out) == (1, "")
+    assert message in one_line(err)
+
+
+def test_a_package_of_another_version_is_one_line(command, monkeypatch, text_file):
+    def other(*_, **__):
+        raise ImportError("cannot import name 'this'\nfrom 'that'", name="that")
+
+    monkeypatch.setattr(console, "load", other)
+    code, _, err = command("read", "tiny", text_file)
+    assert code == 1
+    assert one_line(err) == "cannot import name 'this' from 'that'\n"
+
+
 def test_unknown_options_and_missing_arguments_are_usage_errors(command, text_file):
     for arguments in (["read", "tiny"], ["read", "tiny", text_file, "--nxt", "3"], ["nothing"]):
         code, out, err = command(*arguments)

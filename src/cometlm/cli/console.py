@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 from cometlm.by_name import QuantizationWarning, load
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.device import as_dtype, readable_bytes
+from cometlm.extras import missing, pip_install
 from cometlm.session import SessionStats
 from cometlm.session_file import read_document
 
@@ -74,8 +75,19 @@ def print_beside_bars(line: str) -> None:
 
 def print_error(error: Exception) -> None:
     """An error as one line, however long."""
-    said = " ".join(str(error).split())
+    said = " ".join(_message(error).split())
     err.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _message(error: Exception) -> str:
+    """What an error says; of a module that is not there, the command that brings its package."""
+    said = str(error)
+    if not isinstance(error, ModuleNotFoundError) or not said.startswith("No module named"):
+        return said
+    module = (error.name or "").partition(".")[0]
+    if not module or module in ("cometlm", *sys.stdlib_module_names) or not missing([module]):
+        return said  # something that no package brings
+    return f"this needs {module}, which is not installed; run: {pip_install([module])}"
 
 
 def describe(model: CometForCausalLM) -> str:

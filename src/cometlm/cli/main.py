@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_EXPECTED = (ValueError, OSError, ArithmeticError, ImportError, PipelineError, SafetensorError)
+
 
 def _say_version(asked: bool) -> None:
     if asked:
@@ -63,7 +65,7 @@ def run() -> None:
     except KeyboardInterrupt:
         err.print("\ninterrupted")
         sys.exit(130)
-    except (ValueError, OSError, ArithmeticError, PipelineError, SafetensorError) as error:
+    except _EXPECTED as error:
         if os.environ.get("COMETLM_DEBUG"):
             raise
         err.quiet = False  # a rank that says nothing else says this

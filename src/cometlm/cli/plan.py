@@ -15,7 +15,7 @@ from cometlm.config import CometConfig
 from cometlm.device import readable_bytes
 from cometlm.parallel.calibrate import Weights, counted, measured
 from cometlm.parallel.simulate import WAYS, Costs, Job, Link, Outcome, simulate
-from cometlm.parallel.timeline import NAMES, draw
+from cometlm.parallel.timeline import NAMES, check_can_draw, draw
 
 _MANY = 300_000  # cells that take a while
 
@@ -56,6 +56,8 @@ def plan(
     dtype: options.Dtype = None,
 ) -> None:
     """Simulate one training step: the wave, a naive split of chunks, and a split of layers."""
+    if picture is not None:
+        check_can_draw()
     wanted = {
         "chunk_size": chunk_size,
         "readout_tokens": readout_tokens,

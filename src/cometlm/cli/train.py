@@ -12,6 +12,9 @@ from transformers.utils import logging as hf_logging
 
 from cometlm.cli import options
 from cometlm.cli.console import out, print_beside_bars
+from cometlm.extras import TRAIN, lacks
+
+_NEEDS = ("trl", "peft", "accelerate", "datasets")
 
 
 def train(
@@ -30,12 +33,10 @@ def train(
     from cometlm.train.config_file import read_config
 
     chosen = read_config(config, set_ or [])
-    try:
-        from cometlm.train import run
-    except ImportError as error:
-        raise ValueError(
-            f"training needs {error.name}; run: pip install 'cometlm[train]'"
-        ) from error
+    if message := lacks("training", _NEEDS, TRAIN):
+        raise ValueError(message)
+    from cometlm.train import run
+
     hf_logging.set_verbosity_warning()
     speaks = int(os.environ.get("RANK", "0")) == 0  # one rank of a job is enough to read
 

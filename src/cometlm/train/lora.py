@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cometlm.causal_lm import CometForCausalLM
+from cometlm.extras import TRAIN, lacks
 from cometlm.merge import has_adapter
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def lora_config(
     Raises:
         ImportError: peft is not installed.
     """
+    if message := lacks("LoRA", ["peft"], TRAIN):
+        raise ImportError(message, name="peft")
     from peft import LoraConfig
 
     return LoraConfig(
