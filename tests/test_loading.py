@@ -377,6 +377,7 @@ def test_peak_memory_counts_bytes_of_the_process():
         (5 * 2**20, "5.0 MiB"),
         (3 * 2**30, "3.00 GiB"),
         (2048 * 2**30, "2048.00 GiB"),
+        (None, "unknown"),
     ],
 )
 def test_readable_bytes(count, text):

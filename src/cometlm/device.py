@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,10 +51,18 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes in use at the highest point so far: of the process on a CPU, else of the device."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes in use at the highest point so far: of the process on a CPU, else of the device.
+
+    Returns:
+        None where Python cannot say: on a CPU under Windows.
+    """
     if device.type != "cpu":
         return int(torch.accelerator.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -84,8 +91,10 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-def readable_bytes(count: float) -> str:
-    """`count` bytes with a unit: 1536 is 1.5 KiB."""
+def readable_bytes(count: float | None) -> str:
+    """`count` bytes with a unit: 1536 is 1.5 KiB; None is unknown."""
+    if count is None:
+        return "unknown"
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -89,8 +89,9 @@ def demo(
     out.print(f"asked   {QUESTION}")
     out.print(f"answer  {answer}", style="bold", markup=False, highlight=False, soft_wrap=True)
     verdict, style = ("found", "green") if answer == key else ("not found", "red")
-    peak = readable_bytes(peak_memory(loaded.device))
-    out.print(f"{verdict} in {seconds:,.0f} s, with a peak memory of {peak}", style=style)
+    peak = peak_memory(loaded.device)
+    cost = "" if peak is None else f", with a peak memory of {readable_bytes(peak)}"
+    out.print(f"{verdict} in {seconds:,.0f} s{cost}", style=style)
 
 
 def _check_key(key: str) -> None:
