@@ -1,4 +1,13 @@
-"""Programs that make a fresh process look like another platform before cometlm is imported."""
+"""Fresh processes that look like another platform: other variables, or a program that pretends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# A C locale in which Python is kept from taking everything for UTF-8.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
 
 # What other packages do on Windows is theirs: they are imported as they are here, and then what
 # Python lacks there is hidden, and the platform's name changed.
@@ -31,6 +40,13 @@ sys.meta_path.insert(0, Windows())
 sys.platform = "win32"
 """
 
+# The tiny model in the place of `load`.
+TINY = """
+from cometlm.cli import console
+from tests import real
+console.load = lambda *_, **__: (real.tiny_comet(), real.tokenizer("smollm2"))
+"""
+
 # `python -c ... ARGUMENTS` is then `cometlm ARGUMENTS`.
 COMMAND = """
 import sys
@@ -38,3 +54,16 @@ sys.argv[0] = "cometlm"
 from cometlm.cli.main import run
 run()
 """
+
+
+def run(program, *arguments, stdin="", **environment):
+    """What a fresh process does; its output as bytes."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **environment},
+        input=stdin.encode(),
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )

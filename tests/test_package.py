@@ -228,7 +228,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.eval"],
     ["cometlm.eval.passkey"],
     ["cometlm.cli"],
-    ["cometlm.cli.console", "cometlm.cli.options"],
+    ["cometlm.cli.console", "cometlm.cli.options", "cometlm.cli.terminal"],
     ["cometlm.cli.ask", "cometlm.cli.chat", "cometlm.cli.generate"],
     ["cometlm.cli.import_", "cometlm.cli.info", "cometlm.cli.read"],
     ["cometlm.cli.demo", "cometlm.cli.plan", "cometlm.cli.train"],

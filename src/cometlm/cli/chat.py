@@ -20,6 +20,7 @@ from cometlm.cli.console import (
     print_error,
     print_stream,
 )
+from cometlm.cli.terminal import as_path
 from cometlm.device import readable_bytes
 from cometlm.loading import cache_folder
 from cometlm.session import Session
@@ -116,7 +117,7 @@ class Conversation:
         if word == "/save":
             if not rest:
                 raise ValueError("/save needs a path")
-            self._session.save(rest)
+            self._session.save(as_path(rest))
             err.print(f"saved {rest}", markup=False, highlight=False)
         elif word == "/fork":
             self._forks.append(self._session.fork())
@@ -134,7 +135,7 @@ class Conversation:
                 highlight=False,
             )
         elif word == "/read":
-            with Path(rest).open(encoding="utf-8") as file:
+            with as_path(rest).open(encoding="utf-8") as file:
                 self._session.read(file)
             self._command("/stats", "")
         else:

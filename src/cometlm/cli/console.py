@@ -141,7 +141,7 @@ class ReadingProgress:
         self._total = total_bytes
         self._before = tokens_before
         self._bar = Progress(
-            SpinnerColumn(),
+            SpinnerColumn("dots" if err.encoding.startswith("utf") else "line"),
             BarColumn(bar_width=24),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from cometlm import __version__
 from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
 from cometlm.cli.console import err, out, print_error
+from cometlm.cli.terminal import allow_any_character
 from cometlm.parallel.mesh import leave_job
 from cometlm.parallel.p2p import PipelineError
 
@@ -56,6 +57,7 @@ app.command("demo")(demo.demo)
 
 def run() -> None:
     """Entry point: one clear line instead of a traceback; set COMETLM_DEBUG=1 to see it all."""
+    allow_any_character()
     try:
         app(standalone_mode=True)
     except SystemExit as end:
