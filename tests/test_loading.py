@@ -1,7 +1,10 @@
 """From a name to a model: built-in ones out of installed packages, and directories."""
 
+import errno
 import hashlib
 import json
+import os
+import re
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 import cometlm
@@ -148,6 +152,73 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
     assert cometlm.load("tiny", device="cpu")[0].config.backbone == "tiny"
 
 
+FULL = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    SafetensorError("No space left on device"),
+]
+
+
+@pytest.mark.parametrize("full", FULL, ids=["OSError", "SafetensorError"])
+def test_a_full_disk_leaves_nothing_behind_and_is_named(
+    built_in, convert, monkeypatch, tmp_path, full
+):
+    def breaks_off(gguf, target):
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"half")
+        raise full
+
+    monkeypatch.setattr(loading, "_convert", breaks_off)
+    cache = re.escape(str(tmp_path / "cache"))
+    with pytest.raises(OSError, match=rf"{cache}: No space left .*COMETLM_CACHE"):
+        cometlm.load("tiny")
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_a_cache_that_cannot_be_made_is_named_with_the_way_out(built_in, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / "cache"
+    monkeypatch.setenv("COMETLM_CACHE", str(cache))
+    with pytest.raises(OSError, match=re.escape(f"{cache}: Not a directory")) as caught:
+        cometlm.load("tiny")
+    assert "COMETLM_CACHE" in str(caught.value)
+    assert "no built-in model" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["exists", "mkdir"])
+def test_a_cache_without_permission_is_named(built_in, monkeypatch, tmp_path, method):
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, refuse)
+        with pytest.raises(OSError, match=r"cache: Permission denied; set COMETLM_CACHE"):
+            cometlm.load("tiny")
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: os.truncate(file, 99)])
+def test_a_damaged_copy_is_named_with_the_way_out(built_in, convert, damage):
+    folder = Path(loading.source_of("tiny"))
+    damage(folder / "model.safetensors")
+    with pytest.raises(OSError, match=re.escape(f"; remove {folder}, and")):
+        cometlm.load("tiny", device="cpu")
+
+
+def test_paths_may_have_spaces_and_umlauts(built_in, convert, monkeypatch, tmp_path):
+    """Cache, checkpoint, its backbone, text and session."""
+    home = tmp_path / "ein schöner Ordner 🙂"
+    monkeypatch.setenv("COMETLM_CACHE", str(home / "für später"))
+    model, tokenizer = cometlm.load("tiny", device="cpu", dtype=torch.float64)
+    model.save_pretrained(home / "Gedächtnis 1", backbone=True)
+    tokenizer.save_pretrained(home / "Gedächtnis 1")
+    again, tokenizer = cometlm.load(str(home / "Gedächtnis 1"), device="cpu", dtype=torch.float64)
+    session = again.session(tokenizer)
+    session.read("Grüße aus Köln. " * 9)
+    session.save(home / "Sitzung für später")
+    assert Path(read_document(home / "Sitzung für später")["model"]["name"]).is_dir()
+    kept = cometlm.Session.load(home / "Sitzung für später", again, tokenizer)
+    assert kept.stats() == session.stats()
+
+
 def test_two_conversions_at_once_agree(built_in, convert, monkeypatch, tmp_path):
     """The one that ends last takes the other's copy."""
     working = loading._convert
@@ -257,6 +328,17 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert loading.cache_folder() == tmp_path / "home" / ".cache" / "cometlm"
+
+
+def test_without_a_home_the_cache_has_to_be_named(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for variable in ("COMETLM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(OSError, match="COMETLM_CACHE"):
+        loading.cache_folder()
 
 
 @pytest.mark.parametrize("name", loading.BUILT_IN)

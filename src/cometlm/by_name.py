@@ -59,7 +59,8 @@ def load(
     Raises:
         ValueError: a built-in model that is not installed or not the one expected; other sizes
             for a checkpoint; what `attach` raises; a library that quantises and is not installed.
-        OSError: a directory or hub id that cannot be read.
+        OSError: a directory or hub id that cannot be read; a built-in model's converted copy cannot
+            be kept.
     """
     built_in = BUILT_IN.get(name)
     spread = str(device) == "auto"
@@ -126,8 +127,9 @@ def described(name: str, **sizes: Any) -> tuple[Any, CometConfig]:
 
 
 def _config_of(name: str) -> Any:
+    source = source_of(name)
     try:
-        return AutoConfig.from_pretrained(source_of(name))
+        return AutoConfig.from_pretrained(source)
     except OSError as error:
         raise not_found(name, error) from error
 

@@ -7,17 +7,20 @@ Their weights are GGUF files that are checked, converted once and kept in the us
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -63,6 +66,7 @@ class BuiltIn:
 
 # transformers reads GGUF files with the first, and refuses to without the second.
 _GGUF_READERS = ("gguf", "accelerate")
+_ELSEWHERE = "set COMETLM_CACHE to a folder that can be written to and has room"
 _SMALL = {"chunk_size": 512, "readout_tokens": 64, "stride": 8, "capacity": 512}
 
 BUILT_IN = {
@@ -100,9 +104,10 @@ def load_backbone(
         OSError: a directory or hub id that cannot be read.
     """
     where = {"dtype": dtype, "device_map": device_map}
+    source = source_of(name)
     try:
-        backbone = read_backbone(source_of(name), quantization_config, **where)
-    except OSError as error:
+        backbone = read_backbone(source, quantization_config, **where)
+    except (OSError, SafetensorError) as error:
         raise not_found(name, error) from error
     if name in BUILT_IN:
         backbone.config.name_or_path = name
@@ -167,13 +172,23 @@ def _once(record: logging.LogRecord) -> bool:
 
 
 def source_of(name: str) -> str:
-    """What transformers calls the model of that name."""
+    """What transformers calls the model of that name.
+
+    Raises:
+        ValueError: a built-in model that is not installed or not the one expected.
+        OSError: its converted copy cannot be kept; the message says where, and the way out.
+    """
     built_in = BUILT_IN.get(name)
     return str(_converted(name, built_in)) if built_in else name
 
 
-def not_found(name: str, error: OSError) -> OSError:
+def not_found(name: str, error: Exception) -> OSError:
     """What to say of a name that nothing was found under."""
+    if name in BUILT_IN:
+        return OSError(
+            f"the converted weights of {name} cannot be read: {error}; remove {source_of(name)}, "
+            "and they are converted again"
+        )
     return OSError(
         f"{name!r} is no built-in model ({', '.join(BUILT_IN)}) and cannot be loaded as a "
         f"directory or hub id: {error}"
@@ -181,18 +196,44 @@ def not_found(name: str, error: OSError) -> OSError:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """Where converted models are kept.
+
+    Raises:
+        OSError: nothing says where.
+    """
     if own := os.environ.get("COMETLM_CACHE"):
         return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cometlm"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "cometlm"
+    try:
+        return Path.home() / ".cache" / "cometlm"
+    except RuntimeError as error:  # no HOME, and a user that the system does not know
+        raise OSError(f"there is no home folder; {_ELSEWHERE}") from error
 
 
 def _converted(name: str, model: BuiltIn) -> Path:
     """The converted copy of a built-in model, made if it is missing."""
     folder = cache_folder() / f"{name}-{model.sha256[:12]}"
-    if (folder / "config.json").exists():
-        return folder
+    with _kept_in(folder.parent, name):
+        if not (folder / "config.json").exists():
+            _make(folder, name, model)
+    return folder
+
+
+@contextlib.contextmanager
+def _kept_in(cache: Path, name: str) -> Iterator[None]:
+    """Turn what the disk refuses into an error that says which folder it was, and the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"the converted weights of {name} cannot be kept in {cache}: {why}; {_ELSEWHERE}"
+        ) from error
+
+
+def _make(folder: Path, name: str, model: BuiltIn) -> None:
+    """Convert a built-in model into a folder that appears whole or not at all."""
     _check_installed(name, model)
     parts = [_gguf_part(package, model) for package in model.packages]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +247,6 @@ def _converted(name: str, model: BuiltIn) -> Path:
             if not (folder / "config.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
-    return folder
 
 
 def _check_installed(name: str, model: BuiltIn) -> None:

@@ -150,13 +150,13 @@ def _history() -> Any:
     except ImportError:
         yield
         return
-    path = cache_folder() / "chat_history"
     with contextlib.suppress(OSError):
-        readline.read_history_file(path)
+        readline.read_history_file(cache_folder() / "chat_history")
     readline.set_history_length(1000)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
+            path = cache_folder() / "chat_history"
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)
