@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 import cometlm
-from cometlm import loading
-from cometlm.device import default_device, default_dtype, peak_memory, readable_bytes
+from cometlm import by_name, loading
+from cometlm.device import default_device, default_dtype, find_device, peak_memory, readable_bytes
 from cometlm.session_file import read_document
 from tests import real
 from tests.tiny import error, random_ids, tiny_backbone
@@ -413,6 +413,33 @@ def test_default_device_is_the_accelerator_or_the_cpu(monkeypatch):
             torch.accelerator, "current_accelerator", lambda check_available, found=found: found
         )
         assert default_device() == torch.device(want)
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "xpu", "mps:9", "hpu", "gpu", "cpu:x", ""])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(monkeypatch, name):
+    """With its name, and what there is instead."""
+    if torch.accelerator.is_available():
+        pytest.skip("this machine may have some of them")
+    monkeypatch.setattr(by_name, "AutoConfig", None)
+    with pytest.raises(
+        ValueError, match=rf"torch {re.escape(torch.__version__)} finds .*, cpu,"
+    ) as e:
+        cometlm.load("smollm2", device=name)
+    assert f"got {name!r}" in str(e.value)
+
+
+def test_devices_that_are_here_are_found(monkeypatch):
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device(torch.device("cpu", 0)) == torch.device("cpu:0")
+    assert find_device("auto") == find_device(None) == default_device()
+
+
+def test_all_devices_that_are_here_are_named(monkeypatch):
+    one = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: one)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="finds here, cpu or mps:0 or mps:1, got 'gpu'"):
+        find_device("gpu")
 
 
 def test_each_rank_has_an_accelerator_of_its_own(monkeypatch):

@@ -25,6 +25,40 @@ def default_device() -> torch.device:
     return torch.device(found.type, int(rank) % torch.accelerator.device_count())
 
 
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, which this machine has; None and "auto" are the default one.
+
+    Raises:
+        ValueError: torch knows no such device, or cannot use it here.
+    """
+    if name is None or str(name) == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:  # whose message lists thirty kinds
+        raise ValueError(_not_here(name)) from error
+    try:
+        torch.empty(1, device=device)  # the one question that every kind of device answers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{_not_here(name)} ({why})") from error
+    return device
+
+
+def _not_here(name: str | torch.device) -> str:
+    return (
+        f"device must be one that torch {torch.__version__} finds here, "
+        f"{' or '.join(_devices())}, got {str(name)!r}"
+    )
+
+
+def _devices() -> list[str]:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return ["cpu"]
+    return ["cpu", *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
 def as_dtype(name: str | None) -> torch.dtype | None:
     """A dtype by its torch name.
 

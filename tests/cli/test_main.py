@@ -119,6 +119,19 @@ def test_what_cannot_be_loaded_is_one_line(
     assert message in one_line(err)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["read", "tiny", "TEXT"], ["info", "tiny"], ["train", "RUN"]], ids=str
+)
+def test_a_device_that_is_not_here_is_the_only_line(command, loads, tmp_path, arguments):
+    """Not after a word on loading."""
+    Path("TEXT").write_text(TEXT, encoding="utf-8")
+    Path("RUN").write_text("{model: tiny, output: out, records: data.jsonl}", encoding="utf-8")
+    code, out, err = command(*arguments, "--device", "gpu")
+    assert (code, out, loads) == (1, "", [])
+    assert err.startswith("error: device must be one that torch ")
+    assert one_line(err).endswith("got 'gpu'\n")
+
+
 def test_an_unknown_model_is_one_line(command, monkeypatch, text_file):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(console, "load", load)

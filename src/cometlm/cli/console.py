@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from cometlm.by_name import QuantizationWarning, load
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.device import as_dtype, readable_bytes
+from cometlm.device import as_dtype, find_device, readable_bytes
 from cometlm.extras import missing, pip_install
 from cometlm.session import SessionStats
 from cometlm.session_file import read_document
@@ -36,6 +36,7 @@ UNTRAINED = (
 
 def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any) -> Any:
     """`load` with a word on what happens and without the libraries' own chatter."""
+    find_device(device)  # before a word on loading, and before whatever takes long
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)

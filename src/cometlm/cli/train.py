@@ -12,6 +12,7 @@ from transformers.utils import logging as hf_logging
 
 from cometlm.cli import options
 from cometlm.cli.console import out, print_beside_bars
+from cometlm.device import find_device
 from cometlm.extras import TRAIN, lacks
 
 _NEEDS = ("trl", "peft", "accelerate", "datasets")
@@ -33,6 +34,7 @@ def train(
     from cometlm.train.config_file import read_config
 
     chosen = read_config(config, set_ or [])
+    find_device(device)
     if message := lacks("training", _NEEDS, TRAIN):
         raise ValueError(message)
     from cometlm.train import run
