@@ -62,7 +62,7 @@ def chat(
         overlap=overlap,
     )
     begun = Session.load(session, loaded, tokenizer) if session else Session(loaded, tokenizer)
-    err.print(describe(loaded), highlight=False)
+    err.print(describe(loaded), highlight=False, soft_wrap=True)
     if is_untrained(loaded):
         err.print(UNTRAINED, style="yellow")
     conversation = Conversation(begun, generation)
@@ -118,7 +118,7 @@ class Conversation:
             if not rest:
                 raise ValueError("/save needs a path")
             self._session.save(as_path(rest))
-            err.print(f"saved {rest}", markup=False, highlight=False)
+            err.print(f"saved {rest}", highlight=False, soft_wrap=True)
         elif word == "/fork":
             self._forks.append(self._session.fork())
             err.print(f"forked ({len(self._forks)} to go back to)", highlight=False)

@@ -25,8 +25,9 @@ from cometlm.extras import missing, pip_install
 from cometlm.session import SessionStats
 from cometlm.session_file import read_document
 
-out = Console()
-err = Console(stderr=True)
+# Paths and what a model writes may look like rich's markup or its names of emoji.
+out = Console(markup=False, emoji=False)
+err = Console(markup=False, emoji=False, stderr=True)
 
 UNTRAINED = (
     "The memory is untrained: it has been attached, not fine-tuned. The model reads everything, "
@@ -47,7 +48,7 @@ def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any)
         model, tokenizer = load(name, device=device, dtype=as_dtype(dtype), **chosen)
     for one in caught:
         if issubclass(one.category, QuantizationWarning):
-            err.print(str(one.message), style="yellow", markup=False, soft_wrap=True)
+            err.print(str(one.message), style="yellow", soft_wrap=True)
     return model, tokenizer
 
 
@@ -77,7 +78,7 @@ def print_beside_bars(line: str) -> None:
 def print_error(error: Exception) -> None:
     """An error as one line, however long."""
     said = " ".join(_message(error).split())
-    err.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+    err.print(f"error: {said}", style="red", highlight=False, soft_wrap=True)
 
 
 def _message(error: Exception) -> str:

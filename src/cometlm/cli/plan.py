@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from cometlm.by_name import described
 from cometlm.cli import options
@@ -114,9 +115,9 @@ def _table(outcomes: list[Outcome], alone: float, memory: float | None) -> Table
     for column in ("", "time", "waiting", "against one", "sent", "peak"):
         table.add_column(column, justify="left" if not column else "right")
     for outcome in outcomes:
-        peak = readable_bytes(outcome.peak)
+        peak: str | Text = readable_bytes(outcome.peak)
         if memory is not None and outcome.peak > memory * 2**30:
-            peak = f"[red]{peak} > {memory:g}[/red]"
+            peak = Text(f"{peak} > {memory:g}", style="red")
         table.add_row(
             NAMES[outcome.name],
             _readable_time(outcome.seconds),

@@ -56,4 +56,6 @@ def train(
             say(f"\ninterrupted; {again} goes on from the last checkpoint, if there is one")
             raise typer.Exit(130) from None
     if speaks:
-        out.print(f"saved {chosen.output}: cometlm chat {chosen.output}", highlight=False)
+        out.print(
+            f"saved {chosen.output}: cometlm chat {chosen.output}", highlight=False, soft_wrap=True
+        )
