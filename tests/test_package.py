@@ -159,14 +159,16 @@ EXTRAS = {
 }
 
 
+OWNERS = metadata.packages_distributions()
+
+
 def third_party(path):
     """(distributions that have the module, module, whether at the top) of a file's imports."""
-    owners = metadata.packages_distributions()
     for name, at_top in imported(ast.parse(path.read_text(encoding="utf-8"))):
         module = name.partition(".")[0]
         if module != "cometlm" and module not in sys.stdlib_module_names:
-            assert module in owners, f"{module} is not installed here: what brings it?"
-            yield {canonicalize_name(owner) for owner in owners[module]}, module, at_top
+            assert module in OWNERS, f"{module} is not installed here: what brings it?"
+            yield {canonicalize_name(owner) for owner in OWNERS[module]}, module, at_top
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
