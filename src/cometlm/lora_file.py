@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from cometlm.adapters import has_adapter
+from cometlm.extras import lacks
 from cometlm.files import read_weights, write_whole
 from cometlm.merge import can_change, mark_merged, merge_delta
 
@@ -97,13 +98,10 @@ class LoraFile:
         Raises:
             ValueError: peft is not installed; it does not fit the model.
         """
-        try:
-            from peft import PeftConfig, set_peft_model_state_dict
-        except ImportError as error:
-            raise ValueError(
-                f"{self.folder} holds an adapter that cannot be merged here, and keeping it apart "
-                "needs peft; run: pip install peft"
-            ) from error
+        if message := lacks(f"keeping the adapter in {self.folder} apart", ["peft"]):
+            raise ValueError(message)
+        from peft import PeftConfig, set_peft_model_state_dict
+
         model.add_adapter(PeftConfig.from_pretrained(str(self.folder)))
         plain = {name.removeprefix(_PREFIX): weight for name, weight in self.weights.items()}
         result = set_peft_model_state_dict(model, plain, adapter_name="default")

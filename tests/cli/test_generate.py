@@ -12,6 +12,13 @@ def test_generate_goes_on_from_a_prompt(command, model):
     assert command("generate", "tiny", "-", *options, stdin=TEXT[:300])[:2] == (0, want + "\n")
 
 
+def test_a_prompt_is_utf8_whatever_the_terminal_says(command):
+    options = ["--max-new-tokens", "5"]
+    want = command("generate", "tiny", "Grüße 🙂", *options)
+    assert want[0] == 0
+    assert command("generate", "tiny", "-", *options, stdin="Grüße 🙂", encoding="ascii") == want
+
+
 def test_generate_in_the_chat_template(command, model):
     want = new_session(model).ask("Who?", template=True, max_new_tokens=5, **GREEDY)
     done = command("generate", "tiny", "Who?", "--chat", "--max-new-tokens", "5")

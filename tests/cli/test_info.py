@@ -28,3 +28,17 @@ def test_info_says_what_a_session_holds(command, model):
     list(session.finish())
     held = session.stats().memory_bytes
     assert re.search(rf"memory held.* {console.readable_bytes(held)} ", out)
+
+
+def test_names_are_printed_as_they_are(command, monkeypatch, model, text_file):
+    """Whatever they mean to rich, and as one line each."""
+    name = "a [red]very[/x] :heart: long " + "name " * 20
+    monkeypatch.setattr(model.config, "backbone", name)
+    code, out, _ = command("info", name)
+    assert code == 0
+    assert "[red]very[/x] :heart:" in out
+    code, _, err = command("read", name, text_file, "--save", "a [b] :heart: " + "long " * 20)
+    assert code == 0
+    assert f"loading {name} …\n" in err
+    assert f"{name} · " in err
+    assert f"saved a [b] :heart: {'long ' * 20}\n" in err

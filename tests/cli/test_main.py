@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+import cometlm
 from cometlm import Session, load
 from cometlm.cli import console, main
 from cometlm.cli.demo import NEEDLE
@@ -34,6 +35,10 @@ def test_help_lists_the_verbs(command):
     assert code == 0
     for verb in ("read", "info", "demo"):
         assert re.search(rf"\b{verb}\b", out)
+
+
+def test_the_version_is_one_line(command):
+    assert command("--version") == (0, f"cometlm {cometlm.__version__}\n", "")
 
 
 @pytest.mark.parametrize("verb", ["read", "info", "demo"])
@@ -113,12 +118,55 @@ def test_what_cannot_be_loaded_is_one_line(
     assert message in one_line(err)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["read", "tiny", "TEXT"], ["info", "tiny"], ["train", "RUN"]], ids=str
+)
+def test_a_device_that_is_not_here_is_the_only_line(command, loads, tmp_path, arguments):
+    """Not after a word on loading."""
+    Path("TEXT").write_text(TEXT, encoding="utf-8")
+    Path("RUN").write_text("{model: tiny, output: out, records: data.jsonl}", encoding="utf-8")
+    code, out, err = command(*arguments, "--device", "gpu")
+    assert (code, out, loads) == (1, "", [])
+    assert err.startswith("error: device must be one that torch ")
+    assert one_line(err).endswith("got 'gpu'\n")
+
+
 def test_an_unknown_model_is_one_line(command, monkeypatch, text_file):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(console, "load", load)
     code, _, err = command("read", "no-such-model", text_file)
     assert code == 1
     assert "no-such-model" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("no_such_module.inner", "this needs no_such_module, which is not installed; run: pip"),
+        ("resource", "No module named 'resource'"),
+        ("cometlm.gone", "No module named 'cometlm.gone'"),
+    ],
+)
+def test_a_missing_module_is_one_line(command, monkeypatch, text_file, module, message):
+    """With the command that brings it, where it is none of Python's or ours."""
+
+    def missing(*_, **__):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(console, "load", missing)
+    code, out, err = command("read", "tiny", text_file)
+    assert (code, out) == (1, "")
+    assert message in one_line(err)
+
+
+def test_a_package_of_another_version_is_one_line(command, monkeypatch, text_file):
+    def other(*_, **__):
+        raise ImportError("cannot import name 'this'\nfrom 'that'", name="that")
+
+    monkeypatch.setattr(console, "load", other)
+    code, _, err = command("read", "tiny", text_file)
+    assert code == 1
+    assert one_line(err) == "cannot import name 'this' from 'that'\n"
 
 
 def test_unknown_options_and_missing_arguments_are_usage_errors(command, text_file):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from cometlm.cli import options
 from cometlm.cli.console import UNTRAINED, err, is_untrained, load_for_session, print_stream
+from cometlm.cli.terminal import prompt_text
 from cometlm.session import Session
 
 
@@ -27,7 +27,7 @@ def ask(
     device: options.Device = None,
 ) -> None:
     """Ask a saved session. Asking changes nothing: ask again, or ask something else."""
-    question = sys.stdin.read() if prompt == "-" else prompt
+    question = prompt_text(prompt)
     generation = options.generation(max_new_tokens, temperature, top_p, seed)
     loaded, tokenizer = load_for_session(session, model, device)
     if is_untrained(loaded):

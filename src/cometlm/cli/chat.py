@@ -20,6 +20,7 @@ from cometlm.cli.console import (
     print_error,
     print_stream,
 )
+from cometlm.cli.terminal import as_path
 from cometlm.device import readable_bytes
 from cometlm.loading import cache_folder
 from cometlm.session import Session
@@ -61,7 +62,7 @@ def chat(
         overlap=overlap,
     )
     begun = Session.load(session, loaded, tokenizer) if session else Session(loaded, tokenizer)
-    err.print(describe(loaded), highlight=False)
+    err.print(describe(loaded), highlight=False, soft_wrap=True)
     if is_untrained(loaded):
         err.print(UNTRAINED, style="yellow")
     conversation = Conversation(begun, generation)
@@ -116,8 +117,8 @@ class Conversation:
         if word == "/save":
             if not rest:
                 raise ValueError("/save needs a path")
-            self._session.save(rest)
-            err.print(f"saved {rest}", markup=False, highlight=False)
+            self._session.save(as_path(rest))
+            err.print(f"saved {rest}", highlight=False, soft_wrap=True)
         elif word == "/fork":
             self._forks.append(self._session.fork())
             err.print(f"forked ({len(self._forks)} to go back to)", highlight=False)
@@ -134,7 +135,7 @@ class Conversation:
                 highlight=False,
             )
         elif word == "/read":
-            with Path(rest).open(encoding="utf-8") as file:
+            with as_path(rest).open(encoding="utf-8") as file:
                 self._session.read(file)
             self._command("/stats", "")
         else:
@@ -149,13 +150,13 @@ def _history() -> Any:
     except ImportError:
         yield
         return
-    path = cache_folder() / "chat_history"
     with contextlib.suppress(OSError):
-        readline.read_history_file(path)
+        readline.read_history_file(cache_folder() / "chat_history")
     readline.set_history_length(1000)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
+            path = cache_folder() / "chat_history"
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)

@@ -20,12 +20,14 @@ from transformers.utils import logging as hf_logging
 
 from cometlm.by_name import QuantizationWarning, load
 from cometlm.causal_lm import CometForCausalLM
-from cometlm.device import as_dtype, readable_bytes
+from cometlm.device import as_dtype, find_device, readable_bytes
+from cometlm.extras import missing, pip_install
 from cometlm.session import SessionStats
 from cometlm.session_file import read_document
 
-out = Console()
-err = Console(stderr=True)
+# Paths and what a model writes may look like rich's markup or its names of emoji.
+out = Console(markup=False, emoji=False)
+err = Console(markup=False, emoji=False, stderr=True)
 
 UNTRAINED = (
     "The memory is untrained: it has been attached, not fine-tuned. The model reads everything, "
@@ -35,6 +37,7 @@ UNTRAINED = (
 
 def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any) -> Any:
     """`load` with a word on what happens and without the libraries' own chatter."""
+    find_device(device)  # before a word on loading, and before whatever takes long
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -45,7 +48,7 @@ def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any)
         model, tokenizer = load(name, device=device, dtype=as_dtype(dtype), **chosen)
     for one in caught:
         if issubclass(one.category, QuantizationWarning):
-            err.print(str(one.message), style="yellow", markup=False, soft_wrap=True)
+            err.print(str(one.message), style="yellow", soft_wrap=True)
     return model, tokenizer
 
 
@@ -74,8 +77,19 @@ def print_beside_bars(line: str) -> None:
 
 def print_error(error: Exception) -> None:
     """An error as one line, however long."""
-    said = " ".join(str(error).split())
-    err.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+    said = " ".join(_message(error).split())
+    err.print(f"error: {said}", style="red", highlight=False, soft_wrap=True)
+
+
+def _message(error: Exception) -> str:
+    """What an error says; of a module that is not there, the command that brings its package."""
+    said = str(error)
+    if not isinstance(error, ModuleNotFoundError) or not said.startswith("No module named"):
+        return said
+    module = (error.name or "").partition(".")[0]
+    if not module or module in ("cometlm", *sys.stdlib_module_names) or not missing([module]):
+        return said  # something that no package brings
+    return f"this needs {module}, which is not installed; run: {pip_install([module])}"
 
 
 def describe(model: CometForCausalLM) -> str:
@@ -129,7 +143,7 @@ class ReadingProgress:
         self._total = total_bytes
         self._before = tokens_before
         self._bar = Progress(
-            SpinnerColumn(),
+            SpinnerColumn("dots" if err.encoding.startswith("utf") else "line"),
             BarColumn(bar_width=24),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),

@@ -57,11 +57,11 @@ def demo(
     loaded, tokenizer = load_quietly(model, device, dtype)
     whole = tokens if file is None else min(tokens, _tokens_of(file, tokenizer))
     place = round(whole * (random.random() if depth is None else depth))
-    out.print(describe(loaded), highlight=False)
+    out.print(describe(loaded), highlight=False, soft_wrap=True)
     if is_untrained(loaded):
         out.print(UNTRAINED, style="yellow")
     texts, about = _texts(file)
-    out.print(f"reading {about}", highlight=False)
+    out.print(f"reading {about}", highlight=False, soft_wrap=True)
     session = Session(loaded, tokenizer)
     haystack = Haystack(session, texts, NEEDLE.format(key=key), place)
     tenths = _Tenths(tokens, loaded.device)
@@ -87,10 +87,11 @@ def demo(
     where = " (where the text ended)" if haystack.ended else ""
     out.print(f"hidden  {key}, after {haystack.hidden_at:,} tokens{where}", highlight=False)
     out.print(f"asked   {QUESTION}")
-    out.print(f"answer  {answer}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"answer  {answer}", style="bold", highlight=False, soft_wrap=True)
     verdict, style = ("found", "green") if answer == key else ("not found", "red")
-    peak = readable_bytes(peak_memory(loaded.device))
-    out.print(f"{verdict} in {seconds:,.0f} s, with a peak memory of {peak}", style=style)
+    peak = peak_memory(loaded.device)
+    cost = "" if peak is None else f", with a peak memory of {readable_bytes(peak)}"
+    out.print(f"{verdict} in {seconds:,.0f} s{cost}", style=style)
 
 
 def _check_key(key: str) -> None:

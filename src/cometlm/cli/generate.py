@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from cometlm.cli import options
 from cometlm.cli.console import load_quietly, print_stream
+from cometlm.cli.terminal import prompt_text
 from cometlm.session import Session
 
 
@@ -30,7 +30,7 @@ def generate(
     dtype: options.Dtype = None,
 ) -> None:
     """Write on from a prompt, in constant memory."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = prompt_text(prompt)
     generation = options.generation(max_new_tokens, temperature, top_p, seed)
     loaded, tokenizer = load_quietly(
         model,

@@ -21,4 +21,4 @@ def import_(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and not empty")
     model = convert_published(directory, out)
-    err.print(f"{describe(model)}\nsaved {out}", markup=False, highlight=False)
+    err.print(f"{describe(model)}\nsaved {out}", highlight=False, soft_wrap=True)

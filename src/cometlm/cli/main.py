@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from safetensors import SafetensorError
 
+from cometlm import __version__
 from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
-from cometlm.cli.console import err, print_error
+from cometlm.cli.console import err, out, print_error
+from cometlm.cli.terminal import allow_any_character
 from cometlm.parallel.mesh import leave_job
 from cometlm.parallel.p2p import PipelineError
 
@@ -20,6 +23,27 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_EXPECTED = (ValueError, OSError, ArithmeticError, ImportError, PipelineError, SafetensorError)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        out.print(f"cometlm {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Say the version and leave."
+        ),
+    ] = False,
+) -> None: ...
+
+
 app.command("read")(read.read)
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
@@ -33,6 +57,7 @@ app.command("demo")(demo.demo)
 
 def run() -> None:
     """Entry point: one clear line instead of a traceback; set COMETLM_DEBUG=1 to see it all."""
+    allow_any_character()
     try:
         app(standalone_mode=True)
     except SystemExit as end:
@@ -42,7 +67,7 @@ def run() -> None:
     except KeyboardInterrupt:
         err.print("\ninterrupted")
         sys.exit(130)
-    except (ValueError, OSError, ArithmeticError, PipelineError, SafetensorError) as error:
+    except _EXPECTED as error:
         if os.environ.get("COMETLM_DEBUG"):
             raise
         err.quiet = False  # a rank that says nothing else says this

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from cometlm.by_name import described
 from cometlm.cli import options
@@ -15,7 +16,7 @@ from cometlm.config import CometConfig
 from cometlm.device import readable_bytes
 from cometlm.parallel.calibrate import Weights, counted, measured
 from cometlm.parallel.simulate import WAYS, Costs, Job, Link, Outcome, simulate
-from cometlm.parallel.timeline import NAMES, draw
+from cometlm.parallel.timeline import NAMES, check_can_draw, draw
 
 _MANY = 300_000  # cells that take a while
 
@@ -56,6 +57,8 @@ def plan(
     dtype: options.Dtype = None,
 ) -> None:
     """Simulate one training step: the wave, a naive split of chunks, and a split of layers."""
+    if picture is not None:
+        check_can_draw()
     wanted = {
         "chunk_size": chunk_size,
         "readout_tokens": readout_tokens,
@@ -112,9 +115,9 @@ def _table(outcomes: list[Outcome], alone: float, memory: float | None) -> Table
     for column in ("", "time", "waiting", "against one", "sent", "peak"):
         table.add_column(column, justify="left" if not column else "right")
     for outcome in outcomes:
-        peak = readable_bytes(outcome.peak)
+        peak: str | Text = readable_bytes(outcome.peak)
         if memory is not None and outcome.peak > memory * 2**30:
-            peak = f"[red]{peak} > {memory:g}[/red]"
+            peak = Text(f"{peak} > {memory:g}", style="red")
         table.add_row(
             NAMES[outcome.name],
             _readable_time(outcome.seconds),

@@ -75,7 +75,7 @@ def read(
     )
     rank, ranks = join_job(loaded.device)
     err.quiet = out.quiet = rank > 0  # one rank of a job is enough to hear
-    err.print(describe(loaded), highlight=False)
+    err.print(describe(loaded), highlight=False, soft_wrap=True)
     kind, read_all = (Session, _read_all) if ranks == 1 else (SharedSession, _read_together)
     reader = kind.load(begin, loaded, tokenizer) if begin else kind(loaded, tokenizer)
     with source:
@@ -92,7 +92,7 @@ def read(
         if is_untrained(loaded):
             err.print(UNTRAINED, style="yellow")
         text = tokenizer.decode(reader.continuation(next_tokens))
-        out.print(text, markup=False, highlight=False)
+        out.print(text, highlight=False, soft_wrap=True)
 
 
 def _read_all(
@@ -120,7 +120,7 @@ def _read_all(
                 err.print(f"{word} {progress.summary(reader.stats())}", highlight=False)
                 if save is not None:
                     reader.save(save)
-                    err.print(f"saved {save}", markup=False, highlight=False)
+                    err.print(f"saved {save}", highlight=False, soft_wrap=True)
     return interrupt.asked
 
 
@@ -143,7 +143,7 @@ def _read_together(
             reader.save(save)
     err.print(f"read {progress.summary(reader.stats())}", highlight=False)
     if save is not None:
-        err.print(f"saved {save}", markup=False, highlight=False)
+        err.print(f"saved {save}", highlight=False, soft_wrap=True)
     return False
 
 

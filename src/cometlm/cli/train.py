@@ -12,6 +12,10 @@ from transformers.utils import logging as hf_logging
 
 from cometlm.cli import options
 from cometlm.cli.console import out, print_beside_bars
+from cometlm.device import find_device
+from cometlm.extras import TRAIN, lacks
+
+_NEEDS = ("trl", "peft", "accelerate", "datasets")
 
 
 def train(
@@ -30,12 +34,11 @@ def train(
     from cometlm.train.config_file import read_config
 
     chosen = read_config(config, set_ or [])
-    try:
-        from cometlm.train import run
-    except ImportError as error:
-        raise ValueError(
-            f"training needs {error.name}; run: pip install 'cometlm[train]'"
-        ) from error
+    find_device(device)
+    if message := lacks("training", _NEEDS, TRAIN):
+        raise ValueError(message)
+    from cometlm.train import run
+
     hf_logging.set_verbosity_warning()
     speaks = int(os.environ.get("RANK", "0")) == 0  # one rank of a job is enough to read
 
@@ -53,4 +56,6 @@ def train(
             say(f"\ninterrupted; {again} goes on from the last checkpoint, if there is one")
             raise typer.Exit(130) from None
     if speaks:
-        out.print(f"saved {chosen.output}: cometlm chat {chosen.output}", highlight=False)
+        out.print(
+            f"saved {chosen.output}: cometlm chat {chosen.output}", highlight=False, soft_wrap=True
+        )

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cometlm.extras import TRAIN, lacks
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -39,13 +41,10 @@ def read_records(source: str | Path) -> Dataset:
         OSError: a file or a dataset cannot be read.
         ImportError: `datasets` is not installed.
     """
-    try:
-        from datasets import Dataset
-    except ImportError as error:
-        raise ImportError(
-            'training data is read with datasets; run: pip install "cometlm[train]"',
-            name=error.name,
-        ) from error
+    if message := lacks("training data", ["datasets"], TRAIN):
+        raise ImportError(message, name="datasets")
+    from datasets import Dataset
+
     records = [(where, _plain(where, record)) for where, record in _placed(source)]
     if not records:
         raise ValueError(f"{source} holds no records")

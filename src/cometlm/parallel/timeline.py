@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cometlm.extras import PLOT, lacks
 from cometlm.parallel.simulate import Key, Outcome, Span
 
 NAMES = {"wave": "the wave", "naive": "naive split", "layers": "layers split"}
@@ -17,6 +18,16 @@ _ABOUT = {
 _COLOURS = {"forward": "Blues", "backward": "Oranges"}
 _HEAD = (0.35, 0.35, 0.35, 1.0)
 _MOST_ROWS = 64  # devices that have a name each
+
+
+def check_can_draw() -> None:
+    """Refuse a picture before the work whose picture it is.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    if message := lacks("a picture", ["matplotlib"], PLOT):
+        raise ValueError(message)
 
 
 def merged(spans: Sequence[Span]) -> list[Span]:
@@ -47,10 +58,8 @@ def draw(outcomes: Sequence[Outcome], layers: int, path: Path) -> None:
         ValueError: matplotlib is missing, or an ending that it does not know.
         OSError: the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("a picture needs matplotlib; run: pip install matplotlib") from error
+    check_can_draw()
+    import matplotlib
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
 

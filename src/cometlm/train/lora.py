@@ -9,6 +9,7 @@ import torch
 
 from cometlm.adapters import has_adapter
 from cometlm.causal_lm import CometForCausalLM
+from cometlm.extras import TRAIN, lacks
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -35,6 +36,8 @@ def lora_config(
     Raises:
         ImportError: peft is not installed.
     """
+    if message := lacks("LoRA", ["peft"], TRAIN):
+        raise ImportError(message, name="peft")
     from peft import LoraConfig
 
     return LoraConfig(
