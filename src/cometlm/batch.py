@@ -48,7 +48,7 @@ class TextBatch:
             mask = mask[:, -width:].bool()
             starts, lengths = _runs(mask)
             ids = ids.masked_fill(~mask.to(ids.device), 0)
-        low, high = (int(x) for x in torch.aminmax(ids))
+        low, high = torch.stack(torch.aminmax(ids)).tolist()  # one wait for the device
         if low < 0 or high >= vocabulary:
             raise ValueError(
                 f"input_ids must lie in 0 … {vocabulary - 1} (the vocabulary), got "

@@ -13,7 +13,7 @@ Footguns:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from cometlm.attention import KeyValue
 from cometlm.cache import CometCache
 from cometlm.compat import new_graph
+from cometlm.config import CometConfig
 from cometlm.fixed_layout import FixedLayout
 from cometlm.grid import LayerState, OpenChunk, through_layers
 from cometlm.layout import RowCounts
@@ -93,14 +94,14 @@ class FixedCache:
 
     def value(self) -> CometCache:
         """What was read, as a value that nothing changes any more."""
-        steps = self._rows[0].tokens - self._cache.rows[0].tokens
-        if steps and self._buffers is not None:
-            after, counts = self._buffers.state_after, self._rows[0]
-            layers = tuple(after(i, counts) for i in range(len(self._cache.layers)))
-            columns = self._cache.columns + steps
-            self._cache = replace(self._cache, layers=layers, rows=self._rows, columns=columns)
-            self._buffers.before = self._cache
-        return self._cache
+        layers = self._cache.layers
+        if self._rows[0].items:
+            assert self._buffers is not None
+            opened = self._buffers.open_chunks(self._rows[0])
+            pairs = zip(layers, opened, strict=True)
+            layers = tuple(LayerState(layer.memory, chunk) for layer, chunk in pairs)
+        columns = self.get_seq_length()
+        return replace(self._cache, layers=layers, rows=self._rows, columns=columns)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` read since `generate()` began (transformers' name)."""
@@ -108,12 +109,13 @@ class FixedCache:
 
     def _take_over(self, cache: CometCache) -> None:
         _check(cache, self._model)
-        self._cache, self._rows = cache, cache.rows
-        if not cache.rows[0].items:
-            return  # the next token opens a chunk, and has its memory projected
-        if self._buffers is None or not self._buffers.fit(cache):
-            self._buffers, self._replays = _Buffers.like(cache, self._entry_widths()), {}
-        self._buffers.fill(cache)
+        self._rows = cache.rows
+        if cache.rows[0].items:  # else the next token opens a chunk, and has its memory projected
+            if self._buffers is None or not self._buffers.fit(cache):
+                self._buffers, self._replays = _Buffers.like(cache, self._entry_widths()), {}
+            self._buffers.fill(cache)
+        closed = tuple(LayerState(layer.memory) for layer in cache.layers)
+        self._cache = replace(cache, layers=closed)  # an open chunk is held once, in the buffers
 
     def _entry_widths(self) -> list[int]:
         return [int(cell.entry_width) for cell in self._model.model.cells]
@@ -145,6 +147,8 @@ class FixedCache:
             return work
         try:
             return _recorded(work, buffers) or work
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # what devices raise at work that cannot be recorded
             reason = " ".join(str(error).split())[:300]
             warnings.warn(f"decoding is not recorded, since that failed: {reason}", stacklevel=2)
@@ -157,7 +161,8 @@ class _Buffers:
     """One buffer for each layer's row, and the numbers that move, all on the device.
 
     Attributes:
-        before: what the buffers were filled from.
+        config: sizes that the buffers were made for.
+        reach: rows that the rotary tables hold.
         ids: [B, 1] the token to read.
         rows: of each layer, memory and open chunk by position, [B, key-value heads, W, head width].
         pending: of each layer, entries of the open chunk, [B, e, E]; empty without a temporary
@@ -167,7 +172,8 @@ class _Buffers:
         compressions: [1] entries.
     """
 
-    before: CometCache
+    config: CometConfig
+    reach: int
     ids: Tensor
     rows: list[KeyValue]
     pending: list[Tensor]
@@ -195,19 +201,17 @@ class _Buffers:
         device = rows[0].key.device
         zeros = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(3))
         ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        return cls(cache, ids, rows, pending, *zeros)
+        return cls(config, cache.reach, ids, rows, pending, *zeros)
 
     def fit(self, cache: CometCache) -> bool:
         """Whether another cache's open chunk fits in."""
-        batch, _, width, _ = self.rows[0].key.shape
-        same = cache.config == self.before.config
-        return same and (batch, width) == (len(cache.rows), _width(cache))
+        made_for = (self.config, self.reach, self.ids.shape[0])
+        return made_for == (cache.config, cache.reach, len(cache.rows))
 
     def fill(self, cache: CometCache) -> None:
         """Take over what a cache holds."""
-        self.before = cache
         counts = cache.rows[0]
-        memory = (cache.config.global_slots if counts.folds else 0) + counts.entries
+        memory = self._memory_width(counts)
         for buffer, pending, layer in zip(self.rows, self.pending, cache.layers, strict=True):
             assert layer.open is not None
             for whole, read in zip(buffer, layer.open.memory or (), strict=False):
@@ -220,20 +224,21 @@ class _Buffers:
         self.position.fill_(memory + counts.items)
         self.compressions.fill_(counts.compressions)
 
-    def state_after(self, layer: int, counts: RowCounts) -> LayerState:
-        """What one layer holds now, as a value.
+    def open_chunks(self, counts: RowCounts) -> Iterator[OpenChunk]:
+        """What each layer holds, copied.
 
         Args:
             counts: how far the rows have come.
         """
-        before = self.before.layers[layer]
-        assert before.open is not None
-        start = 0 if before.open.memory is None else before.open.memory.key.shape[2]
-        end = start + counts.items
-        chunk = KeyValue(*(x[:, :, start:end].clone() for x in self.rows[layer]))
-        held = self.pending[layer][:, : counts.compressions].clone()
-        pending = (held,) if counts.compressions else ()
-        return LayerState(before.memory, OpenChunk(before.open.memory, chunk, pending))
+        start = self._memory_width(counts)
+        for row, entries in zip(self.rows, self.pending, strict=True):
+            memory = KeyValue(*(x[:, :, :start].clone() for x in row)) if start else None
+            chunk = KeyValue(*(x[:, :, start : start + counts.items].clone() for x in row))
+            held = entries[:, : counts.compressions].clone()
+            yield OpenChunk(memory, chunk, (held,) if counts.compressions else ())
+
+    def _memory_width(self, counts: RowCounts) -> int:
+        return (self.config.global_slots if counts.folds else 0) + counts.entries
 
     @property
     def counters(self) -> tuple[Tensor, ...]:
@@ -273,7 +278,7 @@ def _run(model: Writer, buffers: _Buffers, items: int) -> Tensor:
         compression = inner.comet.compression.to(embedded)
         embedded = torch.cat([embedded, compression.expand(batch, 1, -1)], dim=1)
     states = tuple(LayerState(open=OpenChunk(None, row)) for row in buffers.rows)
-    hidden, after = through_layers(inner.grid(buffers.before.reach), embedded, layout, states)
+    hidden, after = through_layers(inner.grid(buffers.reach), embedded, layout, states)
     if items == 2:
         for entries, state in zip(buffers.pending, after, strict=True):
             assert state.open is not None

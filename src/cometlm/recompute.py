@@ -299,9 +299,10 @@ class _Surroundings:
 
     @classmethod
     def of(cls, border: Sequence[Tensor], parameters: Sequence[Tensor]) -> _Surroundings:
-        tensors = [*border, *parameters]
-        devices, states = get_device_states(*tensors)
-        types = sorted({"cpu", *(x.device.type for x in tensors)})
+        # One tensor for each device: torch looks at the state of a device once for each tensor.
+        tensors = {x.device: x for x in (*border, *parameters)}
+        devices, states = get_device_states(*tensors.values())
+        types = sorted({"cpu", *(device.type for device in tensors)})
         cached = torch.is_autocast_cache_enabled()
         autocast = tuple(
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), cached)
