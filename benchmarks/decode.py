@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import cometlm
+from cometlm.compat import CACHE
 from cometlm.device import peak_memory, readable_bytes, reset_peak_memory
 from common import argument_parser, machine, program_text, write
 
@@ -43,10 +44,9 @@ class Decoder:
         """Decode so many tokens."""
         start = time.perf_counter()
         for _ in range(steps):
-            out = self._forward(
-                self._ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-            )
-            self.cache, self._ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            past = {CACHE: self.cache}
+            out = self._forward(self._ids, use_cache=True, logits_to_keep=1, **past)
+            self.cache, self._ids = getattr(out, CACHE), out.logits[:, -1:].argmax(-1)
         self.seconds += time.perf_counter() - start
         self.steps += steps
 
@@ -62,7 +62,8 @@ def against_the_backbone(model: cometlm.CometForCausalLM, ids: Tensor) -> dict[s
     ours = Decoder(model, ids[:, -1:], model(ids, logits_to_keep=1).past_key_values)
     # While attached the backbone runs by itself as plain sdpa, which is its own implementation.
     backbone = model._backbone
-    past = backbone(ids[:, :_PLAIN_CACHE], use_cache=True, logits_to_keep=1).past_key_values
+    read = backbone(ids[:, :_PLAIN_CACHE], use_cache=True, logits_to_keep=1)
+    past = getattr(read, CACHE)
     plain = Decoder(backbone, ids[:, -1:], past)
     for decoder in (ours, plain):  # warm
         decoder.run(8)

@@ -19,6 +19,21 @@ settings.load_profile("default")
 torch.set_num_threads(1)
 
 
+# Files whose tests are marked core: where another version of torch or transformers would show.
+CORE = {
+    "test_attention", "test_caches", "test_compat", "test_compiling", "test_families",
+    "test_fixed_cache", "test_generation", "test_golden", "test_gpu", "test_lora", "test_main",
+    "test_model", "test_pretrained", "test_quantised", "test_session_file", "test_train_trl",
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in CORE:
+            item.add_marker(pytest.mark.core)
+
+
 def pytest_report_header():
     device = default_device()
     if device.type == "cpu":

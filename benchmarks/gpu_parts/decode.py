@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from cometlm import CometCache
-from cometlm.compat import new_graph
+from cometlm.compat import CACHE, new_graph
 from cometlm.fixed_cache import FixedCache
 from gpu_parts.lab import Lab, limit
 from gpu_parts.prefill import read
@@ -173,7 +173,7 @@ class Decode:
             self._fill(cache, tokens, batch)
 
             def step(ids: Tensor) -> Tensor:
-                out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
                 logits: Tensor = out.logits[:, -1]
                 return logits
 
@@ -199,9 +199,7 @@ class Decode:
             forward = torch.compile(model.forward, **mode)
 
             def step(ids: Tensor) -> Tensor:
-                out = forward(
-                    input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
+                out = forward(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
                 logits: Tensor = out.logits[:, -1]
                 return logits
 

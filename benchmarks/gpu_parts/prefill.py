@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cometlm import CometCache, CometConfig, CometForCausalLM
+from cometlm.compat import CACHE
 from cometlm.counting import chunk_cost
 from gpu_parts.lab import Lab, limit
 from gpu_parts.laws import full_attention_law
@@ -249,5 +250,5 @@ def full_attention(model: Any, ids: Tensor, piece: int | None = None) -> None:
     """The backbone reads ids [1, N] into its own cache, whole or in pieces."""
     past = None
     for part in ids.split(piece or ids.shape[1], dim=1):
-        out = model(input_ids=part, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past = out.past_key_values
+        out = model(input_ids=part, use_cache=True, logits_to_keep=1, **{CACHE: past})
+        past = getattr(out, CACHE)

@@ -351,7 +351,8 @@ class _Vault:
         if held is not None and held[0]() is tensor:
             return held[1]
         # Neither way waits: both copies are work of the stream that makes and reads the tensor.
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        pin = torch.accelerator.is_available()
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
         copy.copy_(tensor.detach(), non_blocking=True)
         self._held[key] = (weakref.ref(tensor, lambda _: self._forget(key)), copy)
         return copy
