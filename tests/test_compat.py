@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 import warnings
 from pathlib import Path
@@ -54,6 +56,24 @@ def test_tested_versions_are_taken_in_silence(torch_version, transformers_versio
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compat.check_versions(torch_version, transformers_version)
+
+
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ("torch.__version__ = '2.8.0'", "ImportError: cometlm needs torch>=2.9 and transformers"),
+        ("transformers.__version__ = '4.57.1'", "ImportError: cometlm needs torch>=2.9 and trans"),
+        ("torch.__version__ = '2.99.0'", "UserWarning: cometlm was tested with versions up to"),
+    ],
+)
+def test_importing_the_package_says_so_in_one_line(versions, said):
+    program = f"import torch, transformers; {versions}; import cometlm"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == ("Error" in said)
+    kind = said.partition(":")[0] + ": "
+    (line,) = [line for line in done.stderr.splitlines() if kind in line]
+    assert said in line
+    assert versions.split("'")[1] in line
 
 
 def test_this_project_asks_for_the_oldest_versions_that_it_takes():
