@@ -324,7 +324,7 @@ class CometModel(CometPreTrainedModel):
                 after = states
             elif layout.step is call.steps[-1] and not call.use_cache and call.aside is None:
                 after = ()  # nobody looks at it
-            elif not call.wants(layout.step):
+            elif scored is None and not call.wants(layout.step):
                 return out.new_zeros(()), after
             return self.scored(call, layout, out), after
 
