@@ -104,7 +104,7 @@ def environment(name: str, row: Row, fresh: bool) -> Path:
     wanted = f"{row} {(ROOT / 'pyproject.toml').read_text(encoding='utf-8')}"
     if not fresh and done.exists() and done.read_text(encoding="utf-8") == wanted:
         return python
-    uv("venv", "--quiet", "--clear", "--python", newest_python(row.python), folder)
+    uv("venv", "--quiet", "--clear", "--seed", "--python", newest_python(row.python), folder)
     links = [f"--find-links={place}" for place in os.environ.get("PIP_FIND_LINKS", "").split()]
     install = ("pip", "install", "--quiet", "--python", python)
     rest = (f"transformers=={row.transformers}", "--editable", f"{ROOT}[dev]")

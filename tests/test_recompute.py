@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 
 import cometlm
+from cometlm.compat import ACTIVATION_CHECKPOINTING
 from cometlm.grid import Cell
 from cometlm.recompute import Recomputation, _Run, _Span, _Vault
 from tests.tiny import FAMILIES, batch_of, error, tiny_backbone, tiny_comet
@@ -399,6 +400,6 @@ def test_detached_models_keep_transformers_own():
     backbone = cometlm.detach(
         cometlm.attach(tiny_backbone("llama"), chunk_size=12, capacity=5, readout_tokens=3)
     ).train()
-    backbone.activation_checkpointing_enable()
+    getattr(backbone, f"{ACTIVATION_CHECKPOINTING}_enable")()
     ids = batch_of(1, 20)
     backbone(ids, labels=ids).loss.backward()

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import cometlm
+from cometlm.compat import ACTIVATION_CHECKPOINTING
 from cometlm.grid import Cell
 from cometlm.train.templates import TEMPLATES
 from tests.real import tiny_comet, tokenizer
@@ -126,7 +127,12 @@ def test_activation_checkpointing_changes_no_number(tmp_path):
     for on in (True, False):
         model = tiny_comet().float().train()
         trainer = sft(
-            model, ROWS["text"], tmp_path, activation_checkpointing=on, max_steps=4, max_length=None
+            model,
+            ROWS["text"],
+            tmp_path,
+            max_steps=4,
+            max_length=None,
+            **{ACTIVATION_CHECKPOINTING: on},
         )
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])

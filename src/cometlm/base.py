@@ -46,6 +46,7 @@ class CometPreTrainedModel(CheckpointingSwitches, AdapterMixin, PreTrainedModel)
         options.pop("use_reentrant", None)  # of torch's checkpoint, which is not used
         every = options.pop("every", 1)
         truncate = options.pop("truncate_after", 0)
+        offload = options.pop("offload", offload)  # here from a Trainer of transformers below 5.23
         if options or every_n_layers != 1:
             unknown = ", ".join(options) or f"every_n_layers={every_n_layers}"
             raise ValueError(

@@ -137,7 +137,10 @@ def cpu_abilities() -> dict[str, Any]:
     """What the CPU can do, by torch's names; before 2.11 only whether it multiplies bfloat16."""
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
-    return {"bf16": _CPU_INFO.exists() and "bf16" in _CPU_INFO.read_text(encoding="utf-8")}
+    try:
+        return {"bf16": "bf16" in _CPU_INFO.read_text(encoding="utf-8")}
+    except OSError:  # no Linux, or one that does not tell
+        return {"bf16": False}
 
 
 # --- torch 2.13: `torch.accelerator.Graph`, before it each device's own ---
