@@ -48,6 +48,11 @@ def test_newer_versions_than_any_tested_are_named_once(torch_version, transforme
         assert part in str(one.message)
 
 
+def test_a_build_of_ones_own_is_taken_with_a_word():
+    with pytest.warns(UserWarning, match=r"torch main-3f2a\+x/y and transformers 5\.24\.0"):
+        compat.check_versions("main-3f2a+x/y", "5.24.0")
+
+
 @pytest.mark.parametrize(
     ("torch_version", "transformers_version"),
     [("2.9.0", "5.10.1"), ("2.13.0+cpu", "5.23.0"), ("2.15.3", "5.24.9"), ("2.11.0a0", "5.17")],
@@ -93,7 +98,7 @@ def test_a_cache_has_both_names_on_every_version(whole):
     out = model(ids[:, :20], use_cache=True)
     assert out.cache is out.past_key_values
     assert isinstance(out.cache, cometlm.CometCache)
-    assert out["cache"] is out.cache if compat.CACHE == "cache" else out["past_key_values"]
+    assert out[compat.CACHE] is out.cache
     first = model(ids[:, 20:], past_key_values=out.cache, use_cache=True)
     second = model(ids[:, 20:], cache=out.cache, use_cache=True)
     assert torch.equal(first[0], second[0])

@@ -1,19 +1,30 @@
 """Decoding in buffers of fixed size: the same logits and the same cache as `forward`'s."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cometlm
 from cometlm import CometCache, fixed_cache
 from cometlm.attention import KeyValue, attend_masked
 from cometlm.fixed_cache import FixedCache
 from cometlm.grid import tensors_of
+from tests import real
 from tests.tiny import FAMILIES, error, random_ids, tiny_comet
 
 
 def read(model, ids, past=None):
     return model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+
+
+def further(model, fixed, ids):
+    """Logits of what follows, read in the buffers."""
+    out = read(model, ids, fixed)
+    assert out.past_key_values is fixed
+    return out.logits[:, 0]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -27,7 +38,7 @@ def test_steps_give_what_forward_gives(family, batch):
     for i in range(25, 55):
         out = read(model, ids[:, i : i + 1], plain)
         plain = out.past_key_values
-        assert error(fixed.read(ids[:, i : i + 1]), out.logits[:, 0]) < 1e-9, i
+        assert error(further(model, fixed, ids[:, i : i + 1]), out.logits[:, 0]) < 1e-9, i
         assert fixed.get_seq_length() == plain.get_seq_length()
     value = fixed.value()
     assert value.rows == plain.rows
@@ -46,7 +57,7 @@ def test_parts_of_the_memory_switched_off(switch):
     for i in range(5, 50):
         out = read(model, ids[:, i : i + 1], plain)
         plain = out.past_key_values
-        assert error(fixed.read(ids[:, i : i + 1]), out.logits[:, 0]) < 1e-9, i
+        assert error(further(model, fixed, ids[:, i : i + 1]), out.logits[:, 0]) < 1e-9, i
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.data())
@@ -61,7 +72,7 @@ def test_pieces_and_values_in_between(small, pieces, data):
         at += n
         out = read(small, piece, plain)
         plain = out.past_key_values
-        assert error(fixed.read(piece), out.logits[:, 0]) < 1e-9
+        assert error(further(small, fixed, piece), out.logits[:, 0]) < 1e-9
         if data.draw(st.booleans()):
             value = fixed.value()
             kept.append((value, [x.clone() for x in tensors_of(value.layers)]))
@@ -86,10 +97,99 @@ def test_generate_writes_the_same(small):
     assert torch.equal(
         more, small.generate(wanted[:, -1:], past_key_values=past.value(), **options)
     )
-    both = small.generate(
-        ids, cache_implementation="static", num_return_sequences=2, do_sample=True, max_new_tokens=9
-    )
-    assert both.shape == (2, 40)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 2},
+        {"capacity": 2},
+        {"stride": 2, "capacity": 3},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"eos_token_id": list(range(3, 40))},
+        {"padded": True},
+    ],
+    ids=str,
+)
+def test_generate_writes_the_same_under_options(small, options):
+    """Budgets, several samples, an end, padding that all rows share."""
+    options = dict(options)
+    ids = torch.stack([random_ids(31), random_ids(31, seed=1)])
+    mask = torch.ones_like(ids)
+    if options.pop("padded", False):
+        mask[:, :4] = 0
+    found = []
+    for kind in (None, "static"):
+        torch.manual_seed(0)
+        found.append(
+            small.generate(
+                ids,
+                attention_mask=mask,
+                cache_implementation=kind,
+                max_new_tokens=30,
+                **{"do_sample": False, "pad_token_id": 0, **options},
+            )
+        )
+    assert torch.equal(found[0], found[1])
+
+
+def test_budgets_change_on_the_way(small):
+    """As in `forward`, sizes are a call's; a step under others than the buffers' is no step."""
+    ids = random_ids(60)[None]
+    fixed, plain = FixedCache(small, first := read(small, ids[:, :5]).past_key_values), first
+    for i in range(5, 60):
+        budget = {"stride": (4, 2, 1)[i // 4 % 3], "capacity": 5 + i % 2}
+        piece = ids[:, i : i + 1]
+        out = small(piece, past_key_values=plain, use_cache=True, logits_to_keep=1, **budget)
+        got = small(piece, past_key_values=fixed, use_cache=True, logits_to_keep=1, **budget)
+        plain = out.past_key_values
+        assert error(got.logits, out.logits) < 1e-9, i
+
+
+def test_forward_gives_what_it_is_asked_for(small):
+    ids = random_ids(40)[None]
+    first = read(small, ids[:, :20]).past_key_values
+    fixed = FixedCache(small, first)
+    wanted = small(ids[:, 20:25], past_key_values=first, use_cache=True)
+    got = small(ids[:, 20:25], past_key_values=fixed)
+    assert got.logits.shape == (1, 5, 96)
+    assert error(got.logits, wanted.logits) < 1e-9
+    assert small(ids[:, 25:], past_key_values=fixed, use_cache=False).past_key_values is None
+    labelled = small(ids[:, 25:], past_key_values=fixed, labels=ids[:, 25:])
+    plain = small(ids[:, 25:], past_key_values=wanted.past_key_values, labels=ids[:, 25:])
+    assert error(labelled.loss, plain.loss) < 1e-9
+
+
+def test_it_outlives_inference_mode(small):
+    ids = random_ids(40)[None]
+    with torch.inference_mode():
+        fixed = FixedCache(small, read(small, ids[:, :20]).past_key_values)
+        fixed.read(ids[:, 20:21])
+    with torch.no_grad():
+        wanted = read(small, ids[:, :30]).logits[:, 0]
+        for i in range(21, 30):
+            got = fixed.read(ids[:, i : i + 1])
+    assert error(got, wanted) < 1e-9
+
+
+def test_the_rotary_tables_of_a_recorded_step_stay(small):
+    """A device that replays a step reads the memory that the step was recorded with."""
+    ids = random_ids(40)[None]
+    fixed = FixedCache(small, read(small, ids[:, :20]).past_key_values)
+    fixed.read(ids[:, 20:21])
+    tables = weakref.ref(fixed._buffers.grid.rotary[0][0])
+    for capacity in range(6, 14):
+        small(ids, capacity=capacity)
+    assert tables() is not None
+
+
+def test_a_session_answers_the_same():
+    model = real.tiny_comet()
+    session = cometlm.Session(model, real.tokenizer("smollm2"))
+    session.read("The sea was calm that day, and the captain slept. " * 8)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    wanted = "".join(session.ask("Who slept?", **options))
+    assert "".join(session.ask("Who slept?", cache_implementation="static", **options)) == wanted
 
 
 def test_what_it_cannot_do_is_refused(small):

@@ -1,6 +1,6 @@
 """peft's adapters on a model: the switches that transformers gives its models, for any peft.
 
-transformers' own ask for the newest peft (5.24: 0.22) for what any peft does that we run beside.
+Those of transformers 5.24 require peft 0.22; these do the same with older ones.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class AdapterMixin:
     def enable_adapters(self) -> None:
         """Compute with the active adapters again."""
         self._check_adapters()
-        for layer in self._adapted():
+        for layer in self._adapted(with_copies=True):
             layer.enable_adapters(enabled=True)
 
     def active_adapters(self) -> list[str]:

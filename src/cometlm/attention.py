@@ -210,7 +210,7 @@ def attend_masked(
     if items > _FEW_ITEMS:
         row = KeyValue(*(x.repeat_interleave(groups, 1) for x in row))
         return sdpa(query, *row, mask, dropout, scale=scale)
-    # The heads of a key are as good as more items that see the same: nothing is copied.
+    # Query heads that share a key head are treated as further items: no key is copied.
     more = query.unflatten(1, (key_heads, groups)).flatten(2, 3)
     seen = mask.repeat(*(1,) * (mask.dim() - 2), groups, 1)
     out = sdpa(more, *row, seen, dropout, scale=scale)

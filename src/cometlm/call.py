@@ -271,7 +271,7 @@ class _Sums:
         if sums.device.type == "cpu":
             return cls(sums, None, len(states), chunk)
         event = torch.Event(sums.device)
-        there = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+        there = torch.empty(sums.shape, dtype=sums.dtype, device="cpu", pin_memory=True)
         there.copy_(sums, non_blocking=True)
         event.record(torch.accelerator.current_stream(sums.device))
         return cls(there, event, len(states), chunk)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from cometlm.session import Session
 
 _COMET = "model.comet."
+_SAID_BY_GENERATE = {"return_dict", "position_ids"}  # with each token, and they say nothing new
 
 
 @dataclass
@@ -152,9 +153,17 @@ class CometForCausalLM(CometPreTrainedModel, MemoryGenerationMixin):
         if self._undo is None:
             raise ValueError("this model was detached from its backbone; attach() again to use it")
         check_shape(input_ids)
-        if isinstance(past_key_values, FixedCache) and labels is None:
-            logits = past_key_values.read(input_ids, attention_mask)[:, None]
-            return CometCausalOutput(logits=logits, **{CACHE: past_key_values})
+        if isinstance(past_key_values, FixedCache) and labels is None and use_cache is not False:
+            fixed = past_key_values
+            said = {name for name, value in kwargs.items() if value is not None}
+            if said <= _SAID_BY_GENERATE and fixed.can_step(input_ids, stride, capacity):
+                return CometCausalOutput(logits=fixed.step(input_ids)[:, None], **{CACHE: fixed})
+            rest = {"stride": stride, "capacity": capacity, "logits_to_keep": logits_to_keep}
+            value = {"past_key_values": fixed.value(), "use_cache": True}
+            out = self.forward(input_ids, attention_mask, **value, **rest, **kwargs)
+            fixed.take_over(out.past_key_values)
+            out[CACHE] = fixed
+            return out
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "

@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import transformers
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -37,14 +37,18 @@ def check_versions(torch_version: str, transformers_version: str) -> None:
     """
     here = {"torch": torch_version, "transformers": transformers_version}
     named = " and ".join(f"{name} {version}" for name, version in here.items())
-    minor = {name: Version(version).release[:2] for name, version in here.items()}
+    try:
+        minor = {name: Version(version).release[:2] for name, version in here.items()}
+    except InvalidVersion:  # somebody's own build
+        warnings.warn(f"cometlm does not know the versions {named}", stacklevel=3)
+        return
     if any(minor[name] < Version(oldest).release for name, (oldest, _) in TESTED.items()):
         oldest = " and ".join(f"{name}>={oldest}" for name, (oldest, _) in TESTED.items())
         raise ImportError(f"cometlm needs {oldest}, here are {named}")
     if any(minor[name] > Version(newest).release for name, (_, newest) in TESTED.items()):
         newest = " and ".join(f"{name} {newest}" for name, (_, newest) in TESTED.items())
         warnings.warn(
-            f"cometlm was tested with versions up to {newest}, here are {named}", stacklevel=2
+            f"cometlm was tested with versions up to {newest}, here are {named}", stacklevel=3
         )
 
 
@@ -146,18 +150,27 @@ def cpu_abilities() -> dict[str, Any]:
 # --- torch 2.13: `torch.accelerator.Graph`, before it each device's own ---
 
 
-def new_graph(device: torch.device) -> Any | None:
-    """A graph that records a device's work between `capture_begin` and `capture_end`.
+class Graph(NamedTuple):
+    """What records a device's work between `begin` and `end`; other threads may go on meanwhile."""
 
-    Returns:
-        None for a device that has none, CPUs among them.
-    """
+    begin: Callable[[], None]
+    end: Callable[[], None]
+    replay: Callable[[], None]
+
+
+def new_graph(device: torch.device) -> Graph | None:
+    """A graph to record a device's work in; None for a device without, CPUs among them."""
     if device.type == "cpu":
         return None
     if hasattr(torch.accelerator, "Graph"):
-        return torch.accelerator.Graph()
+        graph = torch.accelerator.Graph(capture_error_mode="thread_local")
+        return Graph(graph.capture_begin, graph.capture_end, graph.replay)
     kind = getattr(torch.get_device_module(device), f"{device.type.upper()}Graph", None)
-    return None if kind is None else kind()
+    if kind is None:
+        return None
+    own = kind()
+    begin = functools.partial(own.capture_begin, capture_error_mode="thread_local")
+    return Graph(begin, own.capture_end, own.replay)
 
 
 # --- private entries of torch ---

@@ -30,7 +30,8 @@ def default_device() -> torch.device:
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device, without waiting for the work that is under way there."""
-    return x.to(device, non_blocking=True)
+    # MPS copies later from where the tensor was, which may be freed by then.
+    return x.to(device, non_blocking=device.type != "mps")
 
 
 def find_device(name: str | torch.device | None) -> torch.device:

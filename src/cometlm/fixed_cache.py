@@ -8,12 +8,17 @@ buffers take over what the cache holds.
 Footguns:
     - It changes under your hands. `value()` gives what it holds as a `CometCache`.
     - The next step overwrites the logits of the last one.
+    - A recorded step goes on with the weights, adapters and autocast that it was recorded with;
+      weights that are changed in place are seen.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -25,7 +30,7 @@ from cometlm.cache import CometCache
 from cometlm.compat import new_graph
 from cometlm.config import CometConfig
 from cometlm.fixed_layout import FixedLayout
-from cometlm.grid import LayerState, OpenChunk, through_layers
+from cometlm.grid import Grid, LayerState, OpenChunk, through_layers
 from cometlm.layout import RowCounts
 
 _WARM_UPS = 2  # runs before recording: kernels are chosen and workspaces made in the first ones
@@ -65,31 +70,42 @@ class FixedCache:
         self._replays: dict[int, Callable[[], Tensor]] = {}
         self._cache: CometCache
         self._rows: tuple[RowCounts, ...]
-        self._take_over(cache)
+        self.take_over(cache)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits [B, V] of what follows ids [B, N]; the same as a call of the model."""
+        logits: Tensor = self._model(ids, past_key_values=self, logits_to_keep=1).logits[:, -1]
+        return logits
+
+    def can_step(self, ids: Tensor, stride: int | None, capacity: int | None) -> bool:
+        """Whether a call is one token of an open chunk, under the sizes of the buffers."""
+        if ids.shape[1] != 1 or not self._rows[0].items > 0:
+            return False
+        sizes = self._model.model.sizes_of_call(stride, capacity)
+        return bool(self._rows[0].text < sizes.chunk_size and sizes == self._cache.config)
 
     @torch.no_grad()
-    def read(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Read text.
+    def step(self, ids: Tensor) -> Tensor:
+        """Read a token of each row, for which `can_step` holds.
 
         Args:
-            ids: [B, N]; a single token of an open chunk is read in the buffers.
-            mask: [B, N or more], see `CometModel.forward`.
+            ids: [B, 1].
 
         Returns:
-            Logits [B, V] of what follows.
-
-        Raises:
-            ValueError: rows that stand at different places now; what `forward` raises.
+            Logits [B, V] of what follows, which the next step overwrites.
         """
-        size = self._cache.config.chunk_size
-        if ids.shape[1] == 1 and self._rows[0].items > 0 and self._rows[0].text < size:
-            return self._step(ids)
-        past = self.value()
-        out = self._model(
-            ids, attention_mask=mask, past_key_values=past, use_cache=True, logits_to_keep=1
+        assert self._buffers is not None
+        config, before = self._cache.config, self._rows[0]
+        compress = config.temporary_memory and (before.text + 1) % config.stride == 0
+        items = 1 + compress
+        self._buffers.ids.copy_(ids)
+        if items not in self._replays:
+            self._replays[items] = self._replay_of(items)
+        logits = self._replays[items]()
+        self._rows = tuple(
+            replace(row, text=row.text + 1, items=row.items + items, tokens=row.tokens + 1)
+            for row in self._rows
         )
-        self._take_over(out.past_key_values)
-        logits: Tensor = out.logits[:, -1]
         return logits
 
     def value(self) -> CometCache:
@@ -107,33 +123,23 @@ class FixedCache:
         """Columns of `input_ids` read since `generate()` began (transformers' name)."""
         return self._cache.columns + self._rows[0].tokens - self._cache.rows[0].tokens
 
-    def _take_over(self, cache: CometCache) -> None:
+    def take_over(self, cache: CometCache) -> None:
+        """Go on from what a call of the model returned.
+
+        Raises:
+            ValueError: rows that stand at different places; layers on several devices.
+        """
         _check(cache, self._model)
         self._rows = cache.rows
         if cache.rows[0].items:  # else the next token opens a chunk, and has its memory projected
             if self._buffers is None or not self._buffers.fit(cache):
-                self._buffers, self._replays = _Buffers.like(cache, self._entry_widths()), {}
+                grid = self._model.model.grid(cache.reach)
+                # Also written to outside of the inference mode that they may be made in.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._buffers, self._replays = _Buffers.like(cache, grid), {}
             self._buffers.fill(cache)
         closed = tuple(LayerState(layer.memory) for layer in cache.layers)
         self._cache = replace(cache, layers=closed)  # an open chunk is held once, in the buffers
-
-    def _entry_widths(self) -> list[int]:
-        return [int(cell.entry_width) for cell in self._model.model.cells]
-
-    def _step(self, ids: Tensor) -> Tensor:
-        assert self._buffers is not None
-        config, before = self._cache.config, self._rows[0]
-        compress = config.temporary_memory and (before.text + 1) % config.stride == 0
-        items = 1 + compress
-        self._buffers.ids.copy_(ids)
-        if items not in self._replays:
-            self._replays[items] = self._replay_of(items)
-        logits = self._replays[items]()
-        self._rows = tuple(
-            replace(row, text=row.text + 1, items=row.items + items, tokens=row.tokens + 1)
-            for row in self._rows
-        )
-        return logits
 
     def _replay_of(self, items: int) -> Callable[[], Tensor]:
         """A step as it is to be run from now on: recorded, or as it is where that fails."""
@@ -163,6 +169,7 @@ class _Buffers:
     Attributes:
         config: sizes that the buffers were made for.
         reach: rows that the rotary tables hold.
+        grid: cells and rotary tables; a recorded step reads these very tables.
         ids: [B, 1] the token to read.
         rows: of each layer, memory and open chunk by position, [B, key-value heads, W, head width].
         pending: of each layer, entries of the open chunk, [B, e, E]; empty without a temporary
@@ -174,6 +181,7 @@ class _Buffers:
 
     config: CometConfig
     reach: int
+    grid: Grid
     ids: Tensor
     rows: list[KeyValue]
     pending: list[Tensor]
@@ -182,26 +190,22 @@ class _Buffers:
     compressions: Tensor
 
     @classmethod
-    def like(cls, cache: CometCache, entry_widths: Sequence[int]) -> _Buffers:
-        """Buffers for all that an open chunk like this one's can come to hold.
-
-        Args:
-            entry_widths: width E of each layer's entries.
-        """
+    def like(cls, cache: CometCache, grid: Grid) -> _Buffers:
+        """Buffers for all that an open chunk like this one's can come to hold."""
         config, batch = cache.config, len(cache.rows)
         most = config.compression_tokens(config.chunk_size)
         rows, pending = [], []
-        for layer, width in zip(cache.layers, entry_widths, strict=True):
+        for layer, cell in zip(cache.layers, grid.cells, strict=True):
             assert layer.open is not None
             made = (
                 x.new_zeros(batch, x.shape[1], _width(cache), x.shape[3]) for x in layer.open.chunk
             )
             rows.append(KeyValue(*made))
-            pending.append(rows[-1].key.new_zeros(batch, most, width))
+            pending.append(rows[-1].key.new_zeros(batch, most, cell.entry_width))
         device = rows[0].key.device
         zeros = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(3))
         ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        return cls(config, cache.reach, ids, rows, pending, *zeros)
+        return cls(config, cache.reach, grid, ids, rows, pending, *zeros)
 
     def fit(self, cache: CometCache) -> bool:
         """Whether another cache's open chunk fits in."""
@@ -278,7 +282,7 @@ def _run(model: Writer, buffers: _Buffers, items: int) -> Tensor:
         compression = inner.comet.compression.to(embedded)
         embedded = torch.cat([embedded, compression.expand(batch, 1, -1)], dim=1)
     states = tuple(LayerState(open=OpenChunk(None, row)) for row in buffers.rows)
-    hidden, after = through_layers(inner.grid(buffers.reach), embedded, layout, states)
+    hidden, after = through_layers(buffers.grid, embedded, layout, states)
     if items == 2:
         for entries, state in zip(buffers.pending, after, strict=True):
             assert state.open is not None
@@ -288,6 +292,16 @@ def _run(model: Writer, buffers: _Buffers, items: int) -> Tensor:
     return model.logits(inner.norm(hidden[:, :1]))[:, 0]
 
 
+# Recording is a state of the process: one at a time, on one stream for each device, since each
+# stream that products run on gets a workspace for good.
+_RECORDING = threading.Lock()
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.Stream:
+    return torch.Stream(device=device)
+
+
 def _recorded(work: Callable[[], Tensor], buffers: _Buffers) -> Callable[[], Tensor] | None:
     """Work that a device replays; None on a device that records nothing."""
     device = buffers.ids.device
@@ -295,27 +309,35 @@ def _recorded(work: Callable[[], Tensor], buffers: _Buffers) -> Callable[[], Ten
     if graph is None:
         return None
     before = [counter.clone() for counter in buffers.counters]
-    here = torch.accelerator.current_stream(device)
-    aside = torch.Stream(device=device)
-    aside.wait_stream(here)
-    torch.accelerator.set_stream(aside)
-    try:
+    with _RECORDING, _on_a_stream_of_its_own(device):
         for _ in range(_WARM_UPS):
             work()
             for counter, value in zip(buffers.counters, before, strict=True):
                 counter.copy_(value)
         torch.accelerator.synchronize(device)
-        graph.capture_begin()
+        graph.begin()
         try:
             logits = work()
         finally:
-            graph.capture_end()
-    finally:
-        torch.accelerator.set_stream(here)
-    here.wait_stream(aside)
+            graph.end()
 
     def replay() -> Tensor:
         graph.replay()
         return logits
 
     return replay
+
+
+@contextlib.contextmanager
+def _on_a_stream_of_its_own(device: torch.device) -> Iterator[None]:
+    """Let work run on another stream, after what the current one has begun, before what follows."""
+    index = torch.accelerator.current_device_index()
+    here, aside = torch.accelerator.current_stream(device), _stream(device)
+    aside.wait_stream(here)
+    torch.accelerator.set_stream(aside)  # which makes its device the current one
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(here)
+        torch.accelerator.set_device_index(index)
+        here.wait_stream(aside)

@@ -149,7 +149,12 @@ class ChunkLayout:
         return replace(self, tables={})
 
     def shared(self) -> ChunkLayout:
-        """The same with the tables of earlier steps of its shape, which most chunks share."""
+        """The same with the tables of earlier steps of its shape, which most chunks share.
+
+        Ragged steps keep their own: each has another shape, and its masks are large.
+        """
+        if not self.uniform:
+            return self
         rows = tuple((bool(r.folds), r.entries, r.text, r.items) for r in self.rows)
         pieces = tuple((piece.text, piece.close) for piece in self.step)
         shape = (self.config, rows, pieces, self.reach, self.device, *_surroundings(self.device))
@@ -348,7 +353,7 @@ class ChunkLayout:
         return _sees(slot, torch.arange(max(self.slots)), window)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _tables_of(shape: tuple[Any, ...]) -> dict[Any, Any]:
     """The tables of steps of one shape; what a step needs of it is put in when it is asked for."""
     return {}

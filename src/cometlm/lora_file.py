@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what peft puts in front of a weight's name in a file
-# Fields of peft's LoraConfig that make more of an adapter than two matrices and one scale.
-_MORE = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "fan_in_fan_out", "alpha_pattern",
-    "modules_to_save", "layer_replication", "alora_invocation_tokens", "arrow_config",
-    "target_parameters", "trainable_token_indices", "kasa_config", "monteclora_config",
-    "velora_config",
-)  # fmt: skip
+# Fields of peft's LoraConfig with which an adapter is two matrices and a scale for each weight.
+# Whatever else is set, as in a peft that is newer than this list, makes it more than that.
+_PLAIN = {
+    "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+# Others (pissa, olora, corda, …) change the weight that is adapted as well.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,20 @@ class LoraFile:
 
         Raises:
             ValueError: it adapts a weight that the model does not have, or one of another shape.
+                The model is then as it was.
         """
         pairs = self._pairs()
-        if pairs is None:
+        if not pairs:
             return False
         uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         layers = {name: self._layer(model, name) for name in pairs}
         if not all(type(one) is nn.Linear and can_change(one, uses) for one in layers.values()):
             return False
         for name, layer in layers.items():
-            down, up = (self._fitting(part, layer, name) for part in pairs[name])
+            self._check_fits(*pairs[name], layer, name)
+        for name, layer in layers.items():
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            down, up = (part.to(weight) for part in pairs[name])  # in its dtype, as peft has them
             adapted = {"lora_A.default.weight": down, "lora_B.default.weight": up}
             own = {f"base_layer.{key}": p for key, p in layer.named_parameters()}
             scale = self._scale(down.shape[0])
@@ -111,8 +118,10 @@ class LoraFile:
 
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]] | None:
         """The two matrices for each adapted layer, or None where there is more to it."""
-        more = any(self.config.get(name) for name in _MORE)
-        if more or self.config.get("peft_type") != "LORA" or self.config.get("bias") != "none":
+        more = any(value for name, value in self.config.items() if name not in _PLAIN)
+        plain = self.config.get("init_lora_weights", True) in _PLAIN_BEGINNINGS
+        kinds = (self.config.get("peft_type"), self.config.get("bias", "none"))
+        if more or not plain or kinds != ("LORA", "none"):
             return None
         found: dict[str, dict[str, Tensor]] = {}
         for name, weight in self.weights.items():
@@ -130,16 +139,15 @@ class LoraFile:
                 f"{self.folder} does not fit this model: it adapts {name}, which is not there"
             ) from None
 
-    def _fitting(self, part: Tensor, layer: nn.Module, name: str) -> Tensor:
-        """One matrix beside the layer's weight and in its dtype, as peft keeps it."""
+    def _check_fits(self, down: Tensor, up: Tensor, layer: nn.Module, name: str) -> None:
         weight: Tensor = layer.weight  # type: ignore[assignment]
         out, into = weight.shape
-        if part.dim() != 2 or (part.shape[0] != out and part.shape[1] != into):
+        rank = down.shape[0] if down.dim() else 0
+        if (down.shape, up.shape) != ((rank, into), (out, rank)):
             raise ValueError(
-                f"{self.folder} does not fit this model: it adapts {name} of shape "
-                f"{[out, into]} with a matrix of shape {list(part.shape)}"
+                f"{self.folder} does not fit this model: it adapts {name} of shape {[out, into]} "
+                f"with matrices of shapes {list(down.shape)} and {list(up.shape)}"
             )
-        return part.to(weight)
 
     def _scale(self, rank: int) -> float:
         root = bool(self.config.get("use_rslora"))
@@ -191,6 +199,12 @@ def load_lora(model: CometForCausalLM, folder: Path) -> None:
     for name in sorted(own.keys() ^ given.keys()):
         what = "lacks" if name in own else "holds an unknown"
         raise ValueError(f"{file} does not fit this model: it {what} weight {name}")
+    for name, parameter in own.items():
+        if given[name].shape != parameter.shape:
+            raise ValueError(
+                f"{file} does not fit this model: {name} has shape {list(given[name].shape)}, "
+                f"expected {list(parameter.shape)}"
+            )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(given[name])

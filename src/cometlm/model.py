@@ -168,7 +168,7 @@ class CometModel(CometPreTrainedModel):
         elif self._learning and self.chunking is not None and not cache.is_open:
             drawn = self.chunking.draw(text.rows(), self.config.comet_config.chunk_size)
             cuts, stride, capacity = drawn.cuts, drawn.stride or stride, drawn.capacity or capacity
-        sizes = self._sizes(stride, capacity)
+        sizes = self.sizes_of_call(stride, capacity)
         if aside is not None:
             aside.check(text.batch, sizes.chunk_size)
         if told is not None:
@@ -288,7 +288,12 @@ class CometModel(CometPreTrainedModel):
 
     # --- one call ---------------------------------------------------------------------------
 
-    def _sizes(self, stride: int | None, capacity: int | None) -> CometConfig:
+    def sizes_of_call(self, stride: int | None, capacity: int | None) -> CometConfig:
+        """The sizes that a call reads with: the config's, where it names no others.
+
+        Raises:
+            ValueError: they exceed the backbone's positions.
+        """
         sizes = self.config.comet_config
         if stride is None and capacity is None:
             return sizes

@@ -352,7 +352,7 @@ class _Vault:
             return held[1]
         # Neither way waits: both copies are work of the stream that makes and reads the tensor.
         pin = torch.accelerator.is_available()
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pin)
         copy.copy_(tensor.detach(), non_blocking=True)
         self._held[key] = (weakref.ref(tensor, lambda _: self._forget(key)), copy)
         return copy
