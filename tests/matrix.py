@@ -128,6 +128,10 @@ def newest_python(most: str) -> str:
         )
         if found.returncode == 0:
             return found.stdout.strip()
+        # pyenv keeps more than it shows on PATH.
+        pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+        if own := sorted(pyenv.glob(f"{version}.*/bin/python")):
+            return str(own[-1])
     return sys.executable
 
 
