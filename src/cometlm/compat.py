@@ -116,10 +116,10 @@ else:
             model._activation_checkpointing_disable()
 
         def gradient_checkpointing_enable(
-            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
         ) -> None:
-            """The older name of `activation_checkpointing_enable`."""
-            self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+            """The older name of `activation_checkpointing_enable`; 5.17 has options beside it."""
+            self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
         def gradient_checkpointing_disable(self) -> None:
             """The older name of `activation_checkpointing_disable`."""
