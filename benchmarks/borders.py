@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import cometlm
+from cometlm.data.corpora import text_files
 from cometlm.data.hay import FileHay
 from cometlm.data.passkey import PasskeySample, PasskeyTask
-from cometlm.data.texts import text_files
 from cometlm.data.wordings import MEASURING
 from cometlm.eval.passkey import HAY, said
-from cometlm.session import Session
+from cometlm.session.session import Session
 from common import argument_parser
 
 KINDS = ("inside", "sentence cut", "cut")

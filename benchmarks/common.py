@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cometlm.compat import cpu_abilities
-from cometlm.data.texts import text_files
+from cometlm.data.corpora import text_files
 
 OUT = Path("out")
 

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import cometlm
+from cometlm.checkpoints.atomic_write import write_whole
+from cometlm.checkpoints.fingerprint import fingerprint
 from cometlm.device import peak_memory, readable_bytes
 from cometlm.eval.passkey import DECILES, VARIANTS, PasskeyTest, Trial, interval
-from cometlm.files import write_whole
-from cometlm.fingerprint import fingerprint
 from common import OUT, argument_parser, machine
 
 

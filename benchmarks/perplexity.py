@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import cometlm
-from cometlm.data.texts import text_files
-from cometlm.loading import load_backbone
+from cometlm.checkpoints.backbones import load_backbone
+from cometlm.data.corpora import text_files
 from common import argument_parser, machine, write
 
 SKIPPED = 2048

@@ -25,12 +25,12 @@ from torch import Tensor
 
 import cometlm
 from cometlm.config import CometConfig
-from cometlm.grid import LayerState
-from cometlm.parallel.calibrate import Weights, counted, measured
+from cometlm.core.state import LayerState
 from cometlm.parallel.p2p import Neighbour, receive, send
 from cometlm.parallel.pipeline import TIMEOUT, Pipeline, Wave, sum_gradients
-from cometlm.parallel.simulate import Costs, Job, Link, simulate
-from cometlm.train.lora import set_trainable
+from cometlm.planner.calibrate import Weights, counted, measured
+from cometlm.planner.simulate import Costs, Job, Link, simulate
+from cometlm.train.trainable import set_trainable
 from common import argument_parser, machine, ratio, write
 
 SIZES = {"chunk_size": 256, "readout_tokens": 16, "stride": 8, "capacity": 64}

@@ -22,12 +22,14 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import cometlm
-from cometlm.cache import CometCache
 from cometlm.config import CometConfig
-from cometlm.counting import chunk_cost
+from cometlm.core.cache import CometCache
+from cometlm.core.cell import Cell
+from cometlm.core.layout import ChunkLayout, plan, take
+from cometlm.core.state import LayerState
+from cometlm.core.walk import Grid
 from cometlm.device import default_device, default_dtype
-from cometlm.grid import Cell, Grid, LayerState
-from cometlm.layout import ChunkLayout, plan, take
+from cometlm.planner.flops import chunk_cost
 from common import OUT, argument_parser, machine, ratio, timed_in_turn, write
 
 SHAPES = {

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 import cometlm
+from cometlm.core.model import CometModel
+from cometlm.data.corpora import text_files
 from cometlm.data.hay import FileHay, Hay, PassageHay
 from cometlm.data.passkey import PasskeyTask
-from cometlm.data.texts import text_files
 from cometlm.data.wordings import MEASURING
 from cometlm.eval.passkey import HAY
-from cometlm.model import CometModel
 from common import argument_parser
 
 CHUNKS = 4

@@ -12,12 +12,12 @@ import random
 from collections import Counter
 
 import cometlm
+from cometlm.data.corpora import text_files
 from cometlm.data.hay import FileHay
 from cometlm.data.passkey import PasskeyTask
-from cometlm.data.texts import text_files
 from cometlm.data.wordings import MEASURING
 from cometlm.eval.passkey import HAY, interval, said
-from cometlm.session import Session
+from cometlm.session.session import Session
 from common import argument_parser
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import cometlm
-from cometlm.train.lora import set_trainable
+from cometlm.train.trainable import set_trainable
 from common import argument_parser, machine, write
 
 CHUNK, BUCKET = 256, 64

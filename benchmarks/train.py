@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 import cometlm
+from cometlm.checkpoints.atomic_write import write_whole
 from cometlm.device import peak_memory, readable_bytes, reset_peak_memory
-from cometlm.files import write_whole
-from cometlm.train.lora import lora_config, set_trainable
+from cometlm.train.trainable import lora_config, set_trainable
 from common import OUT, argument_parser, machine
 
 SIZES = {"chunk_size": 256, "readout_tokens": 32, "stride": 8, "capacity": 64}

@@ -10,7 +10,7 @@ import signal
 import sys
 
 from cometlm.cli.main import run
-from cometlm.grid import Cell
+from cometlm.core.cell import Cell
 from cometlm.parallel import p2p
 from cometlm.train.trainer import CometTrainer
 

@@ -20,7 +20,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import cometlm
-from cometlm.loading import BUILT_IN, _converted
+from cometlm.checkpoints.backbones import BUILT_IN, _converted
 from tests.tiny import SMALL as TINY
 from tests.tiny import scramble, tiny_backbone
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cometlm.chunking import Chunking
+from cometlm.train.chunk_plans import Chunking
 from tests.tiny import FAMILIES, error, random_ids, tiny_comet
 
 CHUNK = 12

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cometlm.attention import KeyValue, attend_one_part, attend_two_part
+from cometlm.backbones.families import KeyValue
+from cometlm.core.attention import attend_one_part, attend_two_part
 from tests.tiny import error
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cometlm.chunking import PAPER, PLANS, Chunking, Fixed, SentenceEnds, sentence_ends
-from cometlm.layout import plan_cuts
+from cometlm.core.layout import plan_cuts
+from cometlm.train.chunk_plans import PAPER, PLANS, Chunking, Fixed, SentenceEnds, sentence_ends
 from tests.real import tokenizer
 from tests.tiny import error, random_ids, tiny_comet
 

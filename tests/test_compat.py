@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import cometlm
-from cometlm import attention, compat, recompute
+from cometlm import compat
+from cometlm.core import attention, recompute
 from tests.tiny import error, random_ids, tiny_comet
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
 """What `cometlm info` counts, by hand."""
 
 from cometlm import CometConfig
-from cometlm.counting import chunk_cost
+from cometlm.planner.flops import chunk_cost
 
 
 class Sizes:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cometlm.eval.passkey import PasskeyTest, Trial, _shared, interval, said
-from cometlm.session import Session
+from cometlm.session.session import Session
 from tests.real import tiny_comet, tokenizer
 
 PROSE = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters.\n"

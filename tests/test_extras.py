@@ -10,7 +10,7 @@ import cometlm
 from cometlm import extras
 from cometlm.cli.train import _NEEDS
 from cometlm.data.records import read_records
-from cometlm.parallel.timeline import draw
+from cometlm.planner.timeline import draw
 from tests.test_package import PROJECT
 
 

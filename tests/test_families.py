@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import cometlm
-from cometlm.backbone import FAMILIES as SUPPORTED
-from cometlm.reference import reference_logits
+from cometlm.backbones.families import FAMILIES as SUPPORTED
+from cometlm.core.reference import reference_logits
 from tests.tiny import FAMILIES, error, random_ids, tiny_backbone, tiny_comet
 
 family = pytest.mark.parametrize("family", sorted(FAMILIES))

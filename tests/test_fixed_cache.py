@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cometlm
-from cometlm import CometCache, fixed_cache
-from cometlm.attention import KeyValue, attend_masked
-from cometlm.fixed_cache import FixedCache
-from cometlm.grid import tensors_of
+from cometlm import CometCache
+from cometlm.backbones.families import KeyValue
+from cometlm.core import fixed_cache
+from cometlm.core.attention import attend_masked
+from cometlm.core.fixed_cache import FixedCache
+from cometlm.core.state import tensors_of
 from tests import real
 from tests.tiny import FAMILIES, error, random_ids, tiny_comet
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from cometlm.reference import reference_generate
+from cometlm.core.reference import reference_generate
 from tests.tiny import FAMILIES, GOLDEN, error, load_golden, random_ids, tiny_comet
 
 # Golden files without generated ids pin logits only.

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from cometlm.reference import reference_generate, reference_logits
+from cometlm.core.reference import reference_generate, reference_logits
 from tests.tiny import GOLDEN, error, load_golden
 
 golden = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)

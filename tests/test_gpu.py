@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import cometlm
-from cometlm.attention import KeyValue, attend_one_part
+from cometlm.backbones.families import KeyValue
+from cometlm.core.attention import attend_one_part
 from cometlm.device import default_device
 from tests.test_attention import plain
 from tests.tiny import FAMILIES, batch_of, error, random_ids, tiny_comet

@@ -221,7 +221,7 @@ def test_full_attention_in_pieces_where_a_text_does_not_fit_whole(bench, monkeyp
 
 def test_steps_that_cannot_be_recorded_are_no_figures(bench, monkeypatch):
     """The library then warns and goes on unrecorded, which must not pass for the recorded way."""
-    from cometlm import fixed_cache
+    from cometlm.core import fixed_cache
 
     def refuse(work, buffers):
         raise RuntimeError("not permitted while recording")

@@ -20,7 +20,7 @@ import bundle
 import pieces
 import unpack
 from cometlm import __version__
-from cometlm.loading import BUILT_IN
+from cometlm.checkpoints.backbones import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 ORIGIN = pieces.Origin("1.0", "0123abc", "3.12")

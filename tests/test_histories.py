@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cometlm.causal_lm import CometForCausalLM
+from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.train.config_file import read_config
 from cometlm.train.histories import Histories, read_on
 from cometlm.train.run import train

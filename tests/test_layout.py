@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cometlm import CometConfig
-from cometlm.layout import ChunkLayout, Piece, RowCounts, plan, take
+from cometlm.core.layout import ChunkLayout, Piece, RowCounts, plan, take
 
 CPU = torch.device("cpu")
 WINDOWS = st.sampled_from([None, 1, 2, 3, 7, 100])

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 import cometlm
-from cometlm import by_name, loading
+from cometlm import model_loader as by_name
+from cometlm.checkpoints import backbones as loading
 from cometlm.device import default_device, default_dtype, find_device, peak_memory, readable_bytes
-from cometlm.session_file import read_document
+from cometlm.session.file import read_document
 from tests import real
 from tests.tiny import error, random_ids, tiny_backbone
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cometlm
-from cometlm import CometForCausalLM, lora_file
+from cometlm import CometForCausalLM
+from cometlm.checkpoints import lora as lora_file
 from tests.checkpoints import SIZES, attached, logits, with_lora
 from tests.tiny import error, random_ids, tiny_backbone
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import cometlm
 from cometlm import CometConfig
-from cometlm.memory import (
+from cometlm.core.memory import (
     Comet,
     GlobalMemory,
     LayerMemory,

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import cometlm
-from cometlm.loading import _GGUF_READERS
+from cometlm.checkpoints.backbones import _GGUF_READERS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -112,7 +112,7 @@ cometlm.cli.main.run()
 
 
 # Modules that stand on the extra `train`; `cometlm train` says which when they cannot be imported.
-NEED_TRL = {"cometlm.train.resuming", "cometlm.train.trainer", "cometlm.train.run"}
+NEED_TRL = {"cometlm.train.resume", "cometlm.train.trainer", "cometlm.train.run"}
 
 
 def test_every_module_imports_in_a_bare_install():
@@ -189,62 +189,26 @@ def test_every_declared_package_is_imported():
 
 # --- the arrows ---------------------------------------------------------------------------------
 
-# From the bottom up. A module imports only what stands in an earlier line; a new module needs a
-# place here.
-LAYERS: list[list[str]] = [
-    ["cometlm.__version__"],
-    ["cometlm.adapters", "cometlm.compat", "cometlm.config", "cometlm.extras", "cometlm.files"],
-    ["cometlm.device", "cometlm.fingerprint"],
-    ["cometlm.loading", "cometlm.streaming", "cometlm.text", "cometlm.turns"],
-    ["cometlm.counting", "cometlm.fixed_layout", "cometlm.layout", "cometlm.memory"],
-    ["cometlm.model_config"],
-    ["cometlm.chunking", "cometlm.data"],
-    ["cometlm.data.hay", "cometlm.data.records", "cometlm.data.texts"],
-    ["cometlm.data.wordings"],
-    ["cometlm.data.passkey"],
-    ["cometlm.attention", "cometlm.batch"],
-    ["cometlm.backbone"],
-    ["cometlm.compiling", "cometlm.grid", "cometlm.rotary"],
-    ["cometlm.recompute"],
-    ["cometlm.cache"],
-    ["cometlm.call", "cometlm.fixed_cache"],
-    ["cometlm.base", "cometlm.generation"],
-    ["cometlm.model"],
-    ["cometlm.causal_lm"],
-    ["cometlm.attachment", "cometlm.merge", "cometlm.reference"],
-    ["cometlm.lora_file", "cometlm.session_file"],
-    ["cometlm.pretrained", "cometlm.session"],
-    ["cometlm.by_name", "cometlm.checkpoint", "cometlm.train"],
-    ["cometlm.train.histories", "cometlm.train.stages"],
-    ["cometlm.train.config", "cometlm.train.lora", "cometlm.train.templates"],
-    ["cometlm.train.config_file", "cometlm.train.lengths"],
-    ["cometlm"],
-    ["cometlm.parallel"],
-    ["cometlm.parallel.agreement", "cometlm.parallel.blocks"],
-    ["cometlm.parallel.mesh", "cometlm.parallel.p2p"],
-    ["cometlm.parallel.pipeline", "cometlm.parallel.shard", "cometlm.parallel.simulate"],
-    ["cometlm.parallel.calibrate", "cometlm.parallel.reading", "cometlm.parallel.timeline"],
-    ["cometlm.train.batches", "cometlm.train.together"],
-    ["cometlm.train.start"],
-    ["cometlm.train.stage_start", "cometlm.train.trainer"],
-    ["cometlm.train.resuming"],
-    ["cometlm.train.run"],
-    ["cometlm.eval"],
-    ["cometlm.eval.passkey"],
-    ["cometlm.cli"],
-    ["cometlm.cli.console", "cometlm.cli.options", "cometlm.cli.terminal"],
-    ["cometlm.cli.ask", "cometlm.cli.chat", "cometlm.cli.generate"],
-    ["cometlm.cli.import_", "cometlm.cli.info", "cometlm.cli.read"],
-    ["cometlm.cli.demo", "cometlm.cli.plan", "cometlm.cli.train"],
-    ["cometlm.cli.main"],
+# From the bottom up. A package imports only itself and what stands in an earlier line. Modules at
+# the top of the source tree count as packages.
+PACKAGES: list[list[str]] = [
+    ["__version__"],
+    ["compat", "config", "extras"],
+    ["device"],
+    ["backbones"],
+    ["checkpoints"],
+    ["core"],
+    ["model_loader"],
+    ["session"],
+    ["data"],
+    ["parallel"],
+    ["train"],
+    ["planner"],
+    ["eval"],
+    [""],  # the public names
+    ["cli"],
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-
-# Methods that hand out what stands above them import it when they are called.
-LATE = {
-    ("cometlm.causal_lm", "cometlm.pretrained"),
-    ("cometlm.causal_lm", "cometlm.session"),
-}
+RANK = {name: rank for rank, names in enumerate(PACKAGES) for name in names}
 
 
 def module_name(path):
@@ -255,13 +219,27 @@ def module_name(path):
 NAMES = {module_name(path) for path in FILES} | {"cometlm.__version__"}
 
 
+def package(module):
+    """The part of the package that a module belongs to: "core" of "cometlm.core.cell"."""
+    return f"{module}.".split(".")[1]
+
+
+def for_types_only(tree):
+    """Nodes under `if TYPE_CHECKING`, which are never run."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from (below for one in node.body for below in ast.walk(one))
+
+
 def imported(tree):
-    """(module, whether at the top of the file) of all imports; types-only ones are not at the top.
+    """(module, whether at the top of the file) of all imports that are run.
 
     `from package import module` counts as the module.
     """
-    top = set(tree.body)
+    top, unused = set(tree.body), set(for_types_only(tree))
     for node in ast.walk(tree):
+        if node in unused:
+            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node in top
@@ -272,28 +250,30 @@ def imported(tree):
                 yield (full if full in NAMES else node.module), node in top
 
 
-def test_every_module_has_its_place():
-    assert NAMES - set(RANK) == set(), "new modules need a line in LAYERS"
-    assert set(RANK) - NAMES == set(), "LAYERS names modules that are gone"
+def own_imports(path):
+    """Modules of the package that a file imports, wherever in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {name for name, _ in imported(tree) if name.partition(".")[0] == "cometlm"}
 
 
-def upward(path):
-    """(module, whether at the top of the file) that a file imports though it stands no lower."""
-    rank = RANK.get(module_name(path), len(LAYERS))
-    for target, at_top in imported(ast.parse(path.read_text())):
-        if target.partition(".")[0] == "cometlm" and RANK.get(target, len(LAYERS)) >= rank:
-            yield target, at_top
+def test_every_package_has_its_place():
+    assert {package(name) for name in NAMES} == set(RANK)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_point_one_way(path):
-    found = set(upward(path))
-    assert [target for target, at_top in found if at_top] == []
-    assert [target for target, _ in found if (module_name(path), target) not in LATE] == []
+    mine = package(module_name(path))
+    others = {package(name) for name in own_imports(path)} - {mine}
+    assert {name for name in others if RANK[name] >= RANK[mine]} == set()
 
 
-def test_late_imports_are_those_listed():
-    assert {(module_name(path), target) for path in FILES for target, _ in upward(path)} == LATE
+def test_no_modules_import_each_other():
+    """Not even in a circle of several, and not inside functions either."""
+    left = {module_name(path): own_imports(path) - {module_name(path)} for path in FILES}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -6,12 +6,12 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from cometlm.by_name import described, load
 from cometlm.cli.main import app
 from cometlm.config import CometConfig
-from cometlm.parallel.calibrate import Weights, counted, measured
-from cometlm.parallel.simulate import Costs, Job, Span, simulate
-from cometlm.parallel.timeline import draw, merged
+from cometlm.model_loader import described, load
+from cometlm.planner.calibrate import Weights, counted, measured
+from cometlm.planner.simulate import Costs, Job, Span, simulate
+from cometlm.planner.timeline import draw, merged
 from tests.real import tokenizer
 from tests.tiny import tiny_comet
 

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 import cometlm
-from cometlm import CometForCausalLM, CometModelConfig, pretrained
+from cometlm import CometForCausalLM, CometModelConfig
+from cometlm.checkpoints import memory as pretrained
 from tests import real
 from tests.checkpoints import IDS, SIZES, attached, logits
 from tests.tiny import random_ids, tiny_backbone

@@ -4,12 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cometlm.batch import TextBatch
-from cometlm.cache import CometCache
-from cometlm.call import Call
-from cometlm.grid import walk_by_layer
-from cometlm.layout import plan, take
-from cometlm.reference import reference_logits
+from cometlm.core.cache import CometCache
+from cometlm.core.layout import plan, take
+from cometlm.core.plan import Call
+from cometlm.core.reference import reference_logits
+from cometlm.core.text_batch import TextBatch
+from cometlm.core.walk import walk_by_layer
 from tests.tiny import FAMILIES, error, random_ids, tiny_comet
 
 # transformers' norms and rotary angles are float32 even in float64 models.

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import cometlm
-from cometlm import CometForCausalLM, checkpoint
+from cometlm import CometForCausalLM
+from cometlm.checkpoints import published as checkpoint
 from tests import real
 from tests.tiny import GOLDEN, error, load_golden
 
@@ -48,7 +49,7 @@ def published(folder, path, shards=1, rename=False):
 @pytest.mark.parametrize(("shards", "rename"), [(1, False), (2, True)])
 def test_published_checkpoints_are_converted(path, shards, rename, tmp_path):
     tensors = published(tmp_path / "theirs", path, shards, rename)
-    model = checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
+    model = checkpoint.convert_published(CometForCausalLM, tmp_path / "theirs", tmp_path / "ours")
     shutil.rmtree(tmp_path / "theirs")
     loaded = CometForCausalLM.from_pretrained(tmp_path / "ours")
     ids = tensors["input_ids"][None]
@@ -63,7 +64,7 @@ def test_published_checkpoints_are_converted(path, shards, rename, tmp_path):
 def test_the_published_tokenizer_comes_along(tmp_path):
     published(tmp_path / "theirs", GOLDEN[0])
     real.tokenizer("like gemma").save_pretrained(tmp_path / "theirs")
-    checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
+    checkpoint.convert_published(CometForCausalLM, tmp_path / "theirs", tmp_path / "ours")
     _, tokenizer = cometlm.load(str(tmp_path / "ours"), device="cpu")
     assert len(tokenizer) == len(real.tokenizer("like gemma"))
 
@@ -72,7 +73,7 @@ def test_a_missing_shard_is_named(tmp_path):
     published(tmp_path / "theirs", GOLDEN[0], shards=2)
     (tmp_path / "theirs" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks model-00002-of-00002"):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
+        checkpoint.convert_published(CometForCausalLM, tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 
@@ -83,14 +84,14 @@ def test_a_shard_outside_of_the_folder_is_refused(tmp_path):
     index = tmp_path / "theirs" / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
     with pytest.raises(ValueError, match="lacks"):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
+        checkpoint.convert_published(CometForCausalLM, tmp_path / "theirs", tmp_path / "ours")
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     published(tmp_path / "theirs", GOLDEN[0])
     (tmp_path / "theirs" / "model.safetensors").unlink()
     with pytest.raises((ValueError, OSError), match="theirs"):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
+        checkpoint.convert_published(CometForCausalLM, tmp_path / "theirs", tmp_path / "ours")
 
 
 @pytest.mark.parametrize("field", ["chunk_size", "temp_beacon_stride", "global_beacon_ids"])
@@ -101,7 +102,7 @@ def test_a_missing_field_is_named(tmp_path, field):
     del config[field]
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=field):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
+        checkpoint.convert_published(CometForCausalLM, tmp_path / "theirs", tmp_path / "ours")
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "qwen3"}, [], "text", None], ids=repr)
@@ -117,4 +118,4 @@ def test_a_config_that_says_too_little_is_refused_before_anything_is_built(
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", built)
     with pytest.raises(ValueError, match=r"theirs|published"):
-        checkpoint.convert_published(tmp_path / "theirs", tmp_path / "ours")
+        checkpoint.convert_published(CometForCausalLM, tmp_path / "theirs", tmp_path / "ours")

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import cometlm
-from cometlm import extras, loading
-from cometlm.by_name import QuantizationWarning
+from cometlm import extras
+from cometlm.checkpoints import backbones as loading
 from cometlm.cli.console import load_quietly
+from cometlm.model_loader import QuantizationWarning
 from cometlm.train.config_file import read_config
-from cometlm.train.lora import set_trainable
+from cometlm.train.trainable import set_trainable
 from tests.real import tiny_comet, tokenizer
 from tests.runs import as_config, losses, quietly, settings, start
 from tests.tiny import SMALL, error, tiny_backbone

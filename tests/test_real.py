@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cometlm
-from cometlm.reference import reference_generate, reference_logits
+from cometlm.core.reference import reference_generate, reference_logits
 from tests import real
 from tests.tiny import error
 

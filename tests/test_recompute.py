@@ -6,8 +6,8 @@ from peft import LoraConfig
 
 import cometlm
 from cometlm.compat import ACTIVATION_CHECKPOINTING
-from cometlm.grid import Cell
-from cometlm.recompute import Recomputation, _Run, _Span, _Vault
+from cometlm.core.cell import Cell
+from cometlm.core.recompute import Recomputation, _Run, _Span, _Vault
 from tests.tiny import FAMILIES, batch_of, error, tiny_backbone, tiny_comet
 
 EVERY = [1, 2, 3, 100]

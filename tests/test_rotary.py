@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cometlm.backbone import layer_type, take_apart
-from cometlm.rotary import RotaryTables
+from cometlm.backbones.families import layer_type, take_apart
+from cometlm.backbones.rotary import RotaryTables
 from tests.tiny import FAMILIES, tiny_backbone
 
 HERE = torch.device("cpu")

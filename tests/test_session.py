@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cometlm import Session
-from cometlm.reference import reference_generate
+from cometlm.core.reference import reference_generate
 from tests import real
 from tests.sessions import assert_same, going_on
 from tests.tiny import random_ids, tiny_comet

@@ -17,7 +17,7 @@ import torch
 
 import cometlm
 from cometlm import Session
-from cometlm.session import SessionStats
+from cometlm.session.session import SessionStats
 from tests.sessions import (
     SIZES,
     TEXT,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cometlm import Session
-from cometlm.reference import reference_generate
+from cometlm.core.reference import reference_generate
 from tests.sessions import (
     GREEDY,
     SIZES,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cometlm.parallel.simulate import WAYS, Costs, Job, Link, simulate
+from cometlm.planner.simulate import WAYS, Costs, Job, Link, simulate
 
 COSTS = Costs(forward=1.0, backward=2.0, memory_bytes=8.0, hidden_bytes=4.0, kept_bytes=50.0)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from cometlm import text
-from cometlm.text import TokenStream, read_blocks
+from cometlm.session import token_stream as text
+from cometlm.session.token_stream import TokenStream, read_blocks
 from tests import real
 
 SLOW_GEMMA = pytest.param("gemma3-270m", marks=pytest.mark.slow)

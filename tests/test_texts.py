@@ -7,7 +7,7 @@ import zlib
 import pytest
 
 from cometlm.data import texts
-from cometlm.data.texts import r_strings, text_files
+from cometlm.data.corpora import r_strings, text_files
 
 
 @pytest.fixture

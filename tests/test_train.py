@@ -11,8 +11,8 @@ import cometlm
 from cometlm.train import run as running
 from cometlm.train import stage_start
 from cometlm.train.config_file import read_config
-from cometlm.train.lora import set_trainable
 from cometlm.train.run import train
+from cometlm.train.trainable import set_trainable
 from cometlm.train.trainer import last_checkpoint
 from tests.real import tokenizer
 from tests.runs import (

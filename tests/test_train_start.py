@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cometlm
-from cometlm.memory import GlobalMemory
+from cometlm.core.memory import GlobalMemory
 from cometlm.train.config import Start
-from cometlm.train.lora import parameter_groups, set_trainable
 from cometlm.train.stages import Gates
 from cometlm.train.start import _fitted, fit_gates, start_like
+from cometlm.train.trainable import parameter_groups, set_trainable
 from tests.real import tokenizer
 from tests.tiny import random_ids, tiny_comet
 

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from torch.utils.data import SequentialSampler
 
 import cometlm
-from cometlm.files import read_weights
+from cometlm.checkpoints.atomic_write import read_weights
+from cometlm.checkpoints.memory import WEIGHTS
 from cometlm.parallel.agreement import check_alike
 from cometlm.parallel.mesh import make_mesh
-from cometlm.pretrained import WEIGHTS
+from cometlm.train.chunk_parallel import SharedBatches, shard_over
 from cometlm.train.config_file import config_of, read_config
 from cometlm.train.lengths import check_enough_chunks
 from cometlm.train.run import train
-from cometlm.train.together import SharedBatches, shard_over
 from cometlm.train.trainer import last_checkpoint
 from tests.ranks import run_ranks
 from tests.real import tiny_comet, tokenizer

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 import cometlm
 from cometlm.compat import ACTIVATION_CHECKPOINTING
-from cometlm.grid import Cell
+from cometlm.core.cell import Cell
 from cometlm.train.templates import TEMPLATES
 from tests.real import tiny_comet, tokenizer
 from tests.tiny import error

@@ -7,11 +7,11 @@ import pytest
 
 import cometlm
 from cometlm import Session
+from cometlm.checkpoints.backbones import BUILT_IN
 from cometlm.data.hay import FillerHay
 from cometlm.data.passkey import PasskeyTask
 from cometlm.data.wordings import MEASURING
 from cometlm.eval.passkey import said
-from cometlm.loading import BUILT_IN
 
 FOLDER = BUILT_IN["smollm2"].trained
 LIMIT = 20_000_000  # bytes

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cometlm.turns import render_turn
+from cometlm.session.chat_template import render_turn
 from tests import real
 
 CHATML = (

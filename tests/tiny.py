@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import cometlm
-from cometlm.checkpoint import from_published
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 
@@ -116,4 +115,4 @@ def load_golden(path: Path) -> tuple[cometlm.CometForCausalLM, dict[str, Tensor]
         config = json.loads(file.metadata()["config"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
-    return from_published(weights, config), tensors, config
+    return cometlm.CometForCausalLM.from_published(weights, config), tensors, config

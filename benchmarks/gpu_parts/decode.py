@@ -24,7 +24,7 @@ from transformers import DynamicCache, StaticCache
 
 from cometlm import CometCache
 from cometlm.compat import CACHE, new_graph
-from cometlm.fixed_cache import FixedCache
+from cometlm.core.fixed_cache import FixedCache
 from gpu_parts.lab import Lab, limit
 from gpu_parts.prefill import read
 from gpu_parts.report import Entry, Report, TimeBox

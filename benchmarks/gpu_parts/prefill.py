@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cometlm import CometCache, CometConfig, CometForCausalLM
 from cometlm.compat import CACHE
-from cometlm.counting import chunk_cost
+from cometlm.planner.flops import chunk_cost
 from gpu_parts.lab import Lab, limit
 from gpu_parts.laws import full_attention_law
 from gpu_parts.report import Entry, Report, TimeBox

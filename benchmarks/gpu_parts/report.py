@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from cometlm.checkpoints.atomic_write import write_whole
 from cometlm.device import readable_bytes
-from cometlm.files import write_whole
 
 Clock = Callable[[], float]
 Entry = dict[str, Any]

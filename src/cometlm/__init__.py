@@ -3,16 +3,15 @@
 __version__ = "0.1.0"  # before the imports: what a session file says of its writer
 
 import cometlm.compat  # noqa: F401 (refuses old versions of torch and transformers, before all else)
-from cometlm.attachment import attach, detach
-from cometlm.by_name import load
-from cometlm.cache import CometCache
-from cometlm.causal_lm import CometForCausalLM
-from cometlm.config import CometConfig
-from cometlm.merge import merge_lora
-from cometlm.model import CometModel
-from cometlm.model_config import CometModelConfig
-from cometlm.session import Session
-from cometlm.train.lora import lora_config, parameter_groups
+from cometlm.checkpoints.merge import merge_lora
+from cometlm.config import CometConfig, CometModelConfig
+from cometlm.core.attach import attach, detach
+from cometlm.core.cache import CometCache
+from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.core.model import CometModel
+from cometlm.model_loader import load
+from cometlm.session.session import Session
+from cometlm.train.trainable import lora_config, parameter_groups
 
 __all__ = [
     "CometCache",

@@ -4,7 +4,7 @@ import re
 
 from cometlm import Session
 from cometlm.cli import console
-from cometlm.counting import chunk_cost
+from cometlm.planner.flops import chunk_cost
 from tests import real
 from tests.cli.said import TEXT
 

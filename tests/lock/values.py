@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cometlm
-from cometlm.session_file import read_document
+from cometlm.session.file import read_document
 from tests.tiny import FAMILIES, GOLDEN, batch_of, load_golden, random_ids, tiny_comet
 
 FOLDER = Path(__file__).parent

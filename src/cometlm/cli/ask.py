@@ -10,7 +10,7 @@ import typer
 from cometlm.cli import options
 from cometlm.cli.console import UNTRAINED, err, is_untrained, load_for_session, print_stream
 from cometlm.cli.terminal import prompt_text
-from cometlm.session import Session
+from cometlm.session.session import Session
 
 
 def ask(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cometlm.checkpoints.backbones import cache_folder
 from cometlm.cli import options
 from cometlm.cli.console import (
     UNTRAINED,
@@ -22,8 +23,7 @@ from cometlm.cli.console import (
 )
 from cometlm.cli.terminal import as_path
 from cometlm.device import readable_bytes
-from cometlm.loading import cache_folder
-from cometlm.session import Session
+from cometlm.session.session import Session
 
 HELP = """\
 /save PATH   keep the session in a file

@@ -18,12 +18,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from tqdm.auto import tqdm
 from transformers.utils import logging as hf_logging
 
-from cometlm.by_name import QuantizationWarning, load
-from cometlm.causal_lm import CometForCausalLM
+from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.device import as_dtype, find_device, readable_bytes
 from cometlm.extras import missing, pip_install
-from cometlm.session import SessionStats
-from cometlm.session_file import read_document
+from cometlm.model_loader import QuantizationWarning, load
+from cometlm.session.file import read_document
+from cometlm.session.session import SessionStats
 
 # Paths and what a model writes may look like rich's markup or its names of emoji.
 out = Console(markup=False, emoji=False)

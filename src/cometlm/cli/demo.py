@@ -23,10 +23,10 @@ from cometlm.cli.console import (
     out,
 )
 from cometlm.cli.read import open_text
-from cometlm.data.texts import text_files
+from cometlm.data.corpora import text_files
 from cometlm.device import peak_memory, readable_bytes
-from cometlm.session import Session, SessionStats
-from cometlm.text import read_blocks
+from cometlm.session.session import Session, SessionStats
+from cometlm.session.token_stream import read_blocks
 
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key?"

@@ -9,7 +9,7 @@ import typer
 from cometlm.cli import options
 from cometlm.cli.console import load_quietly, print_stream
 from cometlm.cli.terminal import prompt_text
-from cometlm.session import Session
+from cometlm.session.session import Session
 
 
 def generate(

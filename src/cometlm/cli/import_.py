@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cometlm.checkpoint import convert_published
+from cometlm.checkpoints.published import convert_published
 from cometlm.cli.console import describe, err
+from cometlm.core.causal_lm import CometForCausalLM
 
 
 def import_(
@@ -20,5 +21,5 @@ def import_(
     """Turn a published CoMeT checkpoint into one that `cometlm` and transformers load."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and not empty")
-    model = convert_published(directory, out)
+    model = convert_published(CometForCausalLM, directory, out)
     err.print(f"{describe(model)}\nsaved {out}", highlight=False, soft_wrap=True)

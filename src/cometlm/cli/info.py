@@ -6,8 +6,8 @@ from rich.table import Table
 
 from cometlm.cli import options
 from cometlm.cli.console import describe, load_quietly, out
-from cometlm.counting import chunk_cost
 from cometlm.device import readable_bytes
+from cometlm.planner.flops import chunk_cost
 
 
 def info(

@@ -9,14 +9,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from cometlm.by_name import described
 from cometlm.cli import options
 from cometlm.cli.console import err, load_quietly, out
 from cometlm.config import CometConfig
 from cometlm.device import readable_bytes
-from cometlm.parallel.calibrate import Weights, counted, measured
-from cometlm.parallel.simulate import WAYS, Costs, Job, Link, Outcome, simulate
-from cometlm.parallel.timeline import NAMES, check_can_draw, draw
+from cometlm.model_loader import described
+from cometlm.planner.calibrate import Weights, counted, measured
+from cometlm.planner.simulate import WAYS, Costs, Job, Link, Outcome, simulate
+from cometlm.planner.timeline import NAMES, check_can_draw, draw
 
 _MANY = 300_000  # cells that take a while
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cometlm.data.hay import Hay, encode
 from cometlm.data.wordings import TRAINING, Wording
-from cometlm.turns import render_turn
+from cometlm.session.chat_template import render_turn
 
 # fmt: off
 _NAMES = (

@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cometlm.data.corpora import text_files
 from cometlm.data.hay import FileHay, Hay
 from cometlm.data.passkey import PasskeySample, PasskeyTask
-from cometlm.data.texts import text_files
 from cometlm.data.wordings import MEASURING
-from cometlm.session import Session
+from cometlm.session.session import Session
 
 HAY = ("austen-test", "bible", "python")  # taken in turn
 DECILES = 10

@@ -22,15 +22,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cometlm.config import CometConfig
-from cometlm.grid import Cell, LayerState, States, walk_by_layer
-from cometlm.layout import ChunkLayout
-from cometlm.memory import LayerMemory, LayerMemoryWeights
+from cometlm.core.cell import Cell
+from cometlm.core.layout import ChunkLayout
+from cometlm.core.memory import LayerMemory, LayerMemoryWeights
+from cometlm.core.state import LayerState, States
+from cometlm.core.walk import walk_by_layer
 from cometlm.parallel.blocks import balanced
 from cometlm.parallel.p2p import Like, Neighbour, join, receive, send
 
 if TYPE_CHECKING:
-    from cometlm.call import Call
-    from cometlm.model import CometModel
+    from cometlm.core.model import CometModel
+    from cometlm.core.plan import Call
 
 TIMEOUT = timedelta(minutes=10)
 

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cometlm.batch import TextBatch
-from cometlm.call import Call, Watch
-from cometlm.causal_lm import CometForCausalLM
 from cometlm.config import CometConfig
-from cometlm.grid import States, walk_by_layer
-from cometlm.layout import ChunkLayout, Piece, plan_cuts
+from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.core.layout import ChunkLayout, Piece, plan_cuts
+from cometlm.core.plan import Call, Watch
+from cometlm.core.state import States
+from cometlm.core.text_batch import TextBatch
+from cometlm.core.walk import walk_by_layer
 from cometlm.parallel.p2p import Neighbour, answering
 from cometlm.parallel.pipeline import TIMEOUT, Wave, memory_at
-from cometlm.session import Session, SessionStats
+from cometlm.session.session import Session, SessionStats
 
 CHUNKS = 8  # of a block: one message for each layer and block
 

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.export import register_dataclass
 from torch.optim import Optimizer
 
-from cometlm.causal_lm import CometForCausalLM
-from cometlm.grid import LayerState, OpenChunk
-from cometlm.memory import LayerMemory
+from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.core.memory import LayerMemory
+from cometlm.core.state import LayerState, OpenChunk
 from cometlm.parallel.mesh import DATA
 
 # FSDP gathers and frees weights by hooks on the tensors that enter and leave a call, so it has to

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cometlm.chunking import Chunking, sentence_ends
 from cometlm.config import CometConfig
+from cometlm.data.corpora import text_files
 from cometlm.data.hay import (
     FileHay,
     FillerHay,
@@ -30,8 +30,8 @@ from cometlm.data.hay import (
     encode,
 )
 from cometlm.data.passkey import PasskeyTask
-from cometlm.data.texts import text_files
 from cometlm.data.wordings import TRAINING
+from cometlm.train.chunk_plans import Chunking, sentence_ends
 from cometlm.train.histories import CHUNKS_BETWEEN
 from cometlm.train.stages import ChunkSettings, Gates, Generated, HayShares, Stage
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cometlm.loading import Bits
+from cometlm.checkpoints.backbones import Bits
 from cometlm.train.stages import ChunkSettings, Generated, Stage
 
 Mode = Literal["memory", "lora", "full"]

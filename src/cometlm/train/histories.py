@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cometlm.cache import CometCache
-from cometlm.causal_lm import CometForCausalLM
+from cometlm.core.cache import CometCache
+from cometlm.core.causal_lm import CometForCausalLM
 
 CHUNKS_BETWEEN = 4  # two memories of one text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cometlm.causal_lm import CometForCausalLM
+from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.train.config import Say, TrainConfig
 
 

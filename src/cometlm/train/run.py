@@ -13,17 +13,17 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig
 
-from cometlm.adapters import has_adapter
-from cometlm.by_name import has_memory, load
-from cometlm.causal_lm import CometForCausalLM
-from cometlm.chunking import Chunking
+from cometlm.checkpoints.adapters import has_adapter
+from cometlm.checkpoints.atomic_write import write_whole
+from cometlm.checkpoints.backbones import BUILT_IN
 from cometlm.compat import ACTIVATION_CHECKPOINTING
+from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.data.records import read_records
 from cometlm.device import as_dtype
-from cometlm.files import write_whole
-from cometlm.loading import BUILT_IN
+from cometlm.model_loader import has_memory, load
 from cometlm.parallel.p2p import PipelineError
 from cometlm.train.batches import GeneratedBatches, chunking_of, collate
+from cometlm.train.chunk_plans import Chunking
 from cometlm.train.config import LoraSettings, Say, TrainConfig
 from cometlm.train.histories import Histories
 from cometlm.train.lengths import (
@@ -32,11 +32,11 @@ from cometlm.train.lengths import (
     tell_cuts,
     warn_of_single_chunks,
 )
-from cometlm.train.lora import lora_config, set_trainable
-from cometlm.train.resuming import SETTINGS, check_same, set_aside
+from cometlm.train.resume import SETTINGS, check_same, set_aside
 from cometlm.train.stage_start import FreshOptimizer, StageStart, forget_gates
 from cometlm.train.start import global_memories, start_like
 from cometlm.train.templates import generation_template
+from cometlm.train.trainable import lora_config, set_trainable
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
 

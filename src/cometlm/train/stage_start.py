@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from transformers import TrainerCallback, TrainerState
 
-from cometlm.causal_lm import CometForCausalLM
-from cometlm.files import write_whole
-from cometlm.fingerprint import fingerprint
+from cometlm.checkpoints.atomic_write import write_whole
+from cometlm.checkpoints.fingerprint import fingerprint
+from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.train.batches import GeneratedBatches, Said
 from cometlm.train.config import Say, TrainConfig
 from cometlm.train.histories import Histories

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cometlm.cache import CometCache
-from cometlm.causal_lm import CometForCausalLM
-from cometlm.memory import GlobalMemory, LayerMemoryWeights
+from cometlm.core.cache import CometCache
+from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.core.memory import GlobalMemory, LayerMemoryWeights
 from cometlm.train.batches import Said
 from cometlm.train.config import Start
 from cometlm.train.histories import read_on

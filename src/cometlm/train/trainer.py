@@ -29,22 +29,22 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from cometlm.cache import CometCache
-from cometlm.causal_lm import CometForCausalLM
-from cometlm.chunking import Chunking
-from cometlm.files import read_weights
-from cometlm.lora_file import load_lora
+from cometlm.checkpoints.atomic_write import read_weights
+from cometlm.checkpoints.lora import load_lora
+from cometlm.checkpoints.memory import check_can_save
+from cometlm.core.cache import CometCache
+from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.parallel.p2p import PipelineError, answering
 from cometlm.parallel.shard import gathered, gathered_state, shard, shard_state
-from cometlm.pretrained import check_can_save
-from cometlm.train.lora import parameter_groups
-from cometlm.train.together import (
+from cometlm.train.chunk_parallel import (
     SharedBatches,
     alone,
     average_gradients,
     shard_over,
     share_samples,
 )
+from cometlm.train.chunk_plans import Chunking
+from cometlm.train.trainable import parameter_groups
 
 STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
 
@@ -365,7 +365,7 @@ def restore(model: CometForCausalLM, checkpoint: str | Path, whole: bool) -> Non
     """Put what a checkpoint holds into a model that has the same parts."""
     from transformers import AutoModelForCausalLM
 
-    from cometlm.pretrained import BACKBONE, LORA, WEIGHTS, load_memory
+    from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS, load_memory
 
     folder = Path(checkpoint)
     load_memory(model, read_weights(folder / WEIGHTS), str(folder))

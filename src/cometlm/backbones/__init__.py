@@ -1,0 +1,1 @@
+"""Backbones: how a cell speaks to any family of decoders."""

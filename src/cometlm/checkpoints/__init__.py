@@ -1,0 +1,1 @@
+"""Names, files and weights: where backbones and memories come from and go to."""

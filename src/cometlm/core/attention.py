@@ -1,0 +1,289 @@
+"""Attention of one chunk to its memory and to itself.
+
+The chunk's keys are appended inside the attention function that transformers calls, so any decoder
+layer works unchanged: the layer is handed a `CellCall` as the keyword argument `comet` and passes
+it on. Without that argument the function is transformers' own sdpa.
+
+A uniform chunk splits into two parts: memory without a mask, chunk with the causal flag, merged by
+their log-sum-exp. The split saves the mask, which costs CPU kernels all that skipping the memory's
+dead rows gains. torch's log-sum-exp carries no gradient, so both parts live in one
+`autograd.Function` that hands each backward the *merged* output and log-sum-exp; with these a flash
+backward computes exactly its part of the whole. On other devices one call with a lower-right causal
+flag does the same without a split (written for them, but only ever run on CPUs here).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from cometlm.backbones.families import KeyValue
+from cometlm.compat import cpu_flash_attention
+from cometlm.core.fixed_layout import FixedLayout
+from cometlm.core.layout import ChunkLayout
+from cometlm.core.memory import join_ragged
+
+NAME = "cometlm"
+_FEW = 64
+_FEW_ITEMS = 16
+
+
+@dataclass
+class CellCall:
+    """What one call of a layer reads and leaves: made by the cell, filled by the attention.
+
+    Attributes:
+        layout: where everything stands.
+        memory: rotated keys and values of the memory slots, or None.
+        chunk: rotated keys and values of the open chunk, before the call and, afterwards, after;
+            filling may follow. Under a `FixedLayout` a buffer with the whole row, written in place.
+    """
+
+    layout: ChunkLayout | FixedLayout
+    memory: KeyValue | None
+    chunk: KeyValue | None
+
+    def append(self, new: KeyValue) -> KeyValue:
+        """Add the new items' keys and values to the chunk's and return all of them."""
+        old, layout = self.chunk, self.layout
+        if old is None:
+            self.chunk = new
+        elif isinstance(layout, FixedLayout):
+            for buffer, part in zip(old, new, strict=True):
+                buffer.index_copy_(2, layout.positions[0], part)
+        elif layout.uniform:
+            before = layout.rows[0].items
+            self.chunk = KeyValue(*(_appended(o, n, before) for o, n in zip(old, new, strict=True)))
+        else:
+            lengths = [row.items for row in layout.rows]
+            self.chunk = KeyValue(
+                *(join_ragged(o, lengths, n, layout.items) for o, n in zip(old, new, strict=True))
+            )
+        assert self.chunk is not None
+        return self.chunk
+
+
+def comet_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    comet: CellCall | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered with transformers under `NAME`.
+
+    Args:
+        query: [B, heads, I, head width]; key, value: [B, key-value heads, I, head width].
+        comet: the cell's call. None: plain sdpa, so that a backbone still runs by itself.
+
+    Returns:
+        [B, I, heads, head width], and None for the weights.
+
+    Raises:
+        ValueError: the layer caps its attention logits, which no fused kernel does.
+    """
+    if comet is None:
+        out: tuple[Tensor, None] = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+        return out
+    if kwargs.get("softcap") is not None:
+        raise ValueError(f"attention softcap={kwargs['softcap']} is not supported, only None is")
+    chunk = comet.append(KeyValue(key, value))
+    attended = attend(query, comet.memory, chunk, comet.layout, sliding_window, scaling, dropout)
+    return attended.transpose(1, 2), None
+
+
+def attend(
+    query: Tensor,
+    memory: KeyValue | None,
+    chunk: KeyValue,
+    layout: ChunkLayout | FixedLayout,
+    window: int | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of the new items to the whole row, [B, heads, I, head width]."""
+    if isinstance(layout, FixedLayout):
+        return attend_masked(query, chunk, layout.mask(window), scale)
+    if not layout.uniform or (dropout and memory is not None):
+        row = chunk if memory is None else _joined(memory, chunk)
+        return attend_masked(query, row, layout.full_mask(window), scale, dropout)
+    mask = layout.chunk_mask(window, chunk.key.shape[2])
+    causal = mask is None and query.shape[2] > 1
+    if memory is None and mask is not None:
+        return attend_masked(query, chunk, mask, scale, dropout)
+    if memory is None:
+        return sdpa(query, *chunk, None, dropout, causal, scale=scale, enable_gqa=True)
+    if query.device.type == "cpu" and _FLASH is not None:
+        return attend_two_part(query, memory, chunk, mask, causal, scale)
+    whole = None if mask is None else layout.full_mask(window)
+    chunk = KeyValue(*(x[:, :, : layout.slots[0]] for x in chunk))  # without filling
+    return attend_one_part(query, memory, chunk, whole, causal, scale)
+
+
+def attend_two_part(
+    query: Tensor,
+    memory: KeyValue,
+    chunk: KeyValue,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Memory without a mask, chunk under `mask` [I, slots] or the causal flag; CPU only."""
+    tensors = _cast(query, *memory, *chunk)
+    out: Tensor = _TwoPart.apply(*tensors, mask, causal, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def attend_one_part(
+    query: Tensor,
+    memory: KeyValue,
+    chunk: KeyValue,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Memory and chunk as one row under a full mask or a lower-right causal flag."""
+    row = _joined(memory, chunk)
+    if mask is not None:
+        return attend_masked(query, row, mask, scale)
+    bias = causal_lower_right(query.shape[2], row.key.shape[2]) if causal else None
+    query, key, value = _cast(query, *row)
+    return sdpa(query, key, value, bias, scale=scale, enable_gqa=True)
+
+
+def attend_masked(
+    query: Tensor,
+    row: KeyValue,
+    mask: Tensor,
+    scale: float | None,
+    dropout: float = 0.0,
+    grouped: bool | None = None,
+) -> Tensor:
+    """A whole row under a mask.
+
+    Args:
+        mask: bool, [I, S] or [1 or B, 1, I, S].
+        grouped: let the kernel group the heads of a key. Default: on CPUs; fused kernels of other
+            devices take a mask or groups, but not both.
+    """
+    heads, key_heads = query.shape[1], row.key.shape[1]
+    grouped = query.device.type == "cpu" if grouped is None else grouped
+    if grouped or heads == key_heads:
+        return sdpa(query, *row, mask, dropout, scale=scale, enable_gqa=heads != key_heads)
+    groups, items = heads // key_heads, query.shape[2]
+    if items > _FEW_ITEMS:
+        row = KeyValue(*(x.repeat_interleave(groups, 1) for x in row))
+        return sdpa(query, *row, mask, dropout, scale=scale)
+    # Query heads that share a key head are treated as further items: no key is copied.
+    more = query.unflatten(1, (key_heads, groups)).flatten(2, 3)
+    seen = mask.repeat(*(1,) * (mask.dim() - 2), groups, 1)
+    out = sdpa(more, *row, seen, dropout, scale=scale)
+    apart: Tensor = out.unflatten(2, (groups, items))
+    return apart.flatten(1, 2)
+
+
+def _appended(old: Tensor, new: Tensor, length: int) -> Tensor:
+    """New rows [B, heads, n, W] behind the first `length` of old ones, and filling on CPUs.
+
+    An open chunk grows by a token a step. CPU kernels and the heap like few sizes, so there its
+    rows are kept up to a multiple of `_FEW`; what follows the last item is filling.
+    """
+    end = length + new.shape[2]
+    width = -(-end // _FEW) * _FEW if new.device.type == "cpu" else end
+    filling = old[:, :, end:width]
+    missing = width - end - filling.shape[2]
+    if missing:
+        filling = F.pad(filling, (0, 0, 0, missing))
+    return torch.cat([old[:, :, :length], new, filling], dim=2)
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as autocast would have them; it knows torch's attention, but not what is under it."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+
+
+def _joined(memory: KeyValue, chunk: KeyValue) -> KeyValue:
+    return KeyValue(*(torch.cat(pair, dim=2) for pair in zip(memory, chunk, strict=True)))
+
+
+_FLASH = cpu_flash_attention()
+
+
+class _TwoPart(torch.autograd.Function):
+    """Memory without a mask and chunk under a mask or the causal flag, as one softmax."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        memory_key: Tensor,
+        memory_value: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        assert _FLASH is not None
+        flash, _ = _FLASH
+        bias = None if mask is None else _additive(mask, query.dtype)
+        far, far_lse = flash(query, memory_key, memory_value, 0.0, False, scale=scale)
+        near, near_lse = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        lse = torch.logaddexp(far_lse, near_lse)
+        out: Tensor = far * (far_lse - lse).exp().unsqueeze(-1).to(far.dtype)
+        out.addcmul_(near, (near_lse - lse).exp().unsqueeze(-1).to(near.dtype))
+        ctx.save_for_backward(query, memory_key, memory_value, key, value, bias, out, lse)
+        ctx.causal, ctx.scale = causal, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, memory_key, memory_value, key, value, bias, out, lse = ctx.saved_tensors
+        assert _FLASH is not None
+        _, backward = _FLASH
+        merged = (out, lse, 0.0)
+        far = backward(grad, query, memory_key, memory_value, *merged, False, scale=ctx.scale)
+        near = backward(
+            grad, query, key, value, *merged, ctx.causal, attn_mask=bias, scale=ctx.scale
+        )
+        return far[0] + near[0], *far[1:], *near[1:], None, None, None
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bool [I, S] as the additive [1, 1, I, S] that the kernel's own entry takes."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    bias.masked_fill_(~mask, -torch.inf)
+    return bias[None, None]
+
+
+AttentionInterface.register(NAME, comet_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,259 @@
+"""The cell: one layer applied to one chunk, and the update of its memory.
+
+Cell (t, i) is layer i applied to chunk t. It needs the hidden states of (t, i-1) and the memory
+that layer i left after (t-1, i), and nothing else (SPEC §1). This is the one implementation of it.
+Everything that a layer carries between steps is a `LayerState`, a value that goes in; a new one
+comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cometlm.backbones.families import Family, KeyValue, RotaryTable, rotate_keys
+from cometlm.core.attention import CellCall
+from cometlm.core.fixed_layout import FixedLayout
+from cometlm.core.layout import ChunkLayout, take
+from cometlm.core.memory import LayerMemory, LayerMemoryWeights, join_ragged, push
+from cometlm.core.state import LayerState, OpenChunk
+from cometlm.device import sent
+
+
+class Cell(nn.Module):
+    """One layer of the backbone with its memory: the whole of cell (t, i).
+
+    It touches all the layer's weights inside `forward` and is called once per layer and step, which
+    is what sharding (FSDP2) and offloading hooks need. The memory weights come in as an argument:
+    they live in the one module `comet` that adapters train and save.
+    """
+
+    def __init__(self, layer: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.layer = layer
+        self.family = family
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: LayerState,
+        layout: ChunkLayout | FixedLayout,
+        rotary: RotaryTable,
+        weights: LayerMemoryWeights,
+    ) -> tuple[Tensor, LayerState]:
+        """Run the layer on one step's items.
+
+        Args:
+            hidden: [B, I, D].
+            state: what the layer carries.
+            layout: where the items stand.
+            rotary: cosines and sines, [reach, width] each.
+            weights: the layer's memory weights.
+
+        Returns:
+            Outputs [B, I, D] and the new state.
+        """
+
+        def slots(memory: LayerMemory, layout: ChunkLayout) -> KeyValue | None:
+            return self._slots(memory, layout, rotary, weights, hidden.dtype)
+
+        pending: tuple[Tensor, ...]
+        if state.open is None:
+            assert isinstance(layout, ChunkLayout), "a fixed layout has no place to open a chunk"
+            memory, before, pending = slots(state.memory, layout), None, ()
+        else:
+            memory, before, pending = state.open.memory, state.open.chunk, state.open.pending
+        call = CellCall(layout, memory, before)
+        out = hidden
+        if hidden.shape[1]:  # else a chunk ends that is full already and has no readout tokens
+            positions = _at(rotary, layout.positions)
+            out = self.layer(hidden, attention_mask=None, position_embeddings=positions, comet=call)
+        assert call.chunk is not None, "the layer's attention is not cometlm's"
+        pending = self._extend(pending, out, layout, weights)
+        if not layout.closes:
+            return out, replace(state, open=OpenChunk(memory, call.chunk, pending))
+        assert isinstance(layout, ChunkLayout), "a fixed layout closes no chunk"
+        folded = self._fold(state.memory, out, pending, layout, weights)
+        after = replace(layout, rows=layout.counts_after(), tables={})
+        longest = max(row.items for row in after.rows)
+        if longest == 0:
+            return out, LayerState(folded)
+        # Rows whose chunk goes on keep their items; the slots of the others are filling from here.
+        chunk = KeyValue(*(x[:, :, :longest] for x in call.chunk))
+        entries = max(row.compressions for row in after.rows)
+        kept = tuple(block[:, :entries] for block in pending)
+        return out, LayerState(folded, OpenChunk(slots(folded, after), chunk, kept))
+
+    def along(
+        self,
+        hidden: Sequence[Tensor],
+        state: LayerState,
+        layouts: Sequence[ChunkLayout],
+        rotary: RotaryTable,
+        weights: LayerMemoryWeights,
+        recompute: bool = False,
+    ) -> tuple[list[Tensor], LayerState]:
+        """The cells of one layer along a block of chunks: one call, however many they are.
+
+        Args:
+            hidden: of each step, [B, I, D]; none is allowed, and leaves the state as it is.
+            layouts: of each step.
+            recompute: keep what goes into a cell, and run it again in the backward pass.
+
+        Returns:
+            Outputs of each step, and the state after the last.
+        """
+        outs = []
+        for x, layout in zip(hidden, layouts, strict=True):
+            args = (x, state, layout, rotary, weights)
+            if recompute:
+                out, state = checkpoint(self.forward, *args, use_reentrant=False)
+            else:
+                out, state = self.forward(*args)
+            outs.append(out)
+        return outs, state
+
+    # --- reading memory ---------------------------------------------------------------------
+
+    def _slots(
+        self,
+        memory: LayerMemory,
+        layout: ChunkLayout,
+        rotary: RotaryTable,
+        weights: LayerMemoryWeights,
+        dtype: torch.dtype,
+    ) -> KeyValue | None:
+        """Rotated keys and values of the memory slots; a slot is never anything else (SPEC §2)."""
+        parts = []
+        if memory.state is not None and weights.global_memory is not None:
+            parts.append(weights.global_memory(memory.state).to(dtype))
+        if not self.packs:
+            parts.extend(memory.entries)
+        pairs = [self.family.key_value(self.layer, torch.cat(parts, dim=1))] if parts else []
+        if self.packs and memory.entries:
+            pairs.append(self._unpack(torch.cat(memory.entries, dim=1)))
+        if not pairs:
+            return None
+        key, value = (torch.cat(part, dim=2) for part in zip(*pairs, strict=True))
+        cos, sin = _at(rotary, layout.memory_positions)
+        return KeyValue(rotate_keys(self.layer, key, cos, sin), value)
+
+    @property
+    def packs(self) -> bool:
+        """Whether entries are kept as keys and values, which they are where these are smaller."""
+        hidden, packed = self._widths
+        return packed < hidden
+
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """Width of a hidden row, and of a key and a value."""
+        attention: Any = self.layer.self_attn
+        config = attention.config
+        packed = 2 * int(config.num_key_value_heads) * int(attention.head_dim)
+        return int(config.hidden_size), packed
+
+    @property
+    def entry_width(self) -> int:
+        """Width E of one entry of this layer's temporary memory."""
+        return min(self._widths)
+
+    def _pack(self, entries: Tensor) -> Tensor:
+        """Entries [B, e, D] as they are kept, [B, e, E]: projected here, once in their life."""
+        if not self.packs:
+            return entries
+        pair = self.family.key_value(self.layer, entries)
+        return torch.cat([x.transpose(1, 2).flatten(2) for x in pair], dim=-1)
+
+    def _unpack(self, packed: Tensor) -> KeyValue:
+        head: int = self.layer.self_attn.head_dim  # type: ignore[union-attr, assignment]
+        pair = (x.unflatten(-1, (-1, head)).transpose(1, 2) for x in packed.chunk(2, dim=-1))
+        return KeyValue(*pair)
+
+    # --- writing memory ---------------------------------------------------------------------
+
+    def _extend(
+        self,
+        pending: tuple[Tensor, ...],
+        out: Tensor,
+        layout: ChunkLayout | FixedLayout,
+        weights: LayerMemoryWeights,
+    ) -> tuple[Tensor, ...]:
+        """Entries of the open chunk with those of this step's compression tokens added."""
+        temporary = weights.temporary_memory
+        if temporary is None or not any(layout.compressions):
+            return pending
+        entries = temporary(take(out, layout.compression_index)).to(out.dtype)
+        new = self._pack(entries)
+        if isinstance(layout, FixedLayout) or layout.uniform:
+            return (*pending, new)
+        before = [row.compressions for row in layout.rows]
+        old = torch.cat(pending, dim=1) if pending else new[:, :0]
+        return (join_ragged(old, before, new, layout.compressions),)
+
+    def _fold(
+        self,
+        memory: LayerMemory,
+        out: Tensor,
+        pending: tuple[Tensor, ...],
+        layout: ChunkLayout,
+        weights: LayerMemoryWeights,
+    ) -> LayerMemory:
+        """The memory after the chunk's end; rows whose chunk goes on keep theirs (SPEC §3)."""
+        state, entries = memory.state, memory.entries
+        if layout.config.global_memory:
+            state = self._fold_state(state, take(out, layout.readout_index), layout, weights)
+        if layout.config.temporary_memory:
+            entries = self._fold_entries(entries, pending, layout)
+        return LayerMemory(state, entries)
+
+    def _fold_state(
+        self,
+        state: Tensor | None,
+        readout: Tensor,
+        layout: ChunkLayout,
+        weights: LayerMemoryWeights,
+    ) -> Tensor:
+        assert weights.global_memory is not None
+        if layout.uniform:
+            return weights.global_memory.update(state, readout)
+        first = weights.global_memory.update(None, readout)
+        if state is None:
+            state = torch.zeros_like(first)
+        later = weights.global_memory.update(state, readout)
+        seen = _per_row([bool(row.folds) for row in layout.rows], out=first)
+        closes = _per_row([piece.close for piece in layout.step], out=first)
+        return torch.where(closes, torch.where(seen, later, first), state)
+
+    def _fold_entries(
+        self, entries: tuple[Tensor, ...], pending: tuple[Tensor, ...], layout: ChunkLayout
+    ) -> tuple[Tensor, ...]:
+        capacity = layout.config.capacity
+        if layout.uniform:
+            return push(entries, torch.cat(pending, dim=1), capacity)
+        new = torch.cat(pending, dim=1)
+        old = torch.cat(entries, dim=1) if entries else new[:, :0]
+        added = [
+            row.compressions + count if piece.close else 0
+            for row, count, piece in zip(layout.rows, layout.compressions, layout.step, strict=True)
+        ]
+        before = [row.entries for row in layout.rows]
+        return (join_ragged(old, before, new, added, limit=capacity),)
+
+
+def _at(rotary: RotaryTable, positions: Tensor) -> RotaryTable:
+    """Cosines and sines at positions [1 or B, n]: [1 or B, n, width] each."""
+    cos, sin = rotary
+    positions = positions.to(cos.device)
+    return cos[positions], sin[positions]
+
+
+def _per_row(flags: Sequence[bool], out: Tensor) -> Tensor:
+    """Flags as [B, 1, …], ready to choose between rows of `out`."""
+    shape = (len(flags), *repeat(1, out.dim() - 1))
+    return sent(torch.tensor(list(flags)), out.device).view(shape)

@@ -1,0 +1,129 @@
+"""What a layer carries from step to step, as a value: its memory and its open chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cometlm.backbones.families import KeyValue
+from cometlm.config import CometConfig
+from cometlm.core.layout import RowCounts
+from cometlm.core.memory import LayerMemory
+from cometlm.device import sent
+
+
+@dataclass(frozen=True)
+class OpenChunk:
+    """What a layer keeps of a chunk that is not closed yet.
+
+    Attributes:
+        memory: rotated keys and values of the memory slots, projected once per chunk.
+        chunk: rotated keys and values of the chunk's items so far, and maybe filling after them.
+        pending: entries of its compression tokens so far, blocks [B, e, E].
+    """
+
+    memory: KeyValue | None
+    chunk: KeyValue
+    pending: tuple[Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        memory = 0 if self.memory is None else self.memory.nbytes
+        return memory + self.chunk.nbytes + sum(block.nbytes for block in self.pending)
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Everything one layer carries: its memory, and its open chunk if there is one."""
+
+    memory: LayerMemory = field(default_factory=LayerMemory)
+    open: OpenChunk | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        return self.memory.nbytes + (0 if self.open is None else self.open.nbytes)
+
+    def select(
+        self, rows: Sequence[int], counts: Sequence[RowCounts], config: CometConfig
+    ) -> LayerState:
+        """The state of a batch made of these rows, as wide as the longest of them needs.
+
+        Args:
+            rows: rows of this state's batch.
+            counts: theirs.
+        """
+        entries = max(row.entries for row in counts)
+        folded = any(row.folds for row in counts)
+        state = self.memory.state
+        state = _rows_of(state, rows) if folded and state is not None else None
+        blocks = _clip([_rows_of(block, rows) for block in self.memory.entries], entries)
+        memory = LayerMemory(state, blocks)
+        items = max(row.items for row in counts)
+        if self.open is None or items == 0:
+            return LayerState(memory)
+        slots = entries + (config.global_slots if folded else 0)
+        read = self.open.memory
+        if read is not None:
+            read = KeyValue(*(_rows_of(x, rows)[:, :, :slots] for x in read)) if slots else None
+        chunk = KeyValue(*(_rows_of(x, rows)[:, :, :items] for x in self.open.chunk))
+        compressions = max(row.compressions for row in counts)
+        pending = _clip([_rows_of(block, rows) for block in self.open.pending], compressions)
+        return LayerState(memory, OpenChunk(read, chunk, pending))
+
+
+States = tuple[LayerState, ...]
+
+
+def tensors_of(states: States) -> list[Tensor]:
+    """All tensors of these states, in an order that only their structure decides."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(states, note)
+    return found
+
+
+def with_tensors(states: States, tensors: Iterable[Tensor]) -> States:
+    """States of the same structure that hold other tensors, given in `tensors_of`'s order."""
+    following = iter(tensors)
+    return map_tensors(states, lambda _: next(following))
+
+
+def map_tensors(states: States, change: Callable[[Tensor], Tensor]) -> States:
+    """States of the same structure, each tensor changed."""
+
+    def pair(old: KeyValue | None) -> KeyValue | None:
+        return None if old is None else KeyValue(change(old.key), change(old.value))
+
+    def one(old: LayerState) -> LayerState:
+        state = None if old.memory.state is None else change(old.memory.state)
+        memory = LayerMemory(state, tuple(map(change, old.memory.entries)))
+        if old.open is None:
+            return LayerState(memory)
+        chunk = KeyValue(change(old.open.chunk.key), change(old.open.chunk.value))
+        pending = tuple(map(change, old.open.pending))
+        return LayerState(memory, OpenChunk(pair(old.open.memory), chunk, pending))
+
+    return tuple(map(one, states))
+
+
+def _rows_of(x: Tensor, rows: Sequence[int]) -> Tensor:
+    return x.index_select(0, sent(torch.tensor(list(rows)), x.device))
+
+
+def _clip(blocks: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
+    """The first `length` rows of blocks [B, e, E]."""
+    kept = []
+    for block in blocks:
+        if length > 0:
+            kept.append(block[:, :length])
+        length -= block.shape[1]
+    return tuple(kept)

@@ -1,0 +1,1 @@
+"""What training a long sample would take: counted, measured, simulated, drawn."""

@@ -1,0 +1,312 @@
+"""The session file: safetensors with one JSON document as metadata, and nothing that runs.
+
+Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemory` holds them, and
+`open` [n], the token ids of the open chunk, its overlap among them. The document (metadata key
+`cometlm`) says the rest: chunks folded, the end of the text that is not tokenised yet, which
+weights and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
+and lengths against the file before anything is allocated; what it cannot know is checked here,
+also before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from cometlm import __version__
+from cometlm.backbones.families import device_of
+from cometlm.checkpoints.atomic_write import write_whole
+from cometlm.checkpoints.backbones import BUILT_IN
+from cometlm.checkpoints.fingerprint import fingerprint
+from cometlm.checkpoints.merge import weights_before_merging
+from cometlm.config import CometConfig
+from cometlm.core.cache import CometCache
+from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.core.cell import Cell
+from cometlm.core.layout import RowCounts
+from cometlm.core.memory import LayerMemory
+from cometlm.core.state import LayerState
+
+FORMAT = 1
+_KEY = "cometlm"
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """What a file keeps of a session.
+
+    Attributes:
+        cache: the memory at a chunk border, of one row.
+        open: token ids of the open chunk.
+        turns: chat turns so far.
+        characters: characters of text read so far.
+        stream: text that is not tokenised yet (`TokenStream.state`), or None.
+    """
+
+    cache: CometCache
+    open: tuple[int, ...]
+    turns: int
+    characters: int
+    stream: dict[str, Any] | None
+
+
+def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; an older file of that name is as it was.
+    """
+    (row,) = session.cache.rows
+    assert row.items == 0, "a session is saved at a chunk border"
+    document = {
+        "format": FORMAT,
+        "version": __version__,
+        "made_by": identity(model),
+        "model": describe_model(model),
+        "folds": row.folds,
+        "entries": row.entries,
+        "tokens": row.tokens,
+        "turns": session.turns,
+        "characters": session.characters,
+        "stream": session.stream,
+    }
+    tensors = {"open": torch.tensor(session.open, dtype=torch.int64)}
+    for i, layer in enumerate(session.cache.layers):
+        if layer.memory.state is not None:
+            tensors[f"state.{i}"] = layer.memory.state
+        if layer.memory.entries:
+            tensors[f"entries.{i}"] = torch.cat(layer.memory.entries, dim=1)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(Path(path), to_bytes(plain, {_KEY: json.dumps(document)}))
+
+
+def load(path: str | Path, model: CometForCausalLM) -> SessionState:
+    """Read a file back for the model that made it.
+
+    Raises:
+        ValueError: it is no session file, damaged, or of another model; the message says which.
+        OSError: it cannot be read.
+    """
+    document = read_document(path)
+    made_by, here = document["made_by"], identity(model)
+    for part, ours in here.items():
+        if made_by[part] != ours and not (part == "config" and _same_sizes(made_by[part], ours)):
+            raise ValueError(
+                f"{path} is a session of another model: its {part} is {made_by[part]}, this "
+                f"model's is {ours}"
+            )
+    sizes = model.config.comet_config
+    row = _counts(sizes, document)
+    least, most = row.folds * (sizes.overlap + 1), row.folds * sizes.chunk_size
+    if row.entries > sizes.temporary_slots or not least <= row.tokens <= most:
+        raise ValueError(
+            f"{path} is damaged: {row.folds} chunks do not hold {row.tokens} tokens and leave "
+            f"{row.entries} entries"
+        )
+    wanted = _wanted(model, row)
+    with _opened(path) as file:
+        _check_tensors(path, file, wanted)
+        ids = file.get_tensor("open").tolist()
+        layers = [_layer(file, model, i, wanted) for i in range(len(model.model.cells))]
+    vocabulary = model.config.vocab_size
+    few = row.folds and len(ids) <= sizes.overlap  # a fold leaves the overlap open, and new text
+    if few or any(not 0 <= token < vocabulary for token in ids):
+        raise ValueError(f"{path} is damaged: its token ids are none of this model's")
+    cache = CometCache(tuple(layers), (row,), sizes, sizes.row_length)
+    return SessionState(
+        cache, tuple(ids), document["turns"], document["characters"], document["stream"]
+    )
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """The file's JSON document, checked; reads no tensor.
+
+    Raises:
+        ValueError: it is no session file, or damaged, or of a newer format.
+        OSError: it cannot be read.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    if _KEY not in metadata:
+        raise ValueError(f"{path} is no cometlm session: a safetensors file of something else")
+    try:
+        document = json.loads(metadata[_KEY])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its document is no JSON ({error})") from error
+    _check(path, document)
+    return dict(document)
+
+
+def identity(model: CometForCausalLM) -> dict[str, str]:
+    """Digests of everything that a memory depends on."""
+    comet = "model.comet."
+    weights = weights_before_merging(model)
+    return {
+        "backbone": fingerprint((n, w) for n, w in weights.items() if not n.startswith(comet)),
+        "memory weights": fingerprint((n, w) for n, w in weights.items() if n.startswith(comet)),
+        "config": json.dumps(model.config.comet_config.to_dict(), sort_keys=True),
+    }
+
+
+def describe_model(model: CometForCausalLM) -> dict[str, str]:
+    """How `cometlm.load` makes the model again: name or path, dtype and sizes."""
+    name = model.config.name_or_path or model.config.backbone
+    return {
+        "name": str(Path(name).resolve()) if _is_folder(name) else name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "sizes": json.dumps(model.config.comet_config.to_dict()),
+    }
+
+
+def _is_folder(name: str) -> bool:
+    return bool(name) and name not in BUILT_IN and Path(name).is_dir()
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _same_sizes(made_by: str, ours: str) -> bool:
+    """Whether two configurations are one, though an older file lacks what is newer."""
+    if not _is_sizes(made_by):
+        return False
+    return CometConfig.from_dict(json.loads(made_by)) == CometConfig.from_dict(json.loads(ours))
+
+
+def _is_sizes(text: str) -> bool:
+    try:
+        values = json.loads(text)
+        CometConfig.from_dict(values)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return False
+    return isinstance(values, dict)
+
+
+def _opened(path: str | Path) -> Any:
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory, not a session file")
+    with path.open("rb"):  # a plain OSError if it cannot be read
+        pass
+    try:
+        return safe_open(path, "pt", device="cpu")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is no session file, or a truncated one: {error}") from error
+
+
+def _counts(sizes: CometConfig, document: Mapping[str, Any]) -> RowCounts:
+    """Where a row stands; in older files every chunk is a full one."""
+    folds = document["folds"]
+    entries = folds * sizes.compression_tokens(sizes.chunk_size)
+    return RowCounts(
+        folds=folds,
+        entries=document.get("entries", min(entries, sizes.temporary_slots)),
+        tokens=document.get("tokens", folds * sizes.chunk_size),
+    )
+
+
+def _wanted(model: CometForCausalLM, row: RowCounts) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor that a session of this model holds; -1 is any length."""
+    sizes = model.config.comet_config
+    wanted: dict[str, tuple[tuple[int, ...], str]] = {"open": ((-1,), "I64")}
+    if row.folds == 0:
+        return wanted
+    for i, cell in enumerate(model.model.cells):
+        memory: Any = model.model.comet.layers[i]
+        if sizes.global_memory:
+            shape = (1, sizes.readout_tokens, model.config.hidden_size)
+            wanted[f"state.{i}"] = (shape, _NAMES[memory.global_memory.norm.weight.dtype])
+        if sizes.temporary_memory:
+            shape = (1, row.entries, cast("Cell", cell).entry_width)
+            wanted[f"entries.{i}"] = (shape, _NAMES[model.dtype])
+    return wanted
+
+
+def _check_tensors(path: str | Path, file: Any, wanted: Mapping[str, Any]) -> None:
+    """Refuse tensors that are missing, unknown, or of another shape or dtype."""
+    found = set(file.keys())
+    for name in sorted(found ^ set(wanted)):
+        what = "lacks" if name in wanted else "holds an unknown"
+        raise ValueError(f"{path} is damaged: it {what} tensor {name!r}")
+    for name, (shape, dtype) in wanted.items():
+        part = file.get_slice(name)
+        given = tuple(part.get_shape())
+        fits = len(given) == len(shape) and all(
+            want in (have, -1) for have, want in zip(given, shape, strict=True)
+        )
+        if not fits or part.get_dtype() != dtype:
+            raise ValueError(
+                f"{path} is damaged: tensor {name!r} is {part.get_dtype()} {list(given)}, "
+                f"expected {dtype} {list(shape)}"
+            )
+
+
+def _layer(file: Any, model: CometForCausalLM, i: int, wanted: Mapping[str, Any]) -> LayerState:
+    device = device_of(model.model.cells[i])
+
+    def tensor(name: str) -> Tensor | None:
+        if name not in wanted:
+            return None
+        # In memory of its own: products round by how a tensor is aligned, in a file by its header.
+        return file.get_tensor(name).clone().to(device)
+
+    entries = tensor(f"entries.{i}")
+    return LayerState(LayerMemory(tensor(f"state.{i}"), () if entries is None else (entries,)))
+
+
+def _check(path: str | Path, document: Any) -> None:
+    """Refuse a document that no save() wrote."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+    if not isinstance(document, dict) or not number(document.get("format")):
+        raise ValueError(f"{path} is damaged: its document has no format number")
+    if document["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {document['format']}, but this library (cometlm {__version__}) "
+            f"reads format {FORMAT}; it was written by cometlm {document.get('version')}"
+        )
+    counts = ("folds", "turns", "characters")
+    parts = {
+        "made_by": ("backbone", "memory weights", "config"),
+        "model": ("name", "dtype", "sizes"),
+    }
+    sound = all(number(document.get(name)) for name in counts)
+    sound = sound and all(number(document.get(name, 0)) for name in ("entries", "tokens"))
+    sound = sound and all(
+        isinstance(document.get(name), dict)
+        and all(isinstance(document[name].get(key), str) for key in keys)
+        for name, keys in parts.items()
+    )
+    stream = document.get("stream")
+    sound = (
+        sound
+        and "stream" in document
+        and (
+            stream is None
+            or (
+                isinstance(stream, dict)
+                and isinstance(stream.get("text"), str)
+                and _encodable(stream["text"])
+                and number(stream.get("done"))
+                and stream["done"] <= len(stream["text"])
+                and isinstance(stream.get("started"), bool)
+            )
+        )
+    )
+    if not sound or not _is_sizes(document["model"]["sizes"]):
+        raise ValueError(f"{path} is damaged: its document is not what a session writes")

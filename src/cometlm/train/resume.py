@@ -1,0 +1,117 @@
+"""What an output folder holds of an earlier run: whether to go on with it, or to move it away."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS
+from cometlm.train.config import LoraSettings, Say, TrainConfig
+from cometlm.train.config_file import config_of
+from cometlm.train.stage_start import FITTED
+from cometlm.train.trainer import STATE, steps_done
+
+SETTINGS = "train.json"
+EARLIER = "earlier"  # folders in the output for what stood there before a restart
+# What may differ between a run and its resumption without changing what is learned, or with the
+# same batches on another number of ranks, or more of them.
+_FREE = {"output", "save_steps", "compile", "chunk_parallel", "shard_weights", "evaluate"}
+_FREE_OF_TRL = (
+    "logging_", "log_", "report_to", "run_name", "disable_tqdm", "project", "trackio_",
+    "save_", "push_to_hub", "hub_", "eval_", "per_device_eval_", "include_", "load_best_model",
+    "metric_for_best", "greater_is_better", "ddp_", "dataloader_", "use_cpu", "torch_empty_cache",
+    "gradient_accumulation_steps", "per_device_train_", "max_steps", "num_train_epochs",
+)  # fmt: skip
+
+
+def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint of another configuration.
+
+    Stages that have not begun, and the steps that one has left, may be others.
+
+    Raises:
+        ValueError: names the fields that differ, with both values.
+    """
+    try:
+        # Through the class, so that fields that are newer than the file have their defaults.
+        values = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+        before = json.loads(json.dumps(config_of(values).to_dict()))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{output} holds {checkpoint.name} but no {SETTINGS} of a run to go on with; use "
+            "--restart to begin anew, or another output"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{output / SETTINGS} cannot be compared with this configuration ({error}); use "
+            "--restart to begin anew, or another output"
+        ) from error
+    now = json.loads(json.dumps(config.to_dict()))
+    done = steps_done(checkpoint)
+    before, now = _decisive(before, done), _decisive(now, done)
+    differing = [
+        f"{name}: was {before.get(name)!r}, is {now[name]!r}"
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{output} holds checkpoints of another configuration ({'; '.join(differing)}); "
+            "use --restart to begin anew, or another output"
+        )
+
+
+def set_aside(output: Path, say: Say = print) -> None:
+    """Move what an earlier run left into a folder beside the new one's files, settings last.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    parts = (WEIGHTS, "config.json", BACKBONE, LORA, STATE, SETTINGS)
+    several = (f"{PREFIX_CHECKPOINT_DIR}-*", FITTED.format("*"))
+    left = [path for names in several for path in sorted(output.glob(names))]
+    left += [output / part for part in parts]
+    left = [path for path in left if path.exists()]
+    if not left:
+        return
+    names = (output / f"{EARLIER}-{number}" for number in itertools.count(1))
+    folder = next(name for name in names if not name.exists())
+    folder.mkdir()
+    for path in left:
+        path.rename(folder / path.name)
+    say(f"what {output} held is in {folder} now")
+
+
+def _decisive(settings: dict[str, Any], done: int) -> dict[str, Any]:
+    """What the first `done` steps were learned by, of a run's settings."""
+    stages = _begun(settings["generated"]["stages"], done) if settings["generated"] else []
+    # Where batches begin behind a history, that is read again at each checkpoint.
+    free = _FREE - {"save_steps"} if any(stage["history"] for stage in stages) else _FREE
+    settings = {name: value for name, value in settings.items() if name not in free}
+    if settings["generated"]:
+        settings["generated"] = {**settings["generated"], "stages": stages}
+    usual = json.loads(json.dumps(dataclasses.asdict(LoraSettings())))
+    settings["lora"] = (settings["lora"] or usual) if settings["mode"] == "lora" else None
+    settings["recompute"] = settings["recompute"]["truncate_after"]
+    settings["trainer"] = {
+        name: value
+        for name, value in settings["trainer"].items()
+        if not name.startswith(_FREE_OF_TRL)
+    }
+    return settings
+
+
+def _begun(stages: list[dict[str, Any]], done: int) -> list[dict[str, Any]]:
+    """The stages of the first `done` steps, the last of them as far as it went."""
+    begun = []
+    for stage in stages:
+        if done <= 0:
+            break
+        begun.append({**stage, "steps": min(stage["steps"], done)})
+        done -= stage["steps"]
+    return begun
