@@ -1,0 +1,130 @@
+"""What a task is: samples of one shape, to train on and to measure with.
+
+A sample is a context and questions about it. A question may be asked anywhere in the context; what
+is read later plays no part then. The same sample trains a memory (`train.mixture`) and measures any
+method (`eval.runner`). To add a task, write a class with `sample` in a file of its own and put it
+into `TASKS`, or name it as an entry point of the group `cometlm.tasks`.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cometlm.session.chat_template import render_turn
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about what was read.
+
+    Attributes:
+        text: as a user would type it.
+        answers: each of them is right; the first one is taught.
+        after: tokens of the context that have been read when it is asked; None: all of them.
+        evidence: where in the context its answer stands, in tokens; empty where it is not said.
+    """
+
+    text: str
+    answers: tuple[str, ...]
+    after: int | None = None
+    evidence: tuple[range, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text and what is asked about it.
+
+    Attributes:
+        context: token ids of the text.
+        questions: in the order in which they are asked; none where the text itself is learned.
+        meta: what a report may group by, such as depth or kind.
+    """
+
+    context: list[int]
+    questions: tuple[Question, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """Makes samples, and judges answers.
+
+    Sample i depends on the split, the seed and i, and on nothing before it. Train and test share no
+    names, templates, sentences or documents.
+
+    Args:
+        tokenizer: whose ids contexts are made of.
+        split: "train" or "test".
+        seed: of everything that is drawn.
+
+    Raises:
+        ValueError: another split.
+    """
+
+    def __init__(self, tokenizer: Any, *, split: Split = "test", seed: int = 0) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        self.tokenizer = tokenizer
+        self.split = split
+        self.seed = seed
+
+    @abstractmethod
+    def sample(self, index: int, tokens: int) -> Sample:
+        """Sample `index`, with a context of at most `tokens` tokens, and close to it.
+
+        Raises:
+            ValueError: `tokens` is too few for what has to stand in it.
+        """
+
+    def score(self, question: Question, said: str) -> dict[str, float]:
+        """How good an answer is: figures between 0 and 1 by name; here, whether it is the same."""
+        right = any(_plain(said) == _plain(answer) for answer in question.answers)
+        return {"exact": float(right)}
+
+    def rng(self, index: int) -> random.Random:
+        """The generator that sample `index` is drawn with."""
+        return random.Random(f"{type(self).__name__}/{self.split}/{self.seed}/{index}")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text in the middle of a document: no special tokens around it."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def turn_ids(
+    tokenizer: Any, question: str, answer: str | None = None, first: bool = True
+) -> tuple[list[int], list[int]]:
+    """A question in the tokenizer's chat template, behind a text, and its answer.
+
+    Args:
+        answer: what is answered; None for the question alone.
+        first: whether no question was asked before.
+
+    Returns:
+        Ids up to the head of the answer, and ids of the answer with the token that ends it.
+    """
+    turn = render_turn(tokenizer, question, first=first, began=True)
+    # What follows the answer up to its end-of-turn token belongs to it: it says when to stop.
+    # The rest of the frame, if any, stands in front of the next question.
+    end, *rest = tokenizer.encode(turn.closing, add_special_tokens=False)
+    opening = tokenizer.encode(turn.opening, add_special_tokens=False)
+    asked = opening if first else [*rest, *opening]
+    if answer is None:
+        return asked, []
+    return asked, [*tokenizer.encode(answer, add_special_tokens=False), end]
+
+
+def asked_at_the_end(questions: Sequence[Question]) -> list[Question]:
+    """Those of the questions that are asked when everything has been read."""
+    return [question for question in questions if question.after is None]
+
+
+def _plain(text: str) -> str:
+    """Text without case, punctuation around it and white space."""
+    return " ".join(text.split()).strip(" .,;:!?\"'").casefold()
