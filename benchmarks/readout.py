@@ -52,7 +52,7 @@ class Readouts:
     def of(self, ids: list[int]) -> Iterator[Tensor]:
         """Read a text whose every chunk closes."""
         self._outputs.clear()
-        self._text(torch.tensor([ids], device=self._model.device), use_cache=False, more_text=True)
+        self._text(torch.tensor([ids], device=self._model.device), use_cache=False, close_last=True)
         slots = self._text.config.comet_config.global_slots
         for output in self._outputs:
             # Readout tokens are the last items of a chunk that closes.

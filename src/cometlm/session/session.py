@@ -281,8 +281,8 @@ class Session:
             self._tensor(self._open[:size]),
             past_key_values=self._cache,
             use_cache=True,
-            cuts=[[size]],
-            more_text=True,
+            chunk_lengths=[[size]],
+            close_last=True,
             hidden_to_keep=1,
         )
         self._cache = out.past_key_values.restarted()
