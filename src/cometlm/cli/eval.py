@@ -98,6 +98,7 @@ def eval_(
                 reader, made, tokens, samples, done=done, max_new_tokens=max_new_tokens
             ):
                 results.append(own, answer)
+                summarize([answer], by)  # refuse a field that is not there before hours have passed
                 wanted.append(answer)
                 err.print(_said(name, answer), highlight=False, soft_wrap=True)
             del reader  # two models need not fit into memory
