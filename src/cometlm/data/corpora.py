@@ -216,7 +216,6 @@ def corpus_files(name: str | Path) -> list[Path]:
     return files
 
 
-text_files = corpus_files  # what `cometlm.train` calls it
 
 
 def _part(corpus: Corpus, held_out: bool) -> list[Path]:
