@@ -37,10 +37,10 @@ UNTRAINED = (
 
 
 def silence_libraries() -> None:
-    """Let transformers and the hub's client log errors only; the hub's retries are warnings."""
+    """Let the libraries below log errors only: the hub's retries are warnings, for example."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    for name in ("transformers", "huggingface_hub"):
+    for name in ("transformers", "huggingface_hub", "bitsandbytes.backends"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -192,17 +192,22 @@ def with_options(verb: Callable[..., None]) -> Callable[..., None]:
 class VerbCommand(TyperCommand):
     """A verb for which the wrong value of an option is one line, and not a page on usage."""
 
-    def make_context(self, *args: Any, **options: Any) -> Any:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take the command line apart.
 
         Raises:
-            typer.Exit: a value that an option does not take; it was printed.
+            typer.Exit: a value that an option does not take; a line names option, value and bound.
         """
+        line = list(args)
         try:
-            return super().make_context(*args, **options)
+            return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            if type(error) is not typer.BadParameter:  # a missing argument: the usage helps
-                raise
-            message = error.format_message()
-            print_error(ValueError(message[:1].lower() + message[1:].rstrip(".")))
+            if type(error) is not typer.BadParameter or error.param is None:
+                raise  # a missing argument: there the usage helps
+            given, _, _ = self.make_parser(ctx).parse_args(line)
+            said = error.message[:1].lower() + error.message[1:].rstrip(".")
+            if "got " not in said:
+                said = f"{said}, got {given.get(error.param.name or '')!r}"
+            option = error.param.opts[-1] if error.param.opts else error.param.name
+            print_error(ValueError(f"{option}: {said}"))
             raise typer.Exit(error.exit_code) from error

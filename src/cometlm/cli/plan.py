@@ -53,6 +53,16 @@ def plan(
     """Simulate one training step: the wave, a naive split of chunks, and a split of layers."""
     if picture is not None:
         check_can_draw()
+    if loading.quantization is not None and speed is not None:
+        raise ValueError(
+            f"--quantization {loading.quantization} is for costs that are measured: leave out "
+            f"--speed {speed:g}, which counts them"
+        )
+    if loading.quantization is not None and trained == 1:
+        raise ValueError(
+            f"--quantization {loading.quantization} keeps the backbone frozen: --trained must be "
+            f"below 1, got {trained:g}"
+        )
     weights = Weights(trained=trained, shards=shards)
     if speed is None:
         loaded, _ = load_quietly(model, merge=False, **loading.given())
