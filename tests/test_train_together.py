@@ -33,6 +33,7 @@ from tests.real import tiny_comet, tokenizer
 from tests.tiny import error
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
+PROBES = {"tasks": {"passkey": 1}, "steps": 1, "tokens": [9, 9], "batch_tokens": 9, "ask": "probes"}
 WORDS = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters. "
 
 
@@ -153,15 +154,14 @@ def test_two_ranks_train_as_one_process_and_one_goes_on_from_them(settings, tmp_
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel", "gates"),
-    [(2, 1, None), pytest.param(4, 2, None, marks=pytest.mark.slow), (2, 1, GATES)],
-    ids=["ddp", "two by two", "ddp with fitted gates"],
+    ("ranks", "parallel"),
+    [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)],
+    ids=["ddp", "two by two"],
 )
 def test_two_groups_train_as_one_process_with_two_batches_a_step(
-    settings, tmp_path, ranks, parallel, gates
+    settings, tmp_path, ranks, parallel
 ):
-    stage = {**settings["generated"]["stages"][0], "steps": 16, "gates": gates}
-    settings = {**settings, "generated": {**settings["generated"], "stages": [stage]}}
+    settings = {**settings, "mixture": {**settings["mixture"], "steps": 16}}
     path = as_config(settings, tmp_path)
     alone, together = tmp_path / "alone", tmp_path / "together"
     one = ["trainer.max_steps=8", "trainer.gradient_accumulation_steps=2", f"output={alone}"]
@@ -186,9 +186,9 @@ def test_sharded_weights_train_as_whole_ones(
 ):
     """Adam's state too: each goes on from the other's checkpoint."""
     batches = accumulated * (ranks // parallel)  # a step
-    stage = {**settings["generated"]["stages"][0], "steps": 8 * batches}
+    mixture = {**settings["mixture"], "steps": 8 * batches}
     trainer = {**settings["trainer"], "optim": "adamw_torch", "max_steps": 8}
-    changes = {"generated": {**settings["generated"], "stages": [stage]}, "trainer": trainer}
+    changes = {"mixture": mixture, "trainer": trainer}
     path = as_config(settings, tmp_path, mode=mode, **changes)
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     one = [f"trainer.gradient_accumulation_steps={batches}", f"output={whole}"]
@@ -270,15 +270,7 @@ def test_sharing_needs_a_job(settings, tmp_path):
     ("changes", "said"),
     [
         ({"chunk_parallel": 0}, "chunk_parallel must be at least 1, got 0"),
-        (
-            {
-                "chunk_parallel": 2,
-                "generated": {
-                    "stages": [{"steps": 1, "tokens": [9, 9], "batch_tokens": 9, "ask": "borders"}]
-                },
-            },
-            "forks of the memory",
-        ),
+        ({"shard_weights": True, "mixture": PROBES}, 'mixture.ask "probes" needs whole weights'),
         ({"chunk_parallel": 2, "recompute": {"every": 4}}, "recompute.every, offload and truncate"),
         ({"shard_weights": True, "compile": True}, "compile needs whole weights on each rank"),
         (
