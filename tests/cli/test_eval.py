@@ -40,7 +40,7 @@ def test_methods_side_by_side(run):
     assert len(rows()) == 8
     answer = rows()[0]["answer"]
     assert {"depth", "decile", "haystack"} == set(answer["meta"])
-    assert set(answer["scores"]) == {"exact", "digits"}
+    assert set(answer["scores"]) == {"exact", "found", "digits"}
 
 
 def test_the_same_command_goes_on(run, monkeypatch):

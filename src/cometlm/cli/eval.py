@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -137,7 +137,8 @@ def _table(found: dict[str, list[Answer]], by: str | None) -> Table:
     names = list(dict.fromkeys(score for _, line in lines for score in line.scores))
     table = Table(title="mean and 95% interval", title_justify="left")
     for column in ("method", "tokens", *([by] if by else []), "answers", *names, "held", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        justify: Literal["left", "right"] = "left" if column == "method" else "right"
+        table.add_column(column, justify=justify, no_wrap=column not in names)
     for name, line in lines:
         group = [str(line.group)] if by else []
         scores = [_score(line, score) for score in names]
