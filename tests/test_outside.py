@@ -174,7 +174,7 @@ def test_a_task_a_corpus_and_a_method(command, model, tmp_path):
     assert (first["said"], second["said"]) == ("Dear", "Basil,")
     assert first["scores"] == {"exact": 1.0}
     assert first["meta"] == {"corpus": "toy-letters-test"}
-    assert "1.00 (0.34–1.00)" in done.stdout
+    assert "1.00 0.34–1.00" in done.stdout
     again = command(*arguments, "--option", "corpus=toy-letters-test")
     assert again.returncode == 0, again.stderr
     assert "2 answers are known already" in again.stderr

@@ -103,9 +103,16 @@ def test_score(words):
     question = Passkey(words, corpora=__file__).sample(0, 300).questions[0]
     key = question.answers[0]
     wrong = key[:-1] + str((int(key[-1]) + 1) % 10)
-    assert task.score(question, f" {key}.\n") == {"exact": 1.0, "digits": 1.0}
-    assert task.score(question, wrong) == {"exact": 0.0, "digits": 0.8}
-    assert task.score(question, "")["digits"] == 0.0
+    for said, exact, found, digits in (
+        (f" {key}.\n", 1, 1, 1),
+        (f"The number is {key}.", 0, 1, 1),
+        (wrong, 0, 0, 0.8),
+        (f"{key} or {wrong}", 0, 0, 1),
+        (key + "0", 0, 0, 1),
+        ("", 0, 0, 0),
+    ):
+        want = {"exact": exact, "found": found, "digits": digits}
+        assert task.score(question, said) == want, said
 
 
 def test_too_few_tokens_say_how_many_are_needed(words, texts):

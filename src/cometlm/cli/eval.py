@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -123,9 +123,12 @@ def _said(method: str, answer: Answer) -> str:
 def _table(found: dict[str, list[Answer]], by: str | None) -> Table:
     lines = [(name, line) for name, answers in found.items() for line in summarize(answers, by)]
     names = list(dict.fromkeys(score for _, line in lines for score in line.scores))
-    table = Table(title="mean and 95% interval", title_justify="left")
-    for column in ("method", "tokens", *([by] if by else []), "answers", *names, "held", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    title = "means and 95% intervals"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("method", "tokens", *([by] if by else []), "n", *names, "held", "seconds"):
+        justify: Literal["left", "right"] = "left" if column == "method" else "right"
+        least = len(_score_text(1, 1, 1).split()[-1]) if column in names else None
+        table.add_column(column, justify=justify, no_wrap=column not in names, min_width=least)
     for name, line in lines:
         group = [str(line.group)] if by else []
         scores = [_score(line, score) for score in names]
@@ -141,5 +144,8 @@ def _table(found: dict[str, list[Answer]], by: str | None) -> Table:
 def _score(line: Line, name: str) -> str:
     if name not in line.scores:
         return "–"
-    mean, low, high = line.scores[name]
-    return f"{mean:.2f} ({low:.2f}–{high:.2f})"
+    return _score_text(*line.scores[name])
+
+
+def _score_text(mean: float, low: float, high: float) -> str:
+    return f"{mean:.2f} {low:.2f}–{high:.2f}"

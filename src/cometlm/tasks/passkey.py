@@ -7,6 +7,7 @@ with: a memory that was trained with a few keeps only numbers that are said in j
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -115,10 +116,21 @@ class Passkey(Task):
         return Sample(context, questions, meta)
 
     def score(self, question: Question, said: str) -> dict[str, float]:
-        """`exact`, and `digits`: the share of them that are right, place by place."""
+        """How good an answer is.
+
+        Returns:
+            `exact`: nothing but the number was said. `found`: it was, maybe in a sentence, and no
+            other number. `digits`: the share that is right, place by place, in the first number
+            that was said.
+        """
         (key,) = question.answers
-        num_correct = sum(a == b for a, b in zip(key, said.strip(), strict=False))
-        return {**super().score(question, said), "digits": num_correct / len(key)}
+        numbers = re.findall(r"\d+", said)
+        pairs = zip(key, numbers[0] if numbers else "", strict=False)
+        return {
+            **super().score(question, said),
+            "found": float(set(numbers) == {key}),
+            "digits": sum(a == b for a, b in pairs) / len(key),
+        }
 
     def _has_owners(self, rng: random.Random, count: int) -> bool:
         """Several numbers have owners, and one in two that are alone."""
