@@ -2,45 +2,48 @@
 
     python benchmarks/borders.py [--model smollm2] [--keys 24] [--overlaps 0 8]
 
-Keys, hay and wordings are none of the training; a text has three chunks, and the key stands before
-its last third. "inside" are keys in one chunk, "cut" those whose digits a border of fixed chunks
-parts, "sentence cut" those where it parts the digits from the words before.
+Keys, texts and templates are none of the training. A text has three chunks, and the key stands
+before its last third. "inside" are keys in one chunk, "cut" those whose digits a border of fixed
+chunks parts, "sentence cut" those where it parts the digits from the words before.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import cometlm
-from cometlm.data.corpora import text_files
-from cometlm.data.hay import FileHay
-from cometlm.data.passkey import PasskeySample, PasskeyTask
-from cometlm.data.wordings import MEASURING
-from cometlm.eval.passkey import HAY, said
+from cometlm.eval.runner import answer_to
+from cometlm.methods.comet import CometReader
 from cometlm.session.session import Session
+from cometlm.tasks import Sample
+from cometlm.tasks.passkey import Passkey
 from common import argument_parser
 
 KINDS = ("inside", "sentence cut", "cut")
 CHUNKS = 3
 
 
-def kind_of(sample: PasskeySample, tokenizer: Any, size: int) -> str:
+def kind_of(sample: Sample, tokenizer: Any, size: int) -> str:
     """How the border of fixed chunks stands to a sample's key."""
-    digits = [i for i in sample.said if tokenizer.decode([sample.text[i]]).strip().isdigit()]
+    (needle,) = sample.questions[0].evidence
+    digits = [i for i in needle if tokenizer.decode([sample.context[i]]).strip().isdigit()]
     if digits[0] // size != digits[-1] // size:
         return "cut"
-    return "inside" if sample.said.start // size == digits[0] // size else "sentence cut"
+    return "inside" if needle.start // size == digits[0] // size else "sentence cut"
 
 
-def samples(tokenizer: Any, size: int, keys: int) -> Iterator[tuple[str, PasskeySample]]:
+def samples(tokenizer: Any, size: int, keys: int) -> Iterator[tuple[str, Sample]]:
     """So many samples of each kind."""
-    chance = random.Random(0)
-    tasks = [PasskeyTask(tokenizer, FileHay(tokenizer, text_files(h)), MEASURING) for h in HAY]
+    rng = random.Random(0)
     left = dict.fromkeys(KINDS, keys)
-    while any(left.values()):
-        sample = chance.choice(tasks).draw(chance, CHUNKS * size, chance.random() * 0.6)
+    for index in itertools.count():
+        if not any(left.values()):
+            return
+        task = Passkey(tokenizer, depth=rng.random() * 0.6)
+        sample = task.sample(index, CHUNKS * size)
         kind = kind_of(sample, tokenizer, size)
         if left[kind]:
             left[kind] -= 1
@@ -59,11 +62,13 @@ def main() -> None:
         found = dict.fromkeys(KINDS, 0)
         for kind, sample in samples(tokenizer, model.config.comet_config.chunk_size, args.keys):
             session = Session(model, tokenizer)
-            session.read(sample.text)
-            answer = said(session, sample)
-            found[kind] += answer == sample.key
-            mark = "found" if answer == sample.key else "MISSED"
-            print(f"overlap {overlap}  {kind:<12}  {sample.key}  {answer!r}  {mark}", flush=True)
+            session.read(sample.context)
+            (question,) = sample.questions
+            (key,) = question.answers
+            answer = answer_to(CometReader(session), question)
+            found[kind] += answer == key
+            mark = "found" if answer == key else "MISSED"
+            print(f"overlap {overlap}  {kind:<12}  {key}  {answer!r}  {mark}", flush=True)
         counts = ", ".join(f"{kind} {hits} of {args.keys}" for kind, hits in found.items())
         print(f"overlap {overlap}: {counts}")
 

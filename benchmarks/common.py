@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cometlm.compat import cpu_abilities
-from cometlm.data.corpora import text_files
+from cometlm.data.corpora import corpus_files
 
 OUT = Path("out")
 
@@ -62,7 +62,7 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
 
 def program_text() -> Iterator[str]:
     """The sources of transformers, file after file: millions of tokens that are here already."""
-    for path in text_files("transformers"):
+    for path in corpus_files("transformers"):
         yield f"# {path.name}\n{path.read_text(encoding='utf-8')}\n"
 
 

@@ -2,7 +2,13 @@
 
     python benchmarks/passkey.py [--model smollm2] [--lengths 8000 128000] [--texts 4]
 
-Keys, texts and wordings are none of the training. Every trial is written to out/NAME.json as soon
+For each length some texts are read; in each of them a number is hidden ten times, once per decile of
+depth, with another template each time. What stands before a number is read only once, and the session
+forked there. Each number is also asked for with one half of the memory taken away right before the
+question, which shows which half carries the answer. `cometlm eval --task passkey` measures other
+methods, one after the other; it has no such halves.
+
+Numbers, texts and templates are none of the training. Every trial is written to out/NAME.json as soon
 as it is done, and the same command goes on where it stopped. The picture is out/NAME.png.
 
 Several processes share the work by `--deciles` or `--only`, each with a `--name` of its own;
@@ -18,8 +24,12 @@ What is reported has seed 0. Choose between memories by other seeds.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import random
 import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +37,105 @@ import cometlm
 from cometlm.checkpoints.atomic_write import write_whole
 from cometlm.checkpoints.fingerprint import fingerprint
 from cometlm.device import peak_memory, readable_bytes
-from cometlm.eval.passkey import DECILES, VARIANTS, PasskeyTest, Trial, interval
+from cometlm.eval.metrics import interval
+from cometlm.eval.runner import answer_to
+from cometlm.methods.comet import CometReader
+from cometlm.session.session import Session
+from cometlm.tasks import Question, Sample
+from cometlm.tasks.passkey import DECILES, Passkey
 from common import OUT, argument_parser, machine
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "whole": (),
+    "without_global": ("global",),
+    "without_temporary": ("temporary",),
+}
+JITTER = 256  # most tokens by which a text is shorter, so that questions stand anywhere in a chunk
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One number, asked for.
+
+    Attributes:
+        length: most tokens of the text.
+        text: which of the texts of that length.
+        haystack: where it is from.
+        decile: of the depth, 0 … 9.
+        depth: of the number, 0 (start) … 1.
+        key: the number.
+        answers: what each of `VARIANTS` said.
+    """
+
+    length: int
+    text: int
+    haystack: str
+    decile: int
+    depth: float
+    key: str
+    answers: dict[str, str]
+
+    @property
+    def cell(self) -> tuple[int, int, int]:
+        """What identifies the trial in a measurement."""
+        return self.length, self.text, self.decile
+
+    def hit(self, variant: str = "whole") -> bool:
+        """Whether the whole number was said, and nothing else."""
+        return self.answers[variant] == self.key
+
+    def digits(self, variant: str = "whole") -> float:
+        """Share of the number's digits that are right, place by place."""
+        pairs = zip(self.key, self.answers[variant], strict=False)
+        return sum(a == b for a, b in pairs) / len(self.key)
+
+
+def trials_of(
+    model: Any,
+    task: Passkey,
+    length: int,
+    text: int,
+    deciles: Collection[int],
+    jitter: int = JITTER,
+) -> Iterator[Trial]:
+    """The trials of one text, in the order in which their numbers stand in it.
+
+    Args:
+        task: with ten samples per text.
+        jitter: see `JITTER`.
+    """
+    made = [(decile, sample_of(task, length, text, decile, jitter)) for decile in deciles]
+    made.sort(key=lambda one: _needle(one[1]).start)
+    base, read = Session(model, task.tokenizer), 0
+    for decile, sample in made:
+        # Up to the first number, all samples of a text are the same.
+        base.read(sample.context[read : _needle(sample).start])
+        read = _needle(sample).start
+        fork = base.fork()
+        fork.read(sample.context[read:])
+        (question,) = sample.questions
+        answers = {name: said(fork, question, gone) for name, gone in VARIANTS.items()}
+        meta = sample.meta
+        yield Trial(
+            length, text, meta["haystack"], decile, meta["depth"], question.answers[0], answers
+        )
+
+
+def sample_of(task: Passkey, length: int, text: int, decile: int, jitter: int = JITTER) -> Sample:
+    """A sample whose end is cut off by a random number of tokens, though never its number."""
+    sample = task.sample(text * DECILES + decile, length)
+    rng = random.Random(f"{task.seed}/{length}/{text}/{decile}")
+    end = length - rng.randint(0, min(jitter, length // 4))
+    return dataclasses.replace(sample, context=sample.context[: max(end, _needle(sample).stop)])
+
+
+def said(session: Session, question: Question, without: Sequence[str] = ()) -> str:
+    """What a session answers without some halves of its memory; it stays as it is."""
+    return answer_to(CometReader(session.fork(without=without)), question)
+
+
+def _needle(sample: Sample) -> range:
+    return sample.questions[0].evidence[0]
 
 
 def begun(path: Path, model: str, sizes: dict[str, Any], seed: int) -> list[Trial]:
@@ -87,7 +194,7 @@ def show(trial: Trial) -> None:
     answers = "  ".join(f"{name} {said!r}" for name, said in trial.answers.items())
     mark = "found" if trial.hit() else "MISSED"
     print(
-        f"{trial.length:>9,} tokens  {trial.hay:<12} depth {trial.depth:.2f}  key {trial.key}  "
+        f"{trial.length:>9,} tokens  {trial.haystack:<12} depth {trial.depth:.2f}  key {trial.key}  "
         f"{mark}  {answers}",
         flush=True,
     )
@@ -134,7 +241,10 @@ def picture(trials: list[Trial], path: Path) -> None:
 
 def write(path: Path, trials: list[Trial], about: dict[str, Any]) -> None:
     """The file of all trials so far."""
-    result = about | {"summary": summary(trials), "trials": [one.to_dict() for one in trials]}
+    result = about | {
+        "summary": summary(trials),
+        "trials": [dataclasses.asdict(one) for one in trials],
+    }
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
@@ -150,7 +260,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunk-size", type=int, help="default: what the memory came with")
     parser.add_argument("--capacity", type=int, help="default: what the memory came with")
     parser.add_argument("--name", default="passkey", help="of the files in out/")
-    parser.add_argument("--seed", type=int, default=0, help="of keys, places and wordings")
+    parser.add_argument("--seed", type=int, default=0, help="of numbers, places and templates")
     args = parser.parse_args()
     if args.only and not 0 <= min(args.only) <= max(args.only) < args.texts:
         parser.error(f"--only must be of texts 0 … {args.texts - 1}, got {args.only}")
@@ -177,13 +287,13 @@ def main() -> None:
         write(path, trials, about)
         picture(trials, path.with_suffix(".png"))
     for length in args.lengths:
-        test = PasskeyTest(length, args.texts, args.deciles, seed=args.seed)
-        others = {cell for cell in test.cells() if args.only and cell[1] not in args.only}
-        done = frozenset({trial.cell for trial in trials} | others)
-        for trial in test.run(model, tokenizer, skip=done):
-            trials.append(trial)
-            show(trial)
-            write(path, trials, about)
+        task = Passkey(tokenizer, seed=args.seed, samples_per_text=DECILES)
+        for text in args.only or range(args.texts):
+            done = {trial.decile for trial in trials if trial.cell[:2] == (length, text)}
+            for trial in trials_of(model, task, length, text, set(args.deciles) - done):
+                trials.append(trial)
+                show(trial)
+                write(path, trials, about)
         if trials:
             picture(trials, path.with_suffix(".png"))
     print(json.dumps(summary(trials), indent=1))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import cometlm
 from cometlm.checkpoints.backbones import load_backbone
-from cometlm.data.corpora import text_files
+from cometlm.data.corpora import corpus_files
 from common import argument_parser, machine, write
 
 SKIPPED = 2048
@@ -69,7 +69,7 @@ def main() -> None:
     backbone = load_backbone(name, dtype=model.dtype).eval().to(model.device)
     size = model.config.comet_config.chunk_size
     novels = {}
-    for path in text_files("austen-test"):
+    for path in corpus_files("austen-test"):
         text = path.read_text(encoding="utf-8")
         ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False)[: args.tokens + 1])
         ids = ids.to(model.device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def rank_of(rank: int, ranks: int, folder: str, chunks: int, rounds: int) -> Non
 
 def step(model: Any, pipeline: Pipeline, ids: Tensor) -> float:
     """Seconds of one step on the slowest rank."""
-    model.model.pipeline = pipeline
+    model.training_plan = replace(model.training_plan, pipeline=pipeline)
     labels = ids.clone()
     labels[:, (torch.arange(ids.shape[1]) % SIZES["chunk_size"]) >= LABELLED] = -100
     dist.barrier()

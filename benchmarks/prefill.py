@@ -25,7 +25,8 @@ import cometlm
 from cometlm.config import CometConfig
 from cometlm.core.cache import CometCache
 from cometlm.core.cell import Cell
-from cometlm.core.layout import ChunkLayout, plan, take
+from cometlm.core.layout import ChunkLayout, take
+from cometlm.core.plan import plan_full_chunks
 from cometlm.core.state import LayerState
 from cometlm.core.walk import Grid
 from cometlm.device import default_device, default_dtype
@@ -70,12 +71,12 @@ def measure(device: torch.device, dtype: torch.dtype, layers: int, rounds: int) 
     model = cometlm.attach(Qwen3ForCausalLM(config).to(device, dtype).eval())
     inner, sizes = model.model, model.config.comet_config
     cache = filled(model, device)
-    (step,) = plan(cache.rows, (sizes.chunk_size,), sizes.chunk_size, more=True)
-    grid = inner.grid(cache.reach)
+    (step,) = plan_full_chunks(cache.rows, (sizes.chunk_size,), sizes.chunk_size, close_last=True)
+    grid = inner.grid(cache.max_positions)
     items = torch.randn(1, sizes.chunk_items, config.hidden_size, device=device).to(dtype)
 
     def layout() -> ChunkLayout:  # new each time, since its indices are part of the work
-        return ChunkLayout(sizes, cache.rows, step, cache.reach, device)
+        return ChunkLayout(sizes, cache.rows, step, cache.max_positions, device)
 
     def walk(cell_path: Callable[..., tuple[Tensor, LayerState]]) -> Tensor:
         hidden, where = items, layout()
@@ -120,7 +121,7 @@ def filled(model: cometlm.CometForCausalLM, device: torch.device) -> CometCache:
     sizes = model.config.comet_config
     chunks = -(-sizes.capacity // sizes.compression_tokens(sizes.chunk_size))
     ids = torch.randint(0, 1024, (1, chunks * sizes.chunk_size), device=device)
-    cache: CometCache = model.model(ids, use_cache=True, more_text=True).past_key_values
+    cache: CometCache = model.model(ids, use_cache=True, close_last=True).past_key_values
     assert cache.rows[0].entries == sizes.capacity
     return cache
 

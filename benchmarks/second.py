@@ -3,22 +3,23 @@
     python benchmarks/second.py [--model smollm2] [--pairs 30] [--tokens 2000]
 
 A session reads a text that says a number, then a text that says another, and is asked for the
-second. Numbers, hay and wordings are none of the training. A memory that mixes them says neither.
+second. Numbers, texts and templates are none of the training. A memory that mixes the numbers says
+neither.
 """
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 
 import cometlm
-from cometlm.data.corpora import text_files
-from cometlm.data.hay import FileHay
-from cometlm.data.passkey import PasskeyTask
-from cometlm.data.wordings import MEASURING
-from cometlm.eval.passkey import HAY, interval, said
+from cometlm.eval.metrics import interval
+from cometlm.eval.runner import answer_to
+from cometlm.methods.comet import CometReader
 from cometlm.session.session import Session
+from cometlm.tasks.passkey import Passkey
 from common import argument_parser
+
+DEPTHS = (0.1, 0.25, 0.4, 0.55, 0.7)
 
 
 def main() -> None:
@@ -30,25 +31,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, tokenizer = cometlm.load(args.model)
-    tasks = [
-        PasskeyTask(tokenizer, FileHay(tokenizer, text_files(name)), MEASURING, digits=(5, 5))
-        for name in HAY
-    ]
+    tasks = [Passkey(tokenizer, seed=args.seed, depth=depth) for depth in DEPTHS]
     told: Counter[str] = Counter()
     for pair in range(args.pairs):
-        chance = random.Random(f"{args.seed}/{pair}")
-        which = pair % len(HAY)
-        first, second = (
-            tasks[which].draw(chance, args.tokens, depth=0.1 + 0.6 * chance.random())
-            for _ in range(2)
-        )
+        # Samples of one index are of one corpus, whatever the seed.
+        task = tasks[pair % len(DEPTHS)]
+        other = Passkey(tokenizer, seed=args.seed + 1_000_000, depth=task.depth)
+        first, second = (one.sample(pair, args.tokens) for one in (task, other))
         session = Session(model, tokenizer)
-        session.read(first.text)
-        session.read(second.text)
-        answer = said(session, second)
-        kind = {second.key: "the second", first.key: "the first"}.get(answer, "neither")
+        session.read(first.context)
+        session.read(second.context)
+        answer = answer_to(CometReader(session), second.questions[0])
+        keys = [sample.questions[0].answers[0] for sample in (first, second)]
+        kind = {keys[1]: "the second", keys[0]: "the first"}.get(answer, "neither")
         told[kind] += 1
-        print(f"{HAY[which]:<12}  {first.key}  {second.key}  {answer!r}  {kind}", flush=True)
+        name = second.meta["haystack"]
+        print(f"{name:<12}  {keys[0]}  {keys[1]}  {answer!r}  {kind}", flush=True)
     low, high = interval(told["the second"], args.pairs)
     counts = ", ".join(f"{kind} {told[kind]}" for kind in ("the second", "the first", "neither"))
     print(f"of {args.pairs}: {counts} (the second: {low:.2f} to {high:.2f})")

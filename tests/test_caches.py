@@ -65,7 +65,7 @@ def test_cache_is_constant_once_the_memory_is_full(family, sizes, feed):
     assert held[0] < held[3]
     assert len(set(held[3:])) == 1
     assert len(set(stored[4:])) == 1
-    closed = model(random_ids(12)[None], past_key_values=cache, more_text=True).past_key_values
+    closed = model(random_ids(12)[None], past_key_values=cache, close_last=True).past_key_values
     rows = (0 if sizes.get("global_memory") is False else 3) * 32
     packed = 2 * 1 * 8 if family == "llama" else 32  # one key and one value of width 8
     assert closed.nbytes == 3 * 8 * (rows + 5 * packed)
@@ -109,7 +109,7 @@ def test_capacity_does_not_count_before_the_next_fold():
     """A large memory and then a small stride: a row longer than either budget's longest."""
     model = tiny_comet("qwen3", chunk_size=8, readout_tokens=1, stride=4, capacity=12)
     ids = random_ids(64)[None]
-    cache = model(ids[:, :56], more_text=True).past_key_values
+    cache = model(ids[:, :56], close_last=True).past_key_values
     assert cache.rows[0].entries == 12
     want = model(ids[:, 56:], past_key_values=cache, stride=1, capacity=12).logits
     got = model(ids[:, 56:], past_key_values=cache, stride=1, capacity=1).logits
@@ -123,4 +123,4 @@ def test_changing_the_budget_often_does_not_grow_the_tables():
     for t in range(30):
         budget = {"stride": 2} if t % 2 else {}
         cache = model(random_ids(5, seed=t)[None], past_key_values=cache, **budget).past_key_values
-    assert cache.reach <= 3 + 5 + 12 + 12 + 3  # a compression token after every text token
+    assert cache.max_positions <= 3 + 5 + 12 + 12 + 3  # a compression token after every text token

@@ -136,10 +136,10 @@ def test_both_names_of_the_switches_lead_to_our_recomputation(name):
     kwargs = {f"{name}_kwargs": {"every": 3, "use_reentrant": False}}
     # As the Trainer of transformers 5.17 says it.
     getattr(model, f"{name}_enable")(**kwargs, every_n_layers=1, offload=False)
-    assert model.model.recomputation == recompute.Recomputation(every=3)
+    assert model.training_plan.recomputation == recompute.Recomputation(every=3)
     assert getattr(model, f"is_{name}") is True
     getattr(model, f"{name}_disable")()
-    assert model.model.recomputation is None
+    assert model.training_plan.recomputation is None
     assert getattr(model, f"is_{name}") is False
     with pytest.raises(ValueError, match="does not take depth"):
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"depth": 3}})

@@ -5,7 +5,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cometlm import CometConfig
-from cometlm.core.layout import ChunkLayout, Piece, RowCounts, plan, take
+from cometlm.core.layout import ChunkLayout, Piece, RowCounts, take
+from cometlm.core.plan import plan_full_chunks
 
 CPU = torch.device("cpu")
 WINDOWS = st.sampled_from([None, 1, 2, 3, 7, 100])
@@ -104,7 +105,7 @@ def test_plan_equals_token_by_token(data, config, more):
     rows = data.draw(st.lists(counts(config), min_size=1, max_size=4))
     lengths = [data.draw(st.integers(0, 30)) for _ in rows]
     size = config.chunk_size
-    steps = plan(rows, lengths, size, more)
+    steps = plan_full_chunks(rows, lengths, size, more)
     slow = [slow_pieces(row, n, size, more) for row, n in zip(rows, lengths, strict=True)]
     assert len(steps) == max(len(found) for found in slow)
     for b, found in enumerate(slow):
@@ -114,19 +115,19 @@ def test_plan_equals_token_by_token(data, config, more):
 
 def test_plan_by_hand():
     start, half, full = RowCounts(), RowCounts(text=2, items=2), RowCounts(text=4, items=5)
-    assert plan([start], [9], 4) == [
+    assert plan_full_chunks([start], [9], 4) == [
         (Piece(0, 4, True),),
         (Piece(4, 4, True),),
         (Piece(8, 1, False),),
     ]
-    assert plan([start], [8], 4)[-1] == (Piece(4, 4, False),)
-    assert plan([start], [8], 4, more=True)[-1] == (Piece(4, 4, True),)
-    assert plan([half], [3], 4) == [(Piece(0, 2, True),), (Piece(2, 1, False),)]
-    assert plan([full, start], [1, 1], 4) == [
+    assert plan_full_chunks([start], [8], 4)[-1] == (Piece(4, 4, False),)
+    assert plan_full_chunks([start], [8], 4, close_last=True)[-1] == (Piece(4, 4, True),)
+    assert plan_full_chunks([half], [3], 4) == [(Piece(0, 2, True),), (Piece(2, 1, False),)]
+    assert plan_full_chunks([full, start], [1, 1], 4) == [
         (Piece(0, 0, True), Piece(0, 1, False)),
         (Piece(0, 1, False), Piece(1, 0, False)),
     ]
-    assert plan([full], [0], 4, more=True) == []
+    assert plan_full_chunks([full], [0], 4, close_last=True) == []
 
 
 # --- order, indices, positions --------------------------------------------------------------
@@ -165,7 +166,7 @@ def test_positions(layout):
         first = sum(memory_of(layout.config, row)) + row.items
         got = layout.positions[place, : len(items)].tolist()
         assert got == list(range(first, first + len(items)))
-    assert (layout.positions < layout.reach).all()
+    assert (layout.positions < layout.max_positions).all()
     widest = max(sum(memory_of(layout.config, row)) for row in layout.rows)
     assert layout.memory_positions.tolist() == [list(range(layout.memory_width))]
     assert layout.memory_width >= widest
@@ -178,7 +179,7 @@ def test_a_text_fills_the_longest_row_and_no_more(config, lengths, more):
     """Walk whole texts: positions stay below `row_length`, and a full memory reaches its end."""
     rows, longest, closed_full = (RowCounts(),), 0, False
     for length in lengths:
-        for step in plan(rows, [length], config.chunk_size, more):
+        for step in plan_full_chunks(rows, [length], config.chunk_size, more):
             layout = ChunkLayout(config, rows, step, 10**6, CPU)
             full = layout.memory_width == config.memory_rows
             closed_full |= full and layout.closes and config.readout_tokens > 0

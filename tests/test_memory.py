@@ -117,24 +117,6 @@ def test_global_memory_is_the_formula(scale):
     assert error(memory(state), adapted(state, memory.adapter)) < 1e-14
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_flipped_gates_do_the_opposite_and_learn_nothing(share):
-    torch.manual_seed(0)
-    memory = random_module(GlobalMemory(WIDTH, RANK, gate=True))
-    readout, state = random(40, 3, WIDTH), random(40, 3, WIDTH)
-    candidate = memory.norm(readout)
-    honest = memory.update(state, readout)
-    opposite = state + candidate - honest
-    memory.gate_flips = share
-    got = memory.update(state, readout)
-    flipped = (got - opposite).abs().amax(-1) < 1e-12
-    assert torch.allclose(got[~flipped], honest[~flipped], rtol=0, atol=1e-12)
-    assert abs(flipped.double().mean() - share) < 0.1
-    (got.sum() + 0 * memory.gate.sum()).backward()
-    assert memory.gate.grad.any() == (share < 1)
-    assert torch.equal(memory.eval().update(state, readout), honest)
-
-
 @torch.no_grad()
 def test_without_gate_the_new_state_replaces_the_old():
     torch.manual_seed(0)

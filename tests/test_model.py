@@ -96,7 +96,7 @@ def test_cache_must_be_this_models(model):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("token_type_ids", torch.zeros(1, 10)), ("output_attentions", True), ("chunk_size", 8)],
+    [("token_type_ids", torch.zeros(1, 10)), ("output_attentions", True), ("chunk_sizes", 8)],
 )
 def test_unknown_arguments_are_refused_not_ignored(model, name, value):
     shown = name if isinstance(value, torch.Tensor) else f"{name}={value!r}"
@@ -111,9 +111,25 @@ def test_what_transformers_always_passes_is_taken(model):
         assert torch.equal(out.logits, model(ids).logits)
 
 
+def test_a_chunk_size_of_one_call_is_that_of_a_model_made_with_it():
+    ids = random_ids(50)[None]
+    model, other = tiny_comet("llama"), tiny_comet("llama", chunk_size=8)
+    with torch.no_grad():
+        got = model(ids, chunk_size=8, use_cache=True)
+        wanted = other(ids, use_cache=True)
+    assert error(got.logits, wanted.logits) < 1e-12
+    assert model.config.comet_config.chunk_size == 12
+    # The open chunk holds two tokens: it may go on under another size, but not a smaller one.
+    with refused("chunk_size must be at least the open chunk's 2 tokens, got 1"):
+        model(ids, past_key_values=got.past_key_values, chunk_size=1, stride=1)
+    written = model.generate(ids, chunk_size=8, max_new_tokens=20, do_sample=False)
+    assert torch.equal(written, other.generate(ids, max_new_tokens=20, do_sample=False))
+
+
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"stride": 0}, "stride must be at least 1, got 0"),
         ({"capacity": -3}, "capacity must be at least 1, got -3"),
         ({"stride": 2.0}, "stride must be an integer of at least 1, got 2.0"),

@@ -202,10 +202,11 @@ PACKAGES: list[list[str]] = [
     ["session"],
     ["data"],
     ["tasks"],
+    ["methods"],
+    ["eval"],
     ["parallel"],
     ["train"],
     ["planner"],
-    ["eval"],
     [""],  # the public names
     ["cli"],
 ]

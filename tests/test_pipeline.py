@@ -1,11 +1,14 @@
 """The wave: what several ranks compute together is what one process computes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cometlm.core.training_plan import TrainingPlan
 from cometlm.parallel.blocks import balanced
 from cometlm.parallel.mesh import make_mesh
 from cometlm.parallel.pipeline import Pipeline, sum_gradients
@@ -59,7 +62,7 @@ def compare(name, recompute, evaluating=False, frozen=()):
     for part, parameter in model.named_parameters():
         if part.startswith(frozen):
             parameter.requires_grad_(False)
-    model.model.memory_frozen = True
+    model.training_plan = TrainingPlan(memory_frozen=True)
     inputs = batch(lengths, first)
     alone = model(**inputs).loss
     alone.backward()
@@ -70,10 +73,10 @@ def compare(name, recompute, evaluating=False, frozen=()):
     if evaluating:  # gradients without training, as sensitivity maps want them
         model.eval()
     group = dist.group.WORLD
-    model.model.pipeline = Pipeline(group)
+    model.training_plan = replace(model.training_plan, pipeline=Pipeline(group))
     part = model(**inputs, use_cache=False).loss
     part.backward()
-    model.model.pipeline.flush()
+    model.training_plan.pipeline.flush()
     sum_gradients(list(model.parameters()), group)
     loss = part.detach()
     dist.all_reduce(loss)
@@ -148,7 +151,7 @@ def trained_sharded(name, recompute):
     if recompute:
         model.activation_checkpointing_enable()
     shard(model, mesh)
-    model.model.pipeline = Pipeline(mesh["chunk"].get_group())
+    model.training_plan = replace(model.training_plan, pipeline=Pipeline(mesh["chunk"].get_group()))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.01)
     group, worst = mesh.get_local_rank("data"), 0.0
@@ -156,7 +159,7 @@ def trained_sharded(name, recompute):
         ids = random_ids(tokens, seed=2 * turn + group)[None]
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
-        model.model.pipeline.flush()
+        model.training_plan.pipeline.flush()
         sum_gradients(trained, mesh["chunk"].get_group())
         optimizer.step()
         optimizer.zero_grad()
@@ -183,7 +186,7 @@ def too_few_chunks():
     mesh = make_mesh(2)
     model = tiny_comet("llama").train()
     shard(model, mesh)
-    model.model.pipeline = Pipeline(mesh["chunk"].get_group())
+    model.training_plan = replace(model.training_plan, pipeline=Pipeline(mesh["chunk"].get_group()))
     said = []
     for ask in (
         lambda: model(random_ids(5)[None], labels=random_ids(5)[None], use_cache=False),
@@ -205,7 +208,7 @@ def test_what_sharded_ranks_cannot_do():
 def refusals():
     said = []
     model = tiny_comet("llama")
-    model.model.pipeline = Pipeline(dist.group.WORLD)
+    model.training_plan = replace(model.training_plan, pipeline=Pipeline(dist.group.WORLD))
     for ask in (lambda: model(random_ids(30)[None]), lambda: make_mesh(3)):
         try:
             ask()

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cometlm.core.cache import CometCache
-from cometlm.core.layout import plan, take
-from cometlm.core.plan import Call
+from cometlm.core.layout import take
+from cometlm.core.plan import Call, plan_full_chunks
 from cometlm.core.reference import reference_logits
 from cometlm.core.text_batch import TextBatch
 from cometlm.core.walk import walk_by_layer
@@ -48,10 +48,10 @@ def test_pieces_equal_one_call_equal_reference(model, length, data):
     cache, parts = None, []
     for piece in ids.split(cut(data, length)):
         more = data.draw(st.booleans())
-        out = model(piece[None], past_key_values=cache, more_text=more and len(parts) > 0)
+        out = model(piece[None], past_key_values=cache, close_last=more and len(parts) > 0)
         cache = out.past_key_values
         parts.append(out.logits[0])
-    # `more_text` closes a full chunk early, which no later text can tell.
+    # `close_last` closes a full chunk early, which no later text can tell.
     assert error(torch.cat(parts), whole) < CLOSE
     assert cache.rows[0].tokens == length
 
@@ -109,11 +109,11 @@ def test_layer_by_layer_equals_chunk_by_chunk(model, length, batch, again):
     sizes = inner.config.comet_config
     cache = CometCache.empty(len(inner.cells), batch, sizes)
     text = TextBatch.of(ids, None, 96, ids.device)
-    steps = plan(cache.rows, text.lengths, sizes.chunk_size)
-    call = Call(text, cache, steps, sizes, cache.reach, first=0, use_cache=False, scored=None)
+    steps = plan_full_chunks(cache.rows, text.lengths, sizes.chunk_size)
+    call = Call(text, cache, steps, sizes, cache.max_positions, use_cache=False)
     layouts = list(call.layouts())
-    hidden = [inner.embedded(call, layout) for layout in layouts]
-    grid = inner.grid(cache.reach)
+    hidden = [inner.embedded(text, layout) for layout in layouts]
+    grid = inner.grid(cache.max_positions)
     outputs, _ = walk_by_layer(grid, hidden, layouts, cache.layers, recompute=again)
     texts = [take(out, one.text_index) for out, one in zip(outputs, layouts, strict=True)]
     by_layer = inner.norm(torch.cat(texts, 1))

@@ -187,7 +187,8 @@ def test_a_posed_question_is_never_cut(model, before, question):
     )
     cuts = [12] * ((before - 1) // 12) + [left] if cut_early else []
     if cut_early:
-        cache = model.model(torch.tensor([text]), cuts=[cuts], more_text=True).past_key_values
+        read = model.model(torch.tensor([text]), chunk_lengths=[cuts], close_last=True)
+        cache = read.past_key_values
         with torch.no_grad():
             wanted = model(torch.tensor([asked]), past_key_values=cache, logits_to_keep=1).logits
         _, logits = going_on(session, count=1)

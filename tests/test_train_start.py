@@ -28,7 +28,7 @@ def kept(model, ids, monkeypatch, read=None):
 
     monkeypatch.setattr(GlobalMemory, "update", noting)
     with torch.no_grad():
-        model(ids, past_key_values=read, more_text=True)
+        model(ids, past_key_values=read, close_last=True)
     return torch.stack([torch.stack(folds) for folds in seen.values()])
 
 
@@ -62,7 +62,7 @@ def test_gates_of_memories_that_have_read_before(monkeypatch):
     said = [[range(2, 8)], *said[1:]]
     history = torch.stack([random_ids(5 * 12, seed=50 + b) for b in range(3)])
     with torch.no_grad():
-        read = model(history[:, : 4 * 12], use_cache=True, more_text=True).past_key_values
+        read = model(history[:, : 4 * 12], use_cache=True, close_last=True).past_key_values
     gates = Gates(keep=0.9, keep_at_key=0.2, history=60)
     fit_gates(model, [(ids, said)], gates, [(history, [[]] * 3)])
     seen = kept(model, ids, monkeypatch, read)

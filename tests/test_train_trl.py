@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 import cometlm
 from cometlm.compat import ACTIVATION_CHECKPOINTING
 from cometlm.core.cell import Cell
+from cometlm.core.training_plan import TrainingPlan
 from cometlm.train.templates import TEMPLATES
 from tests.real import tiny_comet, tokenizer
 from tests.tiny import error
@@ -98,7 +99,7 @@ def test_sft_trainer_reads_through_the_memory(model, tmp_path, folds, form, pack
     trainer = sft(model, ROWS[form], tmp_path, **options)
     result = trainer.train()
     assert model.is_activation_checkpointing  # trl's default, and it means ours
-    assert model.model.recomputation is not None
+    assert model.training_plan.recomputation is not None
     assert result.training_loss > 0
     assert len(folds) >= 2 * 3  # every step folds a chunk in each of three layers
     names = moved(model, before)
@@ -201,7 +202,7 @@ def test_a_memory_frozen_unasked_is_an_error(model, tmp_path):
     trainer = sft(model, ROWS["text"], tmp_path, peft_config=adapter, max_length=None)
     with pytest.raises(ValueError, match=r"the memory is frozen .* cometlm\.lora_config\(\)"):
         trainer.train()
-    model.model.memory_frozen = True
+    model.training_plan = TrainingPlan(memory_frozen=True)
     trainer.train()
 
 

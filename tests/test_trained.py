@@ -1,6 +1,5 @@
 """The trained memory that ships: loaded by name, small, and answering from its global half."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -8,10 +7,9 @@ import pytest
 import cometlm
 from cometlm import Session
 from cometlm.checkpoints.backbones import BUILT_IN
-from cometlm.data.hay import FillerHay
-from cometlm.data.passkey import PasskeyTask
-from cometlm.data.wordings import MEASURING
-from cometlm.eval.passkey import said
+from cometlm.eval.runner import answer_to
+from cometlm.methods.comet import CometReader
+from cometlm.tasks.passkey import Passkey
 
 FOLDER = BUILT_IN["smollm2"].trained
 LIMIT = 20_000_000  # bytes
@@ -29,20 +27,28 @@ def digits(answers):
     )
 
 
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+
+
 @pytest.mark.slow
-def test_it_finds_keys_far_behind_its_temporary_memory(loaded):
-    """In hay and wordings that it was not trained with; without the global half it guesses."""
+def test_it_finds_keys_far_behind_its_temporary_memory(loaded, tmp_path):
+    """In a text and templates that it was not trained with; without the global half it guesses."""
     model, tokenizer = loaded
-    task = PasskeyTask(tokenizer, FillerHay(tokenizer), MEASURING)
+    (tmp_path / "filler.txt").write_text(FILLER * 500)
+    task = Passkey(tokenizer, depth=0.2, corpora=str(tmp_path / "filler.txt"))
     whole, without_global = [], []
-    for seed in range(10):
+    for index in range(10):
         # Fixed borders would cut some of these questions, or part them from their answers.
-        sample = task.draw(random.Random(seed), 8 * 256 + 4 * seed, depth=0.2)
+        sample = task.sample(index, 8 * 256 + 4 * index)
         session = Session(model, tokenizer)
-        session.read(sample.text)
+        session.read(sample.context)
         assert session.stats().chunks in (7, 8)
-        whole.append((sample.key, said(session, sample)))
-        without_global.append((sample.key, said(session, sample, ("global",))))
+        (question,) = sample.questions
+        (key,) = question.answers
+        for fork, found in ((session, whole), (session.fork(without=["global"]), without_global)):
+            found.append((key, answer_to(CometReader(fork), question)))
     assert digits(whole) > 0.85
     assert digits(without_global) < 0.4
 

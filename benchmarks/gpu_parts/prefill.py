@@ -239,7 +239,7 @@ def read(
     vocabulary = model.config.vocab_size
     for start in range(0, tokens, piece):
         ids = torch.randint(vocabulary, (1, min(piece, tokens - start)), device=lab.device)
-        out = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1, more_text=True)
+        out = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1, close_last=True)
         past = out.past_key_values
     assert past is not None
     return past

@@ -35,12 +35,17 @@ UNTRAINED = (
 )
 
 
-def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any) -> Any:
-    """`load` with a word on what happens and without the libraries' own chatter."""
-    find_device(device)  # before a word on loading, and before whatever takes long
+def silence_libraries() -> None:
+    """No progress bars and notes of the libraries while they load."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any) -> Any:
+    """`load` with a word on what happens and without the libraries' own chatter."""
+    find_device(device)  # before a word on loading, and before whatever takes long
+    silence_libraries()
     chosen = {key: value for key, value in sizes.items() if value is not None}
     err.print(f"loading {name} …", highlight=False, soft_wrap=True)
     with warnings.catch_warnings(record=True) as caught:

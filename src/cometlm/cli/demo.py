@@ -23,7 +23,7 @@ from cometlm.cli.console import (
     out,
 )
 from cometlm.cli.read import open_text
-from cometlm.data.corpora import text_files
+from cometlm.data.corpora import corpus_files
 from cometlm.device import peak_memory, readable_bytes
 from cometlm.session.session import Session, SessionStats
 from cometlm.session.token_stream import read_blocks
@@ -177,9 +177,9 @@ def _texts(file: str | None) -> tuple[Iterator[str], str]:
     if file is not None:
         return _file_texts([file]), file
     try:
-        return _file_texts(map(str, text_files("bible"))), "the King James Bible"
+        return _file_texts(map(str, corpus_files("bible"))), "the King James Bible"
     except OSError:  # not a Debian, or no packages to be had
-        files = map(str, text_files("python"))
+        files = map(str, corpus_files("python"))
         return _file_texts(files), "the sources of Python's standard library"
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from cometlm import __version__
 from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
+from cometlm.cli import eval as eval_
 from cometlm.cli.console import err, out, print_error
 from cometlm.cli.terminal import allow_any_character
 from cometlm.parallel.mesh import leave_job
@@ -49,6 +50,7 @@ app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("train")(train.train)
+app.command("eval")(eval_.eval_)
 app.command("info")(info.info)
 app.command("plan")(plan.plan)
 app.command("import")(import_.import_)

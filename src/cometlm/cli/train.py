@@ -42,18 +42,18 @@ def train(
     hf_logging.set_verbosity_warning()
     speaks = int(os.environ.get("RANK", "0")) == 0  # one rank of a job is enough to read
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if speaks:
             print_beside_bars(line)
 
-    say(f"loading {chosen.model} …")
+    log(f"loading {chosen.model} …")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            run.train(chosen, device=device, restart=restart, say=say)
+            run.train(chosen, device=device, restart=restart, log=log)
         except KeyboardInterrupt:
             again = "the same command without --restart" if restart else "the same command"
-            say(f"\ninterrupted; {again} goes on from the last checkpoint, if there is one")
+            log(f"\ninterrupted; {again} goes on from the last checkpoint, if there is one")
             raise typer.Exit(130) from None
     if speaks:
         out.print(

@@ -25,7 +25,7 @@ class CometCache:
         layers: one state per layer.
         rows: one count per row of the batch.
         config: sizes of the last call, with its stride and capacity.
-        reach: rows that the rotary tables hold.
+        max_positions: rows that the rotary tables hold.
         columns: columns of `input_ids` read since `generate()` began; what transformers calls
             the cache's length. The session may have read far more: `tokens_read`.
     """
@@ -37,7 +37,7 @@ class CometCache:
     layers: tuple[LayerState, ...]
     rows: tuple[RowCounts, ...]
     config: CometConfig
-    reach: int
+    max_positions: int
     columns: int = 0
 
     @classmethod
@@ -45,7 +45,7 @@ class CometCache:
         """The cache before any text."""
         return cls((LayerState(),) * layers, (RowCounts(),) * batch, config, config.row_length)
 
-    def reach_under(self, config: CometConfig) -> int:
+    def max_positions_under(self, config: CometConfig) -> int:
         """The longest row that can come up in a call with `config`, on top of what is held.
 
         It is `config.row_length` while the budget stays as it is. After a change of budget the

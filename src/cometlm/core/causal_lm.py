@@ -30,9 +30,11 @@ from cometlm.core.cache import CometCache
 from cometlm.core.fixed_cache import FixedCache
 from cometlm.core.generation import MemoryGenerationMixin
 from cometlm.core.model import CometModel
-from cometlm.core.plan import Aside, Scored, Told
+from cometlm.core.observer import Score
+from cometlm.core.plan import Budget, Scored
 from cometlm.core.pretrained_model import CometPreTrainedModel
 from cometlm.core.text_batch import check_shape, next_labels
+from cometlm.core.training_plan import TrainingPlan
 from cometlm.device import sent
 
 _COMET = "model.comet."
@@ -41,19 +43,15 @@ _SAID_BY_GENERATE = {"return_dict", "position_ids"}  # with each token, and they
 
 @dataclass
 class CometCausalOutput(EitherName, CausalLMOutputWithPast):
-    """transformers' output, and what labels and asides add.
+    """transformers' output, and what labels add.
 
     Attributes:
-        right: how many labels were the likeliest token (a scalar).
-        aside_loss: mean over the labels of all asides (a scalar), not contained in `loss`.
-        aside_right: the share of those labels that were the likeliest token.
-        told_loss: mean over the labels of readout tokens (a scalar), not contained in `loss`.
+        num_correct: how many labels were the likeliest token (a scalar).
+        observed: scores that an observer of the training plan added, by name; not in `loss`.
     """
 
-    right: Tensor | None = None
-    aside_loss: Tensor | None = None
-    aside_right: Tensor | None = None
-    told_loss: Tensor | None = None
+    num_correct: Tensor | None = None
+    observed: dict[str, Score] | None = None
 
 
 class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
@@ -98,36 +96,25 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        chunk_size: int | None = None,
         stride: int | None = None,
         capacity: int | None = None,
-        aside_ids: Tensor | None = None,
-        aside_labels: Tensor | None = None,
-        aside_since: Tensor | None = None,
-        told_labels: Tensor | None = None,
-        told_until: Tensor | None = None,
-        told_since: Tensor | None = None,
-        told_otherwise: Tensor | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> CometCausalOutput:
         """Read text of any length; like any Hugging Face causal language model.
 
         Args:
-            input_ids, attention_mask, past_key_values, use_cache, stride, capacity: see
-                `CometModel.forward`, which also takes `more_text`.
+            input_ids, attention_mask, past_key_values, use_cache, chunk_size, stride, capacity,
+                options: see `CometModel.forward`.
             labels: [B, N]; each token's label is the next text token, across chunk borders. -100
                 is not counted.
             logits_to_keep: how many last positions get logits, or which; 0 is all. Default: all,
                 but none when there are labels, since the loss needs only one chunk's at a time.
             num_items_in_batch: divide the summed loss by this instead of by the labels counted.
-            aside_ids, aside_labels, aside_since: with labels, a text that is also read from forks
-                of the memory after some chunks and then forgotten, like a question about what was
-                read so far; see `call.Aside`.
-            told_labels, told_until, told_since, told_otherwise: with labels, what readout tokens
-                are to say in training; see `call.Told`.
 
         Returns:
-            `loss` (a scalar), `logits` [B, kept, V], `past_key_values`, with labels `right`, and
-            with an aside `aside_loss` and `aside_right`, and `told_loss`.
+            `loss` (a scalar), `logits` [B, kept, V], `past_key_values`, and with labels
+            `num_correct`.
 
         Raises:
             ValueError, FloatingPointError: as `CometModel.forward`; also labels of another shape.
@@ -135,58 +122,67 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         if self._undo is None:
             raise ValueError("this model was detached from its backbone; attach() again to use it")
         check_shape(input_ids)
+        budget: Budget = {"chunk_size": chunk_size, "stride": stride, "capacity": capacity}
         if isinstance(past_key_values, FixedCache) and labels is None and use_cache is not False:
-            fixed = past_key_values
-            said = {name for name, value in kwargs.items() if value is not None}
-            if said <= _SAID_BY_GENERATE and fixed.can_step(input_ids, stride, capacity):
-                return CometCausalOutput(logits=fixed.step(input_ids)[:, None], **{CACHE: fixed})
-            rest = {"stride": stride, "capacity": capacity, "logits_to_keep": logits_to_keep}
-            value = {"past_key_values": fixed.value(), "use_cache": True}
-            out = self.forward(input_ids, attention_mask, **value, **rest, **kwargs)
-            fixed.take_over(out.past_key_values)
-            out[CACHE] = fixed
-            return out
+            rest = {"logits_to_keep": logits_to_keep, **options}
+            return self._step(input_ids, attention_mask, past_key_values, budget, rest)
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
                 "they must be the same"
             )
-        extra = _aside(aside_ids, aside_labels, aside_since)
-        extra |= _told(told_labels, told_until, told_since, told_otherwise)
-        if extra and (labels is None or logits_to_keep is not None):
-            raise ValueError("aside_ids and told_labels need labels, and no logits_to_keep")
-        budget = {"stride": stride, "capacity": capacity}
         common = (input_ids, attention_mask, past_key_values, use_cache)
-        if labels is not None and logits_to_keep is None:
-            # Where they count decides what the head runs on: a chunk must not wait to hear that.
-            targets = next_labels(labels, attention_mask).cpu()
+        # Where labels count decides what the head runs on: a chunk must not wait to hear that.
+        targets = None if labels is None else next_labels(labels, attention_mask).cpu()
+        if targets is not None and logits_to_keep is None:
             scored = Scored(self._loss_of_chunk, targets, list(self.lm_head.parameters()))
-            out = self.model(*common, **budget, scored=scored, **{**kwargs, **extra})
-            summed, right, *told = out.summed.unbind()
-            result = CometCausalOutput(
+            out = self.model(*common, **budget, scored=scored, **options)
+            summed, correct = out.summed.unbind()
+            return CometCausalOutput(
                 loss=summed / _items(targets, num_items_in_batch),
-                right=right.detach(),
+                num_correct=correct.detach(),
+                observed=out.observed,
                 **{CACHE: out.past_key_values},
             )
-            if told:
-                result.told_loss = told[0] / told[1].clamp(min=1)
-            if out.aside_summed is not None:
-                count = out.asides * _items(extra["aside"].labels, None)
-                result.aside_loss, right = (out.aside_summed / count).unbind()
-                result.aside_right = right.detach()
-            return result
         keep = 0 if logits_to_keep is None else logits_to_keep
         only_last = keep if labels is None and isinstance(keep, int) else 0
-        out = self.model(*common, **budget, hidden_to_keep=only_last, **kwargs)
+        out = self.model(*common, **budget, **{"hidden_to_keep": only_last, **options})
         hidden = out.last_hidden_state
-        loss = right = None
-        if labels is not None:
-            targets = next_labels(labels, attention_mask).cpu()
-            summed, right = self._summed_loss(hidden, targets).unbind()
-            loss, right = summed / _items(targets, num_items_in_batch), right.detach()
+        loss = correct = None
+        if targets is not None:
+            summed, correct = self._summed_loss(hidden, targets).unbind()
+            loss, correct = summed / _items(targets, num_items_in_batch), correct.detach()
         logits = self.logits(_kept(hidden, keep))
         past: dict[str, Any] = {CACHE: out.past_key_values}
-        return CometCausalOutput(loss=loss, logits=logits, right=right, **past)
+        return CometCausalOutput(loss=loss, logits=logits, num_correct=correct, **past)
+
+    def _step(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        fixed: FixedCache,
+        budget: Budget,
+        rest: dict[str, Any],
+    ) -> CometCausalOutput:
+        """Go on in buffers of fixed size where that can be; else as usual, and then into them."""
+        said = {name for name, value in rest.items() if value is not None} - {"logits_to_keep"}
+        if said <= _SAID_BY_GENERATE and fixed.can_step(input_ids, **budget):
+            past: dict[str, Any] = {CACHE: fixed}
+            return CometCausalOutput(logits=fixed.step(input_ids)[:, None], **past)
+        value: dict[str, Any] = {"past_key_values": fixed.value(), "use_cache": True}
+        out = self.forward(input_ids, attention_mask, **value, **budget, **rest)
+        fixed.take_over(out.past_key_values)
+        out[CACHE] = fixed
+        return out
+
+    @property
+    def training_plan(self) -> TrainingPlan:
+        """How the model reads while it is trained."""
+        return self.model.training_plan
+
+    @training_plan.setter
+    def training_plan(self, plan: TrainingPlan) -> None:
+        self.model.training_plan = plan
 
     def session(self, tokenizer: Any = None) -> Any:
         """A new `Session`: reads text or ids in a stream, is asked, forked and saved."""
@@ -200,7 +196,7 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
 
     def _loss_of_chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """As `_summed_loss`; the logits are kept for no backward pass."""
-        again = self.model.recomputation is not None  # then the whole chunk runs again
+        again = self.training_plan.recomputation is not None  # then the whole chunk runs again
         if again or not torch.is_grad_enabled():
             return self._summed_loss(hidden, labels)
         return cast("Tensor", checkpoint(self._summed_loss, hidden, labels, use_reentrant=False))
@@ -213,37 +209,15 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         labels = sent(labels.cpu()[counted], hidden.device)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        right = (logits.detach().argmax(-1) == labels).sum()
-        return torch.stack([loss, right.to(loss.dtype)])
+        correct = (logits.detach().argmax(-1) == labels).sum()
+        return torch.stack([loss, correct.to(loss.dtype)])
 
 
 def _items(labels: Tensor, given: Tensor | int | None) -> Tensor | int:
     """What a summed loss is divided by."""
-    return (labels != -100).sum().clamp(min=1) if given is None else given
-
-
-def _aside(ids: Tensor | None, labels: Tensor | None, since: Tensor | None) -> dict[str, Any]:
-    """What `CometModel.forward` takes for an aside."""
-    if (ids is None) != (labels is None):
-        raise ValueError("aside_ids and aside_labels need each other")
-    if ids is None or labels is None:
-        return {}
-    if since is None:
-        since = torch.zeros(len(ids), dtype=torch.long)
-    return {"aside": Aside(ids, next_labels(labels, None), since), "more_text": True}
-
-
-def _told(
-    labels: Tensor | None, until: Tensor | None, since: Tensor | None, otherwise: Tensor | None
-) -> dict[str, Any]:
-    """What `CometModel.forward` takes for what readout tokens are to say."""
-    if (labels is None) != (until is None):
-        raise ValueError("told_labels and told_until need each other")
-    if (since is None) != (otherwise is None) or (labels is None and since is not None):
-        raise ValueError("told_since and told_otherwise need each other, and told_labels")
-    if labels is None or until is None:
-        return {}
-    return {"told": Told(labels, until, since, otherwise)}
+    if given is None:
+        return (labels != -100).sum().clamp(min=1)
+    return given if isinstance(given, int) else given.clamp(min=1)  # a batch may have none
 
 
 def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Cell(nn.Module):
             hidden: [B, I, D].
             state: what the layer carries.
             layout: where the items stand.
-            rotary: cosines and sines, [reach, width] each.
+            rotary: cosines and sines, [positions, width] each.
             weights: the layer's memory weights.
 
         Returns:
@@ -98,7 +98,7 @@ class Cell(nn.Module):
         rotary: RotaryTable,
         weights: LayerMemoryWeights,
         recompute: bool = False,
-    ) -> tuple[list[Tensor], LayerState]:
+    ) -> tuple[list[Tensor], list[LayerState]]:
         """The cells of one layer along a block of chunks: one call, however many they are.
 
         Args:
@@ -107,9 +107,9 @@ class Cell(nn.Module):
             recompute: keep what goes into a cell, and run it again in the backward pass.
 
         Returns:
-            Outputs of each step, and the state after the last.
+            Outputs of each step, and the state after each.
         """
-        outs = []
+        outs, states = [], []
         for x, layout in zip(hidden, layouts, strict=True):
             args = (x, state, layout, rotary, weights)
             if recompute:
@@ -117,7 +117,8 @@ class Cell(nn.Module):
             else:
                 out, state = self.forward(*args)
             outs.append(out)
-        return outs, state
+            states.append(state)
+        return outs, states
 
     # --- reading memory ---------------------------------------------------------------------
 

@@ -78,11 +78,11 @@ class FixedCache:
         logits: Tensor = self._model(ids, past_key_values=self, logits_to_keep=1).logits[:, -1]
         return logits
 
-    def can_step(self, ids: Tensor, stride: int | None, capacity: int | None) -> bool:
+    def can_step(self, ids: Tensor, **budget: int | None) -> bool:
         """Whether a call is one token of an open chunk, under the sizes of the buffers."""
         if ids.shape[1] != 1 or not self._rows[0].items > 0:
             return False
-        sizes = self._model.model.sizes_of_call(stride, capacity)
+        sizes = self._model.model.sizes_of_call(**budget)
         return bool(self._rows[0].text < sizes.chunk_size and sizes == self._cache.config)
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class FixedCache:
         self._rows = cache.rows
         if cache.rows[0].items:  # else the next token opens a chunk, and has its memory projected
             if self._buffers is None or not self._buffers.fit(cache):
-                grid = self._model.model.grid(cache.reach)
+                grid = self._model.model.grid(cache.max_positions)
                 # Also written to outside of the inference mode that they may be made in.
                 with torch.inference_mode(False), torch.no_grad():
                     self._buffers, self._replays = _Buffers.like(cache, grid), {}
@@ -169,7 +169,7 @@ class _Buffers:
 
     Attributes:
         config: sizes that the buffers were made for.
-        reach: rows that the rotary tables hold.
+        max_positions: rows that the rotary tables hold.
         grid: cells and rotary tables; a recorded step reads these very tables.
         ids: [B, 1] the token to read.
         rows: of each layer, memory and open chunk by position, [B, key-value heads, W, head width].
@@ -181,7 +181,7 @@ class _Buffers:
     """
 
     config: CometConfig
-    reach: int
+    max_positions: int
     grid: Grid
     ids: Tensor
     rows: list[KeyValue]
@@ -206,12 +206,12 @@ class _Buffers:
         device = rows[0].key.device
         zeros = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(3))
         ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        return cls(config, cache.reach, grid, ids, rows, pending, *zeros)
+        return cls(config, cache.max_positions, grid, ids, rows, pending, *zeros)
 
     def fit(self, cache: CometCache) -> bool:
         """Whether another cache's open chunk fits in."""
-        made_for = (self.config, self.reach, self.ids.shape[0])
-        return made_for == (cache.config, cache.reach, len(cache.rows))
+        made_for = (self.config, self.max_positions, self.ids.shape[0])
+        return made_for == (cache.config, cache.max_positions, len(cache.rows))
 
     def fill(self, cache: CometCache) -> None:
         """Take over what a cache holds."""
@@ -253,7 +253,7 @@ class _Buffers:
 
 def _width(cache: CometCache) -> int:
     """Positions of a row before its chunk ends, which is where readout tokens come in."""
-    return cache.reach - cache.config.global_slots
+    return cache.max_positions - cache.config.global_slots
 
 
 def _check(cache: CometCache, model: Writer) -> None:
@@ -263,7 +263,7 @@ def _check(cache: CometCache, model: Writer) -> None:
             "cache_implementation='static' needs rows that stand at the same place, got rows with "
             f"{sorted({row.text for row in cache.rows})} tokens in the open chunk"
         )
-    devices = sorted({str(cos.device) for cos, _ in model.model.grid(cache.reach).rotary})
+    devices = sorted({str(cos.device) for cos, _ in model.model.grid(cache.max_positions).rotary})
     if len(devices) > 1:
         raise ValueError(
             "cache_implementation='static' needs all layers on one device, got "

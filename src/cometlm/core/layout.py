@@ -13,10 +13,9 @@ always item s of its open chunk: causality is a comparison of slots, and filling
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -64,66 +63,6 @@ class Piece:
 Step = tuple[Piece, ...]
 
 
-def plan(
-    rows: Sequence[RowCounts], lengths: Sequence[int], chunk_size: int, more: bool = False
-) -> list[Step]:
-    """Cut `lengths[b]` new text tokens of each row into steps.
-
-    A chunk is closed when it is full and another token of its row arrives (SPEC §4); with `more`
-    the caller says that one will, so that a chunk that ends full is closed at once.
-    """
-    steps: list[Step] = []
-    used = [0] * len(rows)
-    open_text = [row.text for row in rows]
-    while True:
-        step = []
-        for b, length in enumerate(lengths):
-            left = length - used[b]
-            text = min(chunk_size - open_text[b], left)
-            full = open_text[b] + text == chunk_size
-            close = full and (left > text or (more and length > 0))
-            step.append(Piece(used[b], text, close))
-            used[b] += text
-            open_text[b] = 0 if close else open_text[b] + text
-        if not any(piece.text or piece.close for piece in step):
-            return steps
-        steps.append(tuple(step))
-
-
-def plan_cuts(cuts: Sequence[Sequence[int]], more: bool = False) -> list[Step]:
-    """Steps of rows without an open chunk whose chunks hold `cuts[b][t]` text tokens each.
-
-    Every chunk but a row's last is closed; with `more` that one too.
-    """
-    starts = [list(accumulate(row, initial=0)) for row in cuts]
-
-    def piece(b: int, t: int) -> Piece:
-        if t >= len(cuts[b]):
-            return Piece(starts[b][-1], 0, False)
-        return Piece(starts[b][t], cuts[b][t], more or t + 1 < len(cuts[b]))
-
-    return [tuple(piece(b, t) for b in range(len(cuts))) for t in range(max(map(len, cuts)))]
-
-
-def check_cuts(
-    cuts: Sequence[Sequence[int]], lengths: Sequence[int], rows: Sequence[RowCounts], size: int
-) -> None:
-    """Refuse cuts that do not fit the rows of a batch.
-
-    Raises:
-        ValueError: cuts of other rows, chunks longer than `size` or empty, or an open chunk.
-    """
-    if [sum(row) for row in cuts] != list(lengths):
-        raise ValueError(
-            f"cuts must add up to the tokens of each row, {list(lengths)}, got {list(cuts)}"
-        )
-    wrong = [length for row in cuts for length in row if not 1 <= length <= size]
-    if wrong:
-        raise ValueError(f"cuts must lie in 1 … chunk_size={size}, got {wrong[0]}")
-    if open_rows := [b for b, row in enumerate(rows) if row.text]:
-        raise ValueError(f"cuts need a past without open chunks, but row {open_rows[0]} has one")
-
-
 @dataclass(frozen=True)
 class ChunkLayout:
     """One step of a batch: indices, positions and masks (SPEC §2).
@@ -132,7 +71,7 @@ class ChunkLayout:
         config: sizes, with this call's stride and capacity.
         rows: counts before the step.
         step: what each row adds.
-        reach: rows that the rotary table holds; positions of filling stop there.
+        max_positions: rows that the rotary table holds; positions of filling stop there.
         device: where the index tensors live.
         tables: index tensors and masks that were made already; `shared` finds those of a like step.
     """
@@ -140,7 +79,7 @@ class ChunkLayout:
     config: CometConfig
     rows: tuple[RowCounts, ...]
     step: Step
-    reach: int
+    max_positions: int
     device: torch.device
     tables: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -157,7 +96,14 @@ class ChunkLayout:
             return self
         rows = tuple((bool(r.folds), r.entries, r.text, r.items) for r in self.rows)
         pieces = tuple((piece.text, piece.close) for piece in self.step)
-        shape = (self.config, rows, pieces, self.reach, self.device, *_surroundings(self.device))
+        shape = (
+            self.config,
+            rows,
+            pieces,
+            self.max_positions,
+            self.device,
+            *_surroundings(self.device),
+        )
         return replace(self, tables=_tables_of(shape))
 
     def _table(self, name: Any, make: Callable[[], _Made]) -> _Made:
@@ -303,7 +249,7 @@ class ChunkLayout:
         first = torch.tensor(
             [self._global(b) + self.rows[b].entries + self.rows[b].items for b in self.distinct]
         )
-        return sent((item + first[:, None]).clamp(max=self.reach - 1), self.device)
+        return sent((item + first[:, None]).clamp(max=self.max_positions - 1), self.device)
 
     @property
     def memory_positions(self) -> Tensor:

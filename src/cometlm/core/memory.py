@@ -79,16 +79,10 @@ class LowRankAdapter(nn.Module):
 
 
 class GlobalMemory(nn.Module):
-    """The gated update of the global state, and the slots that the next chunk sees (SPEC §3).
-
-    Attributes:
-        gate_flips: share of the slots whose gate does the opposite in an update, while training.
-            What is read has to stand in the other slots too then, as with dropout.
-    """
+    """The gated update of the global state, and the slots that the next chunk sees (SPEC §3)."""
 
     def __init__(self, width: int, rank: int, gate: bool) -> None:
         super().__init__()
-        self.gate_flips = 0.0
         self.norm = RMSNorm(width, GLOBAL_EPS)
         # An even mix until trained.
         self.gate = nn.Parameter(torch.zeros(1, 2 * width)) if gate else None
@@ -100,9 +94,6 @@ class GlobalMemory(nn.Module):
         if state is None or self.gate is None:
             return candidate
         keep = torch.sigmoid(F.linear(torch.cat([candidate, state], dim=-1), self.gate))
-        if self.training and self.gate_flips:
-            # A gate is not to learn from what it did not do.
-            keep = torch.where(torch.rand_like(keep) < self.gate_flips, 1 - keep.detach(), keep)
         return keep * state + (1 - keep) * candidate
 
     def forward(self, state: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ Footguns:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,28 +24,25 @@ from cometlm.core.cache import CometCache
 from cometlm.core.cell import Cell
 from cometlm.core.compiling import compile_or_warn
 from cometlm.core.fixed_cache import FixedCache
-from cometlm.core.layout import ChunkLayout, check_cuts, plan, plan_cuts, take
+from cometlm.core.layout import ChunkLayout, Piece, RowCounts, Step, take
 from cometlm.core.memory import Comet, LayerMemoryWeights
-from cometlm.core.plan import Aside, Call, Scored, Told, Watch
+from cometlm.core.observer import ClosedChunk, Score, as_vector, from_vector
+from cometlm.core.plan import (
+    Budget,
+    Call,
+    ReadOptions,
+    Scored,
+    check_chunk_lengths,
+    plan_chunks,
+    plan_full_chunks,
+)
 from cometlm.core.pretrained_model import CometPreTrainedModel
-from cometlm.core.recompute import Recomputation, read_on, read_recomputed
+from cometlm.core.recompute import read_on, read_recomputed
 from cometlm.core.state import States
-from cometlm.core.text_batch import TextBatch, check_shape, documents
+from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels
+from cometlm.core.training_plan import TrainingPlan
 from cometlm.core.walk import Grid, through_layers
-
-
-class Chunking(Protocol):
-    """Says where the rows of a training batch are cut; see `train.chunk_plans`."""
-
-    def draw(self, rows: Sequence[Sequence[int]], size: int) -> Any:
-        """`cuts`, `stride` and `capacity` of a batch."""
-
-
-class SharedReading(Protocol):
-    """A way of reading a call together with other ranks."""
-
-    def read(self, model: CometModel, call: Call) -> tuple[list[Tensor], States]:
-        """What the steps leave that this rank has read, and the states after them."""
+from cometlm.core.watch import Watch
 
 
 @dataclass
@@ -53,26 +50,19 @@ class CometOutput(EitherName, BaseModelOutputWithPast):
     """What `CometModel` returns; with `Scored`, `summed` in place of `last_hidden_state`.
 
     Attributes:
-        summed: of the text.
-        aside_summed: of all asides; `asides` is how often the aside was read.
+        summed: [summed loss, labels that were the likeliest token] of the text.
+        observed: what an observer of the training plan added, by name.
     """
 
     summed: Tensor | None = None
-    aside_summed: Tensor | None = None
-    asides: int | None = None
+    observed: dict[str, Score] | None = None
 
 
 class CometModel(CometPreTrainedModel):
     """Reads text of any length and returns the last hidden state of every text token.
 
     Attributes:
-        recomputation: how a training step saves memory, or None to keep the whole graph; what
-            `activation_checkpointing_enable()` sets.
-        truncate_after: while training, gradients reach back at most this many chunks; 0 is all.
-        chunking: where training samples are cut, unless a chunk is open; None cuts them as reading
-            does.
-        pipeline: reads each sample together with other ranks; see `parallel.pipeline`.
-        memory_frozen: train without the memory's weights; otherwise that is an error.
+        training_plan: how it reads while it is trained.
     """
 
     def __init__(self, config: CometModelConfig, parts: Parts) -> None:
@@ -84,11 +74,7 @@ class CometModel(CometPreTrainedModel):
         self.rotary_emb = parts.rotary
         self.comet = _new_comet(parts, sizes)
         self._tables = RotaryTables(parts.rotary, config.text_config, parts.family)
-        self.recomputation: Recomputation | None = None
-        self.truncate_after = 0
-        self.chunking: Chunking | None = None
-        self.memory_frozen = False
-        self.pipeline: SharedReading | None = None
+        self.training_plan = TrainingPlan()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -106,17 +92,11 @@ class CometModel(CometPreTrainedModel):
         attention_mask: Tensor | None = None,
         past_key_values: CometCache | None = None,
         use_cache: bool | None = None,
+        chunk_size: int | None = None,
         stride: int | None = None,
         capacity: int | None = None,
-        more_text: bool = False,
-        cuts: Sequence[Sequence[int]] | None = None,
-        hidden_to_keep: int = 0,
-        position_ids: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
         scored: Scored | None = None,
-        aside: Aside | None = None,
-        told: Told | None = None,
-        **kwargs: Any,
+        **options: Unpack[ReadOptions],
     ) -> CometOutput:
         """Read text, folding every full chunk into memory.
 
@@ -126,103 +106,105 @@ class CometModel(CometPreTrainedModel):
                 contiguous, padding may stand left or right.
             past_key_values: what an earlier call returned; left as it was. `cache` is another name.
             use_cache: return a cache. Default: the config's, but not while training.
+            chunk_size: text tokens per chunk in this call. Default: the config's. It must not be
+                less than what an open chunk holds.
             stride: compression stride of this call. Default: the config's.
             capacity: temporary memory slots from the next fold on. Default: the config's.
-            more_text: more text follows, so a chunk that ends full is closed in the same step; with
-                `cuts` the last chunk is closed, however short it is.
-            cuts: text tokens of each row's chunks, in order, instead of full ones and a rest
-                (SPEC §5). Only where the past has no open chunk.
-            hidden_to_keep: how many last hidden states are wanted; 0 is all. A long prompt of
-                which only the end counts then holds no more than a chunk.
-            position_ids: [1, N] where one row holds several documents: they start again at 0 with
-                each, and so does the memory. With an `attention_mask` they are not looked at.
-            cu_seq_lens_q: [documents + 1] where those documents begin and the last one ends.
             scored: reduce each chunk's hidden states at once instead of returning them all.
-            aside: with `scored`: also read and score this from forks of the memory.
-            told: with `scored`: also score what readout tokens say.
+            options: see `ReadOptions`.
 
         Returns:
             `last_hidden_state` [B, N or fewer, D] aligned with (the end of) `input_ids`, or
             `summed`; and `past_key_values`.
 
         Raises:
-            ValueError: no tokens, ids outside the vocabulary, a mask with holes, cuts that are not
-                of these rows, a cache of another batch, a budget that exceeds the backbone's
-                positions, positions that are not those of packed documents, training with a
-                frozen memory.
+            ValueError: no tokens, ids outside the vocabulary, a mask with holes, chunk lengths that
+                are not of these rows, a cache of another batch, a budget that exceeds the
+                backbone's positions, positions that are not those of packed documents, training
+                with a frozen memory, an unknown option.
             FloatingPointError: a memory is not finite; names layer and chunk.
         """
-        _refuse_unknown(kwargs)
+        refuse_unknown(options)
         check_shape(input_ids)
         if self._learning:
             self._check_trainable()
-        if attention_mask is not None:
-            position_ids = None
-        if position_ids is not None or cu_seq_lens_q is not None:
+        budget: Budget = {"chunk_size": chunk_size, "stride": stride, "capacity": capacity}
+        position_ids = options.get("position_ids") if attention_mask is None else None
+        borders = options.get("cu_seq_lens_q")
+        if position_ids is not None or borders is not None:
             _refuse_past(past_key_values)
-            if aside is not None or told is not None:
-                raise ValueError(
-                    "forward() takes no aside, and nothing told, with packed documents"
-                )
-            found = documents(position_ids, cu_seq_lens_q, input_ids)
+            found = documents(position_ids, borders, input_ids)
             if len(found) > 1:
-                return self._read_packed(input_ids, found, stride, capacity, scored)
+                if self._learning and self.training_plan.observer is not None:
+                    raise ValueError("an observer takes no packed documents: give it rows")
+                return self._read_packed(input_ids, found, budget, scored)
         home = device_of(self.embed_tokens)
         text = TextBatch.of(input_ids, attention_mask, self.config.vocab_size, home)
         cache = self.cache_for(past_key_values, text.batch)
-        if cuts is not None:
-            check_cuts(cuts, text.lengths, cache.rows, self.config.comet_config.chunk_size)
-        elif self._learning and self.chunking is not None and not cache.is_open:
-            drawn = self.chunking.draw(text.rows(), self.config.comet_config.chunk_size)
-            cuts, stride, capacity = drawn.cuts, drawn.stride or stride, drawn.capacity or capacity
-        sizes = self.sizes_of_call(stride, capacity)
-        if aside is not None:
-            aside.check(text.batch, sizes.chunk_size)
-        if told is not None:
-            told.check(text.batch, sizes.global_slots)
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
+        steps, sizes = self._steps(text, cache, budget, options)
+        keep = options.get("hidden_to_keep", 0)
+        observer = self.training_plan.observer if self._learning and scored else None
         call = Call(
             text=text,
             cache=cache,
-            steps=plan_cuts(cuts, more_text)
-            if cuts
-            else plan(cache.rows, text.lengths, sizes.chunk_size, more_text),
+            steps=steps,
             sizes=sizes,
-            reach=self._reach(cache, sizes),
-            first=max(0, text.width - hidden_to_keep) if hidden_to_keep else 0,
+            max_positions=self._max_positions(cache, sizes),
+            first=max(0, text.width - keep) if keep else 0,
             use_cache=use_cache,
             scored=scored,
-            aside=aside,
-            told=told,
-            aside_text=aside and TextBatch.of(aside.ids, None, self.config.vocab_size, home),
+            observer=observer,
         )
         kept, after = self._walk(call)
-        past = cast("Any", after if use_cache else None)
+        past = {CACHE: cast("Any", after if use_cache else None)}
         if scored is not None:
-            return _summed(kept, call.asides, past)
+            total = torch.stack(kept).sum(0)
+            observed = from_vector(total[2:], observer.losses) if observer else None
+            return CometOutput(summed=total[:2], observed=observed, **past)
         wanted = [
             (step, out) for step, out in zip(call.steps, kept, strict=True) if call.wants(step)
         ]
-        hidden = text.aligned(wanted, call.first)
-        return CometOutput(last_hidden_state=hidden, **{CACHE: past})
+        return CometOutput(last_hidden_state=text.aligned(wanted, call.first), **past)
+
+    def _steps(
+        self,
+        text: TextBatch,
+        cache: CometCache,
+        budget: Budget,
+        options: ReadOptions,
+    ) -> tuple[list[Step], CometConfig]:
+        """The steps of a call, and the sizes that it reads with."""
+        lengths = options.get("chunk_lengths")
+        sizes = self.sizes_of_call(**budget)
+        chunking = self.training_plan.chunking if self._learning else None
+        if lengths is not None:
+            check_chunk_lengths(lengths, text.lengths, cache.rows, sizes.chunk_size)
+        elif chunking is not None and not cache.is_open:
+            drawn = chunking.draw(text.rows(), sizes.chunk_size)
+            lengths = drawn.chunk_lengths
+            sizes = self.sizes_of_call(
+                sizes.chunk_size, drawn.stride or sizes.stride, drawn.capacity or sizes.capacity
+            )
+        close_last = options.get("close_last", False)
+        if lengths is not None:
+            return plan_chunks(lengths, close_last), sizes
+        steps = plan_full_chunks(cache.rows, text.lengths, sizes.chunk_size, close_last)
+        return steps, sizes
 
     def _read_packed(
         self,
         ids: Tensor,
         found: Sequence[slice],
-        stride: int | None,
-        capacity: int | None,
+        budget: Budget,
         scored: Scored | None,
     ) -> CometOutput:
         """Each document of a packed row on its own, with a memory of its own."""
         outs = []
         for part in found:
             own = scored and scored._replace(labels=scored.labels[:, part])
-            out = self.forward(
-                ids[:, part], use_cache=False, stride=stride, capacity=capacity, scored=own
-            )
-            outs.append(out)
+            outs.append(self.forward(ids[:, part], use_cache=False, **budget, scored=own))
         if scored is not None:
             summed = torch.stack([out.summed for out in outs if out.summed is not None]).sum(0)
             return CometOutput(summed=summed)
@@ -235,13 +217,14 @@ class CometModel(CometPreTrainedModel):
 
     def _check_trainable(self) -> None:
         """Refuse to train round a memory that somebody froze without meaning to."""
-        if self.memory_frozen or any(p.requires_grad for p in self.comet.parameters()):
+        learns = any(p.requires_grad for p in self.comet.parameters())
+        if learns or self.training_plan.memory_frozen:
             return
         if any(p.requires_grad for p in self.parameters()):
             raise ValueError(
                 "the memory is frozen but other weights are trained, so it would stay as untrained "
                 "as it is: use cometlm.lora_config(), which trains it beside LoRA, or say that it "
-                "is meant with model.model.memory_frozen = True"
+                "is meant with model.training_plan = TrainingPlan(memory_frozen=True)"
             )
 
     def compile_cells(self, **options: Any) -> bool:
@@ -295,68 +278,70 @@ class CometModel(CometPreTrainedModel):
 
     # --- one call ---------------------------------------------------------------------------
 
-    def sizes_of_call(self, stride: int | None, capacity: int | None) -> CometConfig:
+    def sizes_of_call(
+        self,
+        chunk_size: int | None = None,
+        stride: int | None = None,
+        capacity: int | None = None,
+    ) -> CometConfig:
         """The sizes that a call reads with: the config's, where it names no others.
 
         Raises:
             ValueError: they exceed the backbone's positions.
         """
         sizes = self.config.comet_config
-        if stride is None and capacity is None:
+        given = {"chunk_size": chunk_size, "stride": stride, "capacity": capacity}
+        changed = {name: value for name, value in given.items() if value is not None}
+        if not changed:
             return sizes
-        sizes = sizes.replace(
-            stride=sizes.stride if stride is None else stride,
-            capacity=sizes.capacity if capacity is None else capacity,
-        )
+        sizes = sizes.replace(**changed)
         sizes.check_positions(position_limit(self.config.text_config))
         return sizes
 
-    def _reach(self, cache: CometCache, sizes: CometConfig) -> int:
-        reach = cache.reach_under(sizes)
+    def _max_positions(self, cache: CometCache, sizes: CometConfig) -> int:
+        longest = cache.max_positions_under(sizes)
         limit = position_limit(self.config.text_config)
-        if limit is not None and reach > limit:
+        if limit is not None and longest > limit:
             raise ValueError(
-                f"stride={sizes.stride} and capacity={sizes.capacity} on top of what the cache "
-                f"holds make rows of {reach} positions, but the backbone has "
-                f"max_position_embeddings={limit}"
+                f"chunk_size={sizes.chunk_size}, stride={sizes.stride} and capacity="
+                f"{sizes.capacity} on top of what the cache holds make rows of {longest} "
+                f"positions, but the backbone has max_position_embeddings={limit}"
             )
-        return reach
+        return longest
 
     def _walk(self, call: Call) -> tuple[list[Tensor], CometCache]:
         """What each step leaves, in order, and the cache after all of them."""
         columns = call.cache.columns + call.text.width
-        if self.pipeline is not None:
-            kept, after = self.pipeline.read(self, call)
-            return kept, CometCache(after, call.rows, call.sizes, call.reach, columns)
-        grid, scored = self.grid(call.reach), call.scored
+        how = self.training_plan
+        if how.pipeline is not None:
+            kept, after = how.pipeline.read(self, call)
+            return kept, CometCache(after, call.rows, call.sizes, call.max_positions, columns)
+        grid, scored = self.grid(call.max_positions), call.scored
 
         def read(layout: ChunkLayout, states: States) -> tuple[Tensor, States]:
-            out, after = through_layers(grid, self.embedded(call, layout), layout, states)
-            if call.is_aside(layout):
-                after = states
-            elif layout.step is call.steps[-1] and not call.use_cache and call.aside is None:
-                after = ()  # nobody looks at it
-            elif scored is None and not call.wants(layout.step):
+            out, after = through_layers(grid, self.embedded(call.text, layout), layout, states)
+            if scored is None and not call.wants(layout.step):
                 return out.new_zeros(()), after
-            return self.scored(call, layout, out), after
+            kept = self.kept(call, layout, out, after)
+            if call.is_last(layout) and not call.use_cache:
+                after = ()  # nobody looks at it
+            return kept, after
 
-        layouts = call.layouts()
         states: States = call.cache.layers
-        args = (read, layouts, states)
-        cut = self.truncate_after if self._learning else 0
+        args = (read, call.layouts(), states)
+        truncate = how.truncate_after if self._learning else 0
         watch = Watch(give_back=not self._learning)
-        if self._learning and self.recomputation is not None:
+        if self._learning and how.recomputation is not None:
             own = [*self.parameters(), *(scored.parameters if scored else ())]
             wanted = list(dict.fromkeys(p for p in own if p.requires_grad))
-            kept, states = read_recomputed(*args, wanted, self.recomputation, watch, cut)
+            kept, states = read_recomputed(*args, wanted, how.recomputation, watch, truncate)
         else:
-            kept, states = read_on(*args, watch, cut)
+            kept, states = read_on(*args, watch, truncate)
         watch.end()
-        return kept, CometCache(states, call.rows, call.sizes, call.reach, columns)
+        return kept, CometCache(states, call.rows, call.sizes, call.max_positions, columns)
 
-    def embedded(self, call: Call, layout: ChunkLayout) -> Tensor:
+    def embedded(self, text: TextBatch, layout: ChunkLayout) -> Tensor:
         """Items [B, I, D] of one step: text, compression and readout tokens in their order."""
-        text, _ = call.text_of(layout)
         embedded: Tensor = self.embed_tokens(text.piece(layout))
         if not (any(layout.compressions) or layout.closes):
             return embedded
@@ -368,40 +353,95 @@ class CometModel(CometPreTrainedModel):
             parts.append(rows[None].expand(batch, -1, -1))
         return take(torch.cat(parts, dim=1), layout.order)
 
-    def scored(self, call: Call, layout: ChunkLayout, out: Tensor) -> Tensor:
-        """The last layer's outputs [B, I, D] of a step as what is wanted: text, or its score."""
-        hidden: Tensor = self.norm(take(out, layout.text_index.to(out.device)))
-        text, labels = call.text_of(layout)
-        if call.scored is None or labels is None:
+    def kept(self, call: Call, layout: ChunkLayout, out: Tensor, after: States) -> Tensor:
+        """The last layer's outputs [B, I, D] of a step as what is wanted: text, or its scores.
+
+        Args:
+            after: every layer's state after the step, for an observer.
+
+        Returns:
+            Hidden states [B, n, D]; or [2], and three numbers for each loss of an observer.
+        """
+        hidden = self._normed(out, layout.text_index)
+        if call.scored is None:
             return hidden
-        score = call.scored.score(hidden, text.labels(labels, layout))
-        if call.told is None or call.is_aside(layout):
+        score = call.scored.score(hidden, call.text.labels(call.scored.labels, layout))
+        if call.observer is None:
             return score
-        wanted = call.told.of(layout).to(score.device)
-        count = (wanted != -100).sum().to(score.dtype)
-        loss = score.new_zeros(())
-        if count:
-            said: Tensor = self.norm(take(out, layout.readout_index.to(out.device)))
-            loss = call.scored.score(said, wanted)[0]
-        return torch.cat([score, torch.stack([loss, count])])
+        found: Mapping[str, Score] = {}
+        if layout.closes:
+            chunk = self._closed(call, layout, hidden, out, after)
+            found = call.observer.after_chunk(chunk)
+        return torch.cat([score, as_vector(found, call.observer.losses, score)])
+
+    def _closed(
+        self, call: Call, layout: ChunkLayout, hidden: Tensor, out: Tensor, after: States
+    ) -> ClosedChunk:
+        """What an observer sees of a chunk."""
+        assert call.scored is not None
+        rows, score = layout.counts_after(), call.scored.score
+
+        def scored(hidden: Tensor, labels: Tensor) -> Score:
+            loss, correct = score(hidden, labels).unbind()
+            return Score(loss, correct, (labels != -100).sum())
+
+        def read(ids: Tensor, labels: Tensor) -> Score:
+            fork = self._beside(call, rows, after, ids)
+            return scored(fork, next_labels(labels, None))
+
+        return ClosedChunk(
+            layout=layout,
+            rows=rows,
+            is_last=call.is_last(layout),
+            states=after,
+            text=hidden,
+            readout=self._normed(out, layout.readout_index),
+            score=scored,
+            read=read,
+        )
+
+    def _beside(
+        self, call: Call, rows: tuple[RowCounts, ...], states: States, ids: Tensor
+    ) -> Tensor:
+        """Last hidden states [B, A, D] of ids [B, A] read from these states, which stay.
+
+        Raises:
+            ValueError: ids of another batch, or more than the open chunks have room for.
+        """
+        room = call.sizes.chunk_size - max(row.text for row in rows)
+        if ids.dim() != 2 or len(ids) != len(rows) or not 1 <= ids.shape[1] <= room:
+            raise ValueError(
+                f"ids of a probe must be [{len(rows)}, 1 … {room}] (what a chunk has room for), "
+                f"got shape {tuple(ids.shape)}"
+            )
+        text = TextBatch.of(ids, None, self.config.vocab_size, device_of(self.embed_tokens))
+        layout = call.layout(rows, (Piece(0, text.width, close=False),) * text.batch)
+        embedded = self.embedded(text, layout)
+        out, _ = through_layers(self.grid(call.max_positions), embedded, layout, states)
+        return self._normed(out, layout.text_index)
+
+    def _normed(self, out: Tensor, index: Tensor) -> Tensor:
+        """Last hidden states of some items."""
+        hidden: Tensor = self.norm(take(out, index.to(out.device)))
+        return hidden
 
     @property
     def _width(self) -> int:
         return int(self.config.hidden_size)
 
-    def grid(self, reach: int) -> Grid:
-        """The layers, with rotary tables for rows of `reach` items."""
+    def grid(self, max_positions: int) -> Grid:
+        """The layers, with rotary tables for rows of so many items."""
         return Grid(
             cells=cast("Sequence[Cell]", self.cells),
             weights=cast("Sequence[LayerMemoryWeights]", self.comet.layers),
-            rotary=self._rotary(reach),
+            rotary=self._rotary(max_positions),
         )
 
-    def _rotary(self, reach: int) -> list[RotaryTable]:
+    def _rotary(self, max_positions: int) -> list[RotaryTable]:
         """Each layer's rotary table."""
         weight: Tensor = self.norm.weight  # type: ignore[assignment]
         like = torch.empty(0, dtype=weight.dtype, device=device_of(self.embed_tokens))
-        return self._tables.of(reach, like, [device_of(cell) for cell in self.cells])
+        return self._tables.of(max_positions, like, [device_of(cell) for cell in self.cells])
 
 
 def position_limit(config: Any) -> int | None:
@@ -432,23 +472,19 @@ def _refuse_past(past: CometCache | None) -> None:
         )
 
 
-def _summed(kept: Sequence[Tensor], asides: Sequence[bool], past: Any) -> CometOutput:
-    """Scores of the text's steps and of the asides among them, each summed."""
-    parts: dict[bool, list[Tensor]] = {False: [], True: []}
-    for score, is_aside in zip(kept, asides, strict=True):
-        parts[is_aside].append(score)
-    summed, beside = (torch.stack(part).sum(0) if part else None for part in parts.values())
-    return CometOutput(summed=summed, aside_summed=beside, asides=len(parts[True]), **{CACHE: past})
-
-
 # What callers pass along that says nothing new: `return_dict` is transformers' habit, the others
 # describe packed documents to kernels that are not used here.
 _SAID_ELSEWHERE = ("return_dict", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def _refuse_unknown(kwargs: dict[str, Any]) -> None:
-    """Refuse what would be ignored."""
-    for name, value in kwargs.items():
-        if name not in _SAID_ELSEWHERE and value is not None and value is not False:
+def refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Refuse what would be ignored.
+
+    Raises:
+        ValueError: names it.
+    """
+    for name, value in options.items():
+        known = name in _SAID_ELSEWHERE or name in ReadOptions.__annotations__
+        if not known and value is not None and value is not False:
             shown = f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else name
             raise ValueError(f"forward() does not take {shown}")

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from cometlm.config import CometConfig
 from cometlm.core.cache import CometCache
-from cometlm.core.layout import ChunkLayout, Piece, Step
-from cometlm.core.state import States
+from cometlm.core.layout import ChunkLayout, Piece, RowCounts, Step
+from cometlm.core.observer import ChunkObserver
 from cometlm.core.text_batch import TextBatch
-from cometlm.device import return_freed_memory
 
 
 class Scored(NamedTuple):
     """What a caller wants of the hidden states instead of the hidden states themselves.
 
     Attributes:
-        score: from one chunk's last hidden states [B, n, D] and labels [B, n] to a few numbers,
-            which are summed over all chunks. It is run again where chunks are.
+        score: from one chunk's last hidden states [B, n, D] and labels [B, n] to [summed loss,
+            labels that were the likeliest token]. It is run again where chunks are.
         labels: [B, N], -100 where there is nothing to score.
         parameters: what `score` uses.
     """
@@ -33,90 +31,34 @@ class Scored(NamedTuple):
     parameters: Sequence[nn.Parameter]
 
 
-class Aside(NamedTuple):
-    """Text that is read from forks of the memory, as a question is that is asked and forgotten.
+class Budget(TypedDict):
+    """Sizes of one call; None leaves the config's."""
+
+    chunk_size: int | None
+    stride: int | None
+    capacity: int | None
+
+
+class ReadOptions(TypedDict, total=False):
+    """What `CometModel.forward` takes beside what every call says.
 
     Attributes:
-        ids: [B, A] text tokens, no more than a chunk.
-        labels: [B, A], -100 where there is nothing to score.
-        since: [B] tokens of the call's text; asides follow those chunks by whose ends every row
-            has read so many. They grow rarer the further on: after the 1st of those chunks, the
-            2nd, 4th, 8th and so on, and after the last.
+        chunk_lengths: text tokens of each row's chunks, in order, instead of full ones and a rest
+            (SPEC §5). Only where the past has no open chunk.
+        close_last: more text follows, so a chunk that ends full is closed in the same step; with
+            `chunk_lengths` the last chunk is closed, however short it is.
+        hidden_to_keep: how many last hidden states are wanted; 0 is all. A long prompt of which
+            only the end counts then holds no more than a chunk.
+        position_ids: [1, N] where one row holds several documents: they start again at 0 with
+            each, and so does the memory. With an `attention_mask` they are not looked at.
+        cu_seq_lens_q: [documents + 1] where those documents begin and the last one ends.
     """
 
-    ids: Tensor
-    labels: Tensor
-    since: Tensor
-
-    def check(self, batch: int, chunk_size: int) -> None:
-        """Refuse an aside that does not fit a batch.
-
-        Raises:
-            ValueError: other shapes, or more tokens than a chunk.
-        """
-        shapes = [tuple(x.shape) for x in self]
-        width = shapes[0][-1]
-        if shapes != [(batch, width), (batch, width), (batch,)]:
-            raise ValueError(
-                f"an aside to {batch} rows needs ids and labels [{batch}, A] and since [{batch}], "
-                f"got {shapes}"
-            )
-        if width > chunk_size:
-            raise ValueError(
-                f"an aside must fit into one chunk of chunk_size={chunk_size}, got {width} tokens"
-            )
-
-
-class Told(NamedTuple):
-    """What readout tokens are to say, at the end of the chunk in which a part of the text ends.
-
-    Where a border cuts that part, its beginning can only come from the memory.
-
-    Attributes:
-        labels: [B, M], -100 where nothing is asked of a readout token.
-        until: [B] where in the call's text each row's part ends.
-        since: [B] where it begins; with `otherwise`.
-        otherwise: [B, M], the same as `labels` for chunks that hold nothing of that part; None asks
-            nothing of them there.
-    """
-
-    labels: Tensor
-    until: Tensor
-    since: Tensor | None = None
-    otherwise: Tensor | None = None
-
-    def check(self, batch: int, readout_tokens: int) -> None:
-        """Refuse labels and places of other shapes.
-
-        Raises:
-            ValueError: they do not fit the batch and the readout tokens.
-        """
-        shapes = [tuple(x.shape) for x in self if x is not None]
-        wanted = [(batch, readout_tokens), (batch,), (batch,), (batch, readout_tokens)]
-        if shapes != wanted[: 2 if self.otherwise is None else 4]:
-            raise ValueError(
-                f"{readout_tokens} readout tokens and {batch} rows need labels "
-                f"[{batch}, {readout_tokens}] and places [{batch}], got {shapes}"
-            )
-
-    def of(self, layout: ChunkLayout) -> Tensor:
-        """Labels [B, M] of one step."""
-        since = self.until if self.since is None else self.since
-        parts = zip(since.tolist(), self.until.tolist(), strict=True)
-        ends, apart = [], []
-        for (begin, end), row, piece in zip(parts, layout.rows, layout.step, strict=True):
-            first, last = row.tokens - row.text, row.tokens + piece.text
-            ends.append(piece.close and first < end <= last)
-            apart.append(piece.close and (end <= first or last <= begin))
-        labels = _only(self.labels, ends)
-        if self.otherwise is None:
-            return labels
-        return torch.maximum(labels, _only(self.otherwise, apart))
-
-
-def _only(labels: Tensor, rows: Sequence[bool]) -> Tensor:
-    """These rows of labels [B, M], and -100 in the others."""
-    return labels.masked_fill(~torch.tensor(rows, device=labels.device)[:, None], -100)
+    chunk_lengths: Sequence[Sequence[int]] | None
+    close_last: bool
+    hidden_to_keep: int
+    position_ids: Tensor | None
+    cu_seq_lens_q: Tensor | None
 
 
 @dataclass
@@ -125,10 +67,7 @@ class Call:
 
     Attributes:
         first: the first column whose hidden states are wanted.
-        aside: what is read beside the text, `aside_text` its tokens.
-        told: what is asked of readout tokens; each step's score is then followed by their summed
-            loss and their number.
-        asides: for each layout made so far, whether it was of the aside.
+        observer: what adds losses of its own, where labels are scored.
         rows: each row's counts after the layouts made so far.
     """
 
@@ -136,158 +75,110 @@ class Call:
     cache: CometCache
     steps: list[Step]
     sizes: CometConfig
-    reach: int
-    first: int
-    use_cache: bool
-    scored: Scored | None
-    aside: Aside | None = None
-    aside_text: TextBatch | None = None
-    told: Told | None = None
+    max_positions: int
+    first: int = 0
+    use_cache: bool = True
+    scored: Scored | None = None
+    observer: ChunkObserver | None = None
 
     def __post_init__(self) -> None:
         self.rows = self.cache.rows
-        # Rows count what was read since their memory began, the caller's places from here.
-        before = torch.tensor([row.tokens for row in self.rows])
-        if self.aside is not None:
-            self.aside = self.aside._replace(since=self.aside.since.cpu() + before)
-        if self.told is not None:
-            places = {"since": self.told.since, "until": self.told.until}
-            moved = {name: x.cpu() + before for name, x in places.items() if x is not None}
-            self.told = self.told._replace(**moved)
-        self.asides: list[bool] = []
-        self._aside_step: Step = ()
-        if self.aside is not None:
-            batch, width = self.aside.ids.shape
-            self._aside_step = (Piece(0, width, close=False),) * batch
 
     def layouts(self) -> Iterator[ChunkLayout]:
-        """Each step's layout, made when its turn comes; after some steps the aside's."""
-        passed = 0
+        """Each step's layout, made when its turn comes."""
         for step in self.steps:
-            layout = self._layout(step)
+            layout = self.layout(self.rows, step)
             self.rows = layout.counts_after()
-            self.asides.append(False)
             yield layout
-            if self.aside is None or not layout.closes or not self._due(self.aside):
-                continue
-            passed += 1
-            if passed.bit_count() == 1 or step is self.steps[-1]:
-                self.asides.append(True)
-                yield self._layout(self._aside_step)
 
-    def _layout(self, step: Step) -> ChunkLayout:
+    def layout(self, rows: tuple[RowCounts, ...], step: Step) -> ChunkLayout:
+        """The layout of a step of this call's text, or beside it, from these counts on."""
         device = self.text.ids.device
-        return ChunkLayout(self.sizes, self.rows, step, self.reach, device).shared()
+        return ChunkLayout(self.sizes, rows, step, self.max_positions, device).shared()
 
-    def _due(self, aside: Aside) -> bool:
-        since = aside.since.tolist()
-        return all(row.tokens >= least for row, least in zip(self.rows, since, strict=True))
-
-    def is_aside(self, layout: ChunkLayout) -> bool:
-        """Whether a layout is of the aside; its memory is then forgotten."""
-        return self.aside is not None and layout.step is self._aside_step
-
-    def text_of(self, layout: ChunkLayout) -> tuple[TextBatch, Tensor | None]:
-        """The text that a layout reads, and its labels if it is scored."""
-        if self.is_aside(layout):
-            assert self.aside is not None
-            assert self.aside_text is not None
-            return self.aside_text, self.aside.labels
-        return self.text, self.scored and self.scored.labels
+    def is_last(self, layout: ChunkLayout) -> bool:
+        """Whether nothing of the text follows a step."""
+        return layout.step is self.steps[-1]
 
     def wants(self, step: Step) -> bool:
         """Whether a step's hidden states are wanted."""
         return step is self.steps[-1] or self.text.reaches(step, self.first)
 
 
-class Watch:
-    """What follows every step of a call: a look at the memory that a chunk's end has written.
+# --- steps ----------------------------------------------------------------------------------
 
-    The CPU looks at once. On another device a look would wait for all work under way, so numbers
-    are fetched beside that work, and looked at when the next chunk ends, or the call does.
 
-    Args:
-        give_back: give freed memory back to the system; in training it is wanted again at once.
+def plan_full_chunks(
+    rows: Sequence[RowCounts], lengths: Sequence[int], chunk_size: int, close_last: bool = False
+) -> list[Step]:
+    """Cut `lengths[b]` new text tokens of each row into steps.
+
+    A chunk is closed when it is full and another token of its row arrives (SPEC §4); with
+    `close_last` the caller says that one will, so that a chunk that ends full is closed at once.
+
+    Raises:
+        ValueError: a row's open chunk is longer than `chunk_size`.
     """
-
-    def __init__(self, give_back: bool) -> None:
-        self._give_back = give_back
-        self._coming: _Sums | None = None
-
-    def __call__(self, layout: ChunkLayout, states: States) -> None:
-        """Look at what one step has written.
-
-        Raises:
-            FloatingPointError: a memory is not finite; names layer and chunk.
-        """
-        if not layout.closes:
-            return
-        if states:
-            self.end()
-            self._coming = _Sums.of(states, layout)
-            if self._coming is not None and self._coming.event is None:
-                self.end()
-        if self._give_back:
-            return_freed_memory(layout.device)
-
-    def end(self) -> None:
-        """Look at what was fetched last.
-
-        Raises:
-            FloatingPointError: a memory is not finite; names layer and chunk.
-        """
-        if self._coming is not None:
-            coming, self._coming = self._coming, None
-            coming.check()
+    steps: list[Step] = []
+    used = [0] * len(rows)
+    open_text = [row.text for row in rows]
+    if max(open_text) > chunk_size:
+        raise ValueError(
+            f"chunk_size must be at least the open chunk's {max(open_text)} tokens, got "
+            f"{chunk_size}"
+        )
+    while True:
+        step = []
+        for b, length in enumerate(lengths):
+            left = length - used[b]
+            text = min(chunk_size - open_text[b], left)
+            full = open_text[b] + text == chunk_size
+            close = full and (left > text or (close_last and length > 0))
+            step.append(Piece(used[b], text, close))
+            used[b] += text
+            open_text[b] = 0 if close else open_text[b] + text
+        if not any(piece.text or piece.close for piece in step):
+            return steps
+        steps.append(tuple(step))
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Sums of what a chunk wrote, some for each layer: not finite where a term is not.
+def plan_chunks(chunk_lengths: Sequence[Sequence[int]], close_last: bool = False) -> list[Step]:
+    """Steps of rows without an open chunk whose chunks hold so many text tokens each.
 
-    Attributes:
-        sums: on the CPU, or on their way there.
-        event: says when they are there; None: they are.
-        layers: how many.
-        chunk: which chunk, from 0 on.
+    Every chunk but a row's last is closed; with `close_last` that one too.
     """
+    starts = [list(accumulate(row, initial=0)) for row in chunk_lengths]
 
-    sums: Tensor
-    event: torch.Event | None
-    layers: int
-    chunk: int
+    def piece(b: int, t: int) -> Piece:
+        lengths = chunk_lengths[b]
+        if t >= len(lengths):
+            return Piece(starts[b][-1], 0, False)
+        return Piece(starts[b][t], lengths[t], close_last or t + 1 < len(lengths))
 
-    @classmethod
-    def of(cls, states: States, layout: ChunkLayout) -> _Sums | None:
-        """Sum what this chunk wrote: one pass, in which nothing of the memory's size is made."""
-        parts: list[Tensor] = []
-        for state in states:
-            written = (state.memory.state, *state.memory.entries[-1:])
-            parts.extend(x.detach().sum(dtype=torch.float32) for x in written if x is not None)
-        if not parts:
-            return None
-        sums = torch.stack([part.to(parts[0].device) for part in parts])
-        chunk = max(row.folds for row in layout.rows)
-        if sums.device.type == "cpu":
-            return cls(sums, None, len(states), chunk)
-        event = torch.Event(sums.device)
-        there = torch.empty(sums.shape, dtype=sums.dtype, device="cpu", pin_memory=True)
-        there.copy_(sums, non_blocking=True)
-        event.record(torch.accelerator.current_stream(sums.device))
-        return cls(there, event, len(states), chunk)
+    steps = range(max(map(len, chunk_lengths)))
+    return [tuple(piece(b, t) for b in range(len(chunk_lengths))) for t in steps]
 
-    def check(self) -> None:
-        """Look at them; waits for them alone.
 
-        Raises:
-            FloatingPointError: one is not finite.
-        """
-        if self.event is not None:
-            self.event.synchronize()
-        per_layer = len(self.sums) // self.layers
-        for i, total in enumerate(self.sums.tolist()):
-            if not math.isfinite(total):
-                raise FloatingPointError(
-                    f"the memory of layer {i // per_layer} is not finite (NaN or infinite) after "
-                    f"chunk {self.chunk}; the cache given to this call is unharmed"
-                )
+def check_chunk_lengths(
+    chunk_lengths: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    rows: Sequence[RowCounts],
+    chunk_size: int,
+) -> None:
+    """Refuse chunk lengths that do not fit the rows of a batch.
+
+    Raises:
+        ValueError: those of other rows, chunks longer than `chunk_size` or empty, an open chunk.
+    """
+    if [sum(row) for row in chunk_lengths] != list(lengths):
+        raise ValueError(
+            f"chunk_lengths must add up to the tokens of each row, {list(lengths)}, got "
+            f"{list(chunk_lengths)}"
+        )
+    wrong = [length for row in chunk_lengths for length in row if not 1 <= length <= chunk_size]
+    if wrong:
+        raise ValueError(f"chunk_lengths must lie in 1 … chunk_size={chunk_size}, got {wrong[0]}")
+    if open_rows := [b for b, row in enumerate(rows) if row.text]:
+        raise ValueError(
+            f"chunk_lengths need a past without open chunks, but row {open_rows[0]} has one"
+        )

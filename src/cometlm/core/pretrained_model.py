@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,7 @@ class CometPreTrainedModel(CheckpointingSwitches, AdapterMixin, PreTrainedModel)
     def is_activation_checkpointing(self) -> bool:
         """Whether chunks are recomputed in the backward pass."""
         model: Any = self.base_model
-        return model.recomputation is not None
+        return model.training_plan.recomputation is not None
 
     def _activation_checkpointing_enable(
         self,
@@ -54,9 +55,11 @@ class CometPreTrainedModel(CheckpointingSwitches, AdapterMixin, PreTrainedModel)
                 "every (chunks), truncate_after (chunks) and offload"
             )
         model: Any = self.base_model
-        model.recomputation = Recomputation(every, offload)
-        model.truncate_after = truncate
+        how = Recomputation(every, offload)
+        model.training_plan = replace(
+            model.training_plan, recomputation=how, truncate_after=truncate
+        )
 
     def _activation_checkpointing_disable(self) -> None:
         model: Any = self.base_model
-        model.recomputation = None
+        model.training_plan = replace(model.training_plan, recomputation=None)

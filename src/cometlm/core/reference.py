@@ -102,7 +102,7 @@ def _items(
 
 
 def _layer(
-    model: CometForCausalLM, layer: Any, index: int, row: Tensor, memory: int, reach: int
+    model: CometForCausalLM, layer: Any, index: int, row: Tensor, memory: int, max_positions: int
 ) -> Tensor:
     """One backbone layer over a whole row [1, S, D], under an explicit mask."""
     length = row.shape[1]
@@ -115,7 +115,7 @@ def _layer(
     bias = torch.zeros(length, length, dtype=row.dtype, device=row.device)
     bias = bias.masked_fill(~visible, -torch.inf)[None, None]
     # The table covers the longest possible row, so that length-dependent scalings see one length.
-    table = torch.arange(reach, device=row.device)[None]
+    table = torch.arange(max_positions, device=row.device)[None]
     rotary: Any = model.model.rotary_emb
     types: Any = getattr(model.config.text_config, "layer_types", None)
     per_type = isinstance(getattr(rotary, "rope_type", None), dict)

@@ -57,6 +57,7 @@ def walk_by_layer(
     states: Iterable[LayerState],
     leave: Callable[[LayerState], LayerState] = lambda state: state,
     recompute: bool = False,
+    note: Callable[[Sequence[LayerState]], None] = lambda states: None,
 ) -> tuple[list[Tensor], States]:
     """Layer after layer over a whole block of chunks: the order of the layer-level pipeline.
 
@@ -66,6 +67,7 @@ def walk_by_layer(
         states: each layer's state before the block; taken only when that layer's turn comes.
         leave: given each layer's state after the block as soon as it is there.
         recompute: as in `Cell.along`.
+        note: given each layer's states after every step, layer after layer.
 
     Returns:
         The last layer's outputs of every step, and what `leave` made of all layers' states.
@@ -76,6 +78,7 @@ def walk_by_layer(
         grid.cells, grid.weights, grid.rotary, states, strict=True
     ):
         moved = [x.to(rotary[0].device) for x in hidden]
-        hidden, state = cell.along(moved, state, layouts, rotary, weights, recompute)
-        after.append(leave(state))
+        hidden, states = cell.along(moved, state, layouts, rotary, weights, recompute)
+        after.append(leave(states[-1] if states else state))
+        note(states)
     return hidden, tuple(after)

@@ -1,7 +1,11 @@
-"""Real English texts by name, from where no hub is needed: Debian's packages, Python's sources.
+"""Corpora: real texts by name, from where no hub is needed.
 
-A text is a folder of plain files in the cache. Its packages are downloaded with `apt-get download`
-and unpacked there, never installed, so nobody needs to be root and nothing on the system changes.
+They are Debian's packages, Python's sources and files of your own. Packages are downloaded with
+`apt-get download` and unpacked into the cache, never installed, so nobody needs to be root and
+nothing on the system changes.
+
+To add a corpus, write a class with `files` in a file of its own and put one of it into `CORPORA`,
+or name it as an entry point of the group `cometlm.corpora`.
 """
 
 from __future__ import annotations
@@ -15,32 +19,118 @@ import subprocess
 import sysconfig
 import tempfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cometlm.checkpoints.backbones import cache_folder
+from cometlm.registry import Registry
 
 _CHARACTERS, _STRINGS = 9, 16  # of R's serialisation
 _LATIN1 = 1 << 14  # the same, in the flags of a string
 _OWN = "or name files of your own instead"
+_TEST = "-test"
+
+
+class Corpus(ABC):
+    """Plain text files under a name.
+
+    Attributes:
+        about: what it is, in one line.
+        held_out: names of files that are for tests only. They are the corpus NAME-test, and no part
+            of NAME.
+    """
+
+    about: str
+    held_out: tuple[str, ...] = ()
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """All of its files, held out or not, always in the same order; fetched if missing.
+
+        Raises:
+            OSError: they cannot be fetched.
+        """
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text that comes in packages.
+class DebianCorpus(Corpus):
+    """A text that comes in Debian's packages.
 
     Attributes:
+        name: of its folder in the cache.
         packages: Debian packages that hold it.
         write: from the folder that they were unpacked in to plain files in another.
-        about: what it is.
-        held_out: files that are for tests only. They are the text NAME-test, and no part of NAME.
+        about, held_out: see `Corpus`.
     """
 
+    name: str
     packages: tuple[str, ...]
     write: Callable[[Path, Path], None]
     about: str
     held_out: tuple[str, ...] = ()
+
+    def files(self) -> list[Path]:
+        """See `Corpus.files`."""
+        return sorted(self._folder().iterdir())
+
+    def _folder(self) -> Path:
+        """Where its files are kept, made if it is missing."""
+        folder = cache_folder() / "texts" / self.name
+        if folder.exists():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{self.name}-") as work:
+            unpacked, made = Path(work) / "unpacked", Path(work) / "made"
+            unpacked.mkdir()
+            made.mkdir()
+            for package in self.packages:
+                _unpack(package, self.name, unpacked)
+            self.write(unpacked, made)
+            self._check({file.name: file.stat().st_size for file in made.iterdir()})
+            try:
+                made.rename(folder)
+            except OSError:  # another process was faster; its copy is as good
+                if not folder.is_dir():
+                    raise
+        return folder
+
+    def _check(self, sizes: dict[str, int]) -> None:
+        """A held-out file under another name would be trained on unseen."""
+        missing = [file for file in self.held_out if file not in sizes]
+        if missing or not any(sizes.values()):
+            packages, lacking = " and ".join(self.packages), ", ".join(missing) or "any text"
+            raise OSError(f"what {packages} holds is not as expected: without {lacking}; {_OWN}")
+
+
+class StandardLibrary(Corpus):
+    """The sources of Python's standard library that is running."""
+
+    about = "the standard library's sources, program text that is here already"
+
+    def files(self) -> list[Path]:
+        """Without what others installed into its folder, and without its repetitive tests."""
+        root = Path(sysconfig.get_path("stdlib"))
+        others = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        return sorted(p for p in root.rglob("*.py") if not others & set(p.relative_to(root).parts))
+
+
+@dataclass(frozen=True)
+class PackageSources(Corpus):
+    """The sources of an installed package.
+
+    Attributes:
+        package: its name as it is imported.
+        about: see `Corpus`.
+    """
+
+    package: str
+    about: str
+
+    def files(self) -> list[Path]:
+        """None where the package is not installed."""
+        return _package(self.package)
 
 
 def _write_bible(unpacked: Path, target: Path) -> None:
@@ -68,60 +158,68 @@ def _write_austen(unpacked: Path, target: Path) -> None:
             (target / name).write_text("\n".join(lines), encoding="utf-8")
 
 
-TEXTS = {
-    "bible": Text(
+_OURS: dict[str, Corpus] = {
+    "bible": DebianCorpus(
+        "bible",
         ("bible-kjv", "bible-kjv-text"),
         _write_bible,
         "King James Bible, one file, 1.2M tokens",
     ),
-    "anarchism": Text(("anarchism",), _write_anarchism, "An Anarchist FAQ, essays, 2.8M tokens"),
-    "austen": Text(
+    "anarchism": DebianCorpus(
+        "anarchism", ("anarchism",), _write_anarchism, "An Anarchist FAQ, essays, 2.8M tokens"
+    ),
+    "austen": DebianCorpus(
+        "austen",
         ("r-cran-janeaustenr",),
         _write_austen,
         "six novels by Jane Austen, 1M tokens, two of them held out",
         held_out=("northanger_abbey.txt", "persuasion.txt"),
     ),
-    "perl": Text(("perl-doc",), _write_perl, "Perl's manual, 2M tokens"),
+    "perl": DebianCorpus("perl", ("perl-doc",), _write_perl, "Perl's manual, 2M tokens"),
+    "python": StandardLibrary(),
+    "transformers": PackageSources(
+        "transformers", "the sources of transformers, program text that is here already"
+    ),
 }
-SOURCES = ("python", "transformers")  # program text that is here already
+CORPORA: Registry[Corpus] = Registry("corpus", "cometlm.corpora", _OURS)
 
 
-def text_names() -> list[str]:
-    """The names that `text_files` knows."""
-    tests = [f"{name}-test" for name, text in TEXTS.items() if text.held_out]
-    return [*TEXTS, *tests, *SOURCES]
+def corpus_names() -> list[str]:
+    """The names that `corpus_files` knows; of other packages without their NAME-test."""
+    tests = [f"{name}{_TEST}" for name, corpus in _OURS.items() if corpus.held_out]
+    return [*CORPORA, *tests]
 
 
-def text_files(name: str | Path) -> list[Path]:
-    """The plain files of a text, always in the same order.
+def corpus_files(name: str | Path) -> list[Path]:
+    """The plain files of a corpus, always in the same order.
 
     Args:
-        name: one of `text_names()`: a text of `TEXTS`, fetched if it is missing ("austen" without
-            the held-out novels, "austen-test" those alone), or "python", the standard library's
-            sources. Else files of your own: one, a directory (hidden and binary files in it are
-            passed over) or a pattern like "notes/**/*.md". Else an installed package, its sources.
+        name: one of `CORPORA`, without what it holds out; NAME-test, that alone ("austen" without
+            the held-out novels, "austen-test" those). Else files of your own: one, a directory
+            (hidden and binary files in it are passed over) or a pattern like "notes/**/*.md".
+            Else an installed package, its sources.
 
     Raises:
         ValueError: a name that is nothing of these, or no files there.
-        OSError: a text that cannot be fetched.
+        OSError: a corpus that cannot be fetched.
     """
     wanted = str(name)
-    if wanted not in text_names():
-        files = _own_files(wanted)
-    elif wanted in SOURCES:
-        files = _standard_library() if wanted == "python" else _package(wanted)
+    base = wanted.removesuffix(_TEST)
+    if wanted in CORPORA:
+        files = _part(CORPORA[wanted], held_out=False)
+    elif base in CORPORA and CORPORA[base].held_out:
+        files = _part(CORPORA[base], held_out=True)
     else:
-        files = _fetched_files(wanted)
+        files = _own_files(wanted)
     if not files:
-        raise ValueError(f"text {wanted!r} has no files")
+        raise ValueError(f"corpus {wanted!r} has no files")
     return files
 
 
-def _fetched_files(name: str) -> list[Path]:
-    base = name.removesuffix("-test")
-    held_out = TEXTS[base].held_out
-    files = sorted(_fetched(base).iterdir())
-    return [file for file in files if (file.name in held_out) == (name != base)]
+
+
+def _part(corpus: Corpus, held_out: bool) -> list[Path]:
+    return [file for file in corpus.files() if (file.name in corpus.held_out) == held_out]
 
 
 def _own_files(name: str) -> list[Path]:
@@ -138,8 +236,8 @@ def _own_files(name: str) -> list[Path]:
     files = _package(name)
     if not files:
         raise ValueError(
-            f"{name!r} is no text: name a file, a directory, an installed package, or one of "
-            f"{', '.join(text_names())}"
+            f"{name!r} is no corpus: name a file, a directory, an installed package, or one of "
+            f"{', '.join(corpus_names())}"
         )
     return files
 
@@ -149,13 +247,6 @@ def _is_binary(path: Path) -> bool:
         return b"\0" in file.read(8192)
 
 
-def _standard_library() -> list[Path]:
-    """Without what others installed into its folder, and without tests, which repeat themselves."""
-    root = Path(sysconfig.get_path("stdlib"))
-    others = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    return sorted(p for p in root.rglob("*.py") if not others & set(p.relative_to(root).parts))
-
-
 def _package(name: str) -> list[Path]:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     roots = (spec and spec.submodule_search_locations) or ()
@@ -163,36 +254,6 @@ def _package(name: str) -> list[Path]:
 
 
 # --- fetching -----------------------------------------------------------------------------------
-
-
-def _fetched(name: str) -> Path:
-    """The folder of a text, made if it is missing."""
-    folder = cache_folder() / "texts" / name
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
-        unpacked, made = Path(work) / "unpacked", Path(work) / "made"
-        unpacked.mkdir()
-        made.mkdir()
-        for package in TEXTS[name].packages:
-            _unpack(package, name, unpacked)
-        TEXTS[name].write(unpacked, made)
-        _check(name, {file.name: file.stat().st_size for file in made.iterdir()})
-        try:
-            made.rename(folder)
-        except OSError:  # another process was faster; its copy is as good
-            if not folder.is_dir():
-                raise
-    return folder
-
-
-def _check(name: str, sizes: dict[str, int]) -> None:
-    """A held-out file under another name would be trained on unseen."""
-    missing = [file for file in TEXTS[name].held_out if file not in sizes]
-    if missing or not any(sizes.values()):
-        packages, lacking = " and ".join(TEXTS[name].packages), ", ".join(missing) or "any text"
-        raise OSError(f"what {packages} holds is not as expected: without {lacking}; {_OWN}")
 
 
 def _unpack(package: str, name: str, target: Path) -> None:

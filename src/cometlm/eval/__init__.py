@@ -1,1 +1,1 @@
-"""Measurements of what a model with memory can do."""
+"""Evaluation: tasks × methods × lengths; a run that was stopped goes on."""

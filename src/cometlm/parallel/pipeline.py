@@ -10,7 +10,7 @@ Legend: B batch, M readout tokens, D width, E width of an entry, P ranks of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from cometlm.config import CometConfig
 from cometlm.core.cell import Cell
@@ -28,7 +29,7 @@ from cometlm.core.memory import LayerMemory, LayerMemoryWeights
 from cometlm.core.state import LayerState, States
 from cometlm.core.walk import walk_by_layer
 from cometlm.parallel.blocks import balanced
-from cometlm.parallel.p2p import Like, Neighbour, join, receive, send
+from cometlm.parallel.p2p import Like, Neighbour, answering, join, receive, send
 
 if TYPE_CHECKING:
     from cometlm.core.model import CometModel
@@ -109,7 +110,7 @@ class Wave:
 
 
 class Pipeline:
-    """One rank's part in reading samples together; `CometModel.pipeline`.
+    """One rank's part in reading samples together; `TrainingPlan.pipeline`.
 
     Args:
         group: the ranks that share a sample.
@@ -135,39 +136,64 @@ class Pipeline:
             One score, the sum over the block's steps, and all layers' states after the block.
 
         Raises:
-            ValueError: a call that wants hidden states, a cache, an aside or something told; fewer
-                chunks than ranks where weights are sharded.
+            ValueError: a call that wants hidden states or a cache; sharded weights with fewer
+                chunks than ranks, or with an observer.
             PipelineError: another rank is lost.
         """
-        if call.scored is None or call.use_cache or call.aside is not None or call.told is not None:
+        if call.scored is None or call.use_cache:
             raise ValueError(
                 "ranks that share a sample each see a block of it: they take labels, return the "
-                "loss, no hidden states and no cache (use_cache=False), and take no aside"
+                "loss, no hidden states and no cache (use_cache=False)"
+            )
+        sharded = any(isinstance(cell, FSDPModule) for cell in model.cells)
+        if sharded and call.observer is not None:
+            raise ValueError(
+                "an observer's probes are passes that not every rank makes, which sharded weights "
+                "need: train it without shard_weights"
             )
         self.flush()  # what the last call sent is there, or this says who is lost
         layouts = list(call.layouts())
-        call.asides[1:] = []  # one score stands for all steps
-        block, onward = self._block(layouts, model.cells)
+        block, onward = self._block(layouts, sharded)
         reads_on = bool(block) and block.start > 0
         first = layouts[block.start if block else 0]
         wave = self.passing(model, call.sizes, first, block, self._left)
-        hidden = [model.embedded(call, layouts[t]) for t in block]
+        hidden = [model.embedded(call.text, layouts[t]) for t in block]
         mine = [layouts[t] for t in block]
         mine = _without_ended(mine) if reads_on else mine
+        by_layer: list[Sequence[LayerState]] = []
+        recompute = model.training_plan.recomputation is not None and torch.is_grad_enabled()
         outs, states = walk_by_layer(
-            model.grid(call.reach),
+            model.grid(call.max_positions),
             hidden,
             mine,
             wave.incoming() if reads_on else call.cache.layers,
             wave.outgoing(self._right) if onward else _stays,
-            recompute=model.recomputation is not None and torch.is_grad_enabled(),
+            recompute=recompute,
+            note=_forget if call.observer is None else by_layer.append,
         )
-        scores = [model.scored(call, one, out) for one, out in zip(mine, outs, strict=True)]
+        borders: Sequence[States] = list(zip(*by_layer, strict=True)) or [()] * len(mine)
+        scores = []
+        for layout, out, border in zip(mine, outs, borders, strict=True):
+            args = (call, layout, out, border)
+            again = recompute and call.observer is not None  # probes are forward passes too
+            scores.append(
+                checkpoint(model.kept, *args, use_reentrant=False) if again else model.kept(*args)
+            )
         wide = torch.promote_types(model.dtype, torch.float32)
-        nothing = torch.zeros(2, dtype=wide, requires_grad=True)
+        names = call.observer.losses if call.observer else ()
+        nothing = torch.zeros(2 + 3 * len(names), dtype=wide, requires_grad=True)
         total = torch.stack(scores).sum(0) if scores else nothing
         reached = _trained([*model.parameters(), *call.scored.parameters])
-        return [join(total, wave.ties, reached)], states
+        total = join(total, wave.ties, reached)
+        return [self._counted_by_all(total) if names else total], states
+
+    def _counted_by_all(self, total: Tensor) -> Tensor:
+        """The same with the counts of all ranks: what they add up to is a mean then."""
+        counts = total.detach()[4::3].clone()
+        with answering("the counts of all ranks"):
+            dist.all_reduce(counts, group=self.group)
+        places = torch.arange(4, len(total), 3, device=total.device)
+        return total.index_copy(0, places, counts)
 
     def flush(self) -> None:
         """Wait until all that this rank sent has arrived."""
@@ -175,14 +201,12 @@ class Pipeline:
             if neighbour is not None:
                 neighbour.flush()
 
-    def _block(
-        self, layouts: Sequence[ChunkLayout], cells: Iterable[nn.Module]
-    ) -> tuple[range, bool]:
+    def _block(self, layouts: Sequence[ChunkLayout], sharded: bool) -> tuple[range, bool]:
         """This rank's steps, and whether the next rank has any."""
         # What a step costs: its items go through the layer, its memory is attended to only.
         costs = [max(one.items) + max(one.items) * one.memory_width / 4096 for one in layouts]
         places = balanced(costs, self.ranks)
-        if len(layouts) < self.ranks and any(isinstance(cell, FSDPModule) for cell in cells):
+        if len(layouts) < self.ranks and sharded:
             raise ValueError(
                 f"with sharded weights every rank needs a chunk: {len(layouts)} chunks are too few "
                 f"for chunk_parallel={self.ranks}"
@@ -219,6 +243,10 @@ def _trained(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def _stays(state: LayerState) -> LayerState:
     """The last block's memory goes nowhere."""
     return state
+
+
+def _forget(states: Sequence[LayerState]) -> None:
+    """Nobody asks for the memory inside a block."""
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

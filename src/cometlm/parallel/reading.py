@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from cometlm.config import CometConfig
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.core.layout import ChunkLayout, Piece, plan_cuts
-from cometlm.core.plan import Call, Watch
+from cometlm.core.layout import ChunkLayout, Piece
+from cometlm.core.plan import Call, plan_chunks
 from cometlm.core.state import States
 from cometlm.core.text_batch import TextBatch
 from cometlm.core.walk import walk_by_layer
+from cometlm.core.watch import Watch
 from cometlm.parallel.p2p import Neighbour, answering
 from cometlm.parallel.pipeline import TIMEOUT, Wave, memory_at
 from cometlm.session.session import Session, SessionStats
@@ -137,8 +138,8 @@ class SharedSession(Session):
         if self._blocks % self._ranks == self._place:
             model, wave = self.model.model, self._wave(chunks)
             _, self._last = walk_by_layer(
-                model.grid(call.reach),
-                [model.embedded(call, layout) for layout in layouts],
+                model.grid(call.max_positions),
+                [model.embedded(call.text, layout) for layout in layouts],
                 layouts,
                 wave.incoming() if self._blocks else self._cache.layers,
                 wave.outgoing(self._right),
@@ -168,12 +169,9 @@ class SharedSession(Session):
                 self._tensor(list(ids)), None, self.model.config.vocab_size, self.model.device
             ),
             cache=self._cache,
-            steps=plan_cuts([[sizes.chunk_size] * full], more=True),
+            steps=plan_chunks([[sizes.chunk_size] * full], close_last=True),
             sizes=sizes,
-            reach=self._cache.reach_under(sizes),
-            first=0,
-            use_cache=True,
-            scored=None,
+            max_positions=self._cache.max_positions_under(sizes),
         )
 
     def _wave(self, chunks: int) -> Wave:
@@ -181,6 +179,6 @@ class SharedSession(Session):
         sizes, cache = self._sizes, self._cache
         step = (Piece(0, sizes.chunk_size, close=True),)
         device = self.model.device
-        first = ChunkLayout(sizes, cache.rows, step, cache.reach_under(sizes), device)
+        first = ChunkLayout(sizes, cache.rows, step, cache.max_positions_under(sizes), device)
         begin = cache.chunks_folded
         return Wave(self.model.model, sizes, first, range(begin, begin + chunks), self._left)

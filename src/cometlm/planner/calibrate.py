@@ -133,12 +133,12 @@ class _Bench:
             model.config.vocab_size, (1, chunks * sizes.chunk_size), generator=chance
         ).to(model.device)
         with torch.no_grad():
-            out = model.model(ids, use_cache=True, more_text=True, hidden_to_keep=1)
+            out = model.model(ids, use_cache=True, close_last=True, hidden_to_keep=1)
         cache = out.past_key_values
         step = (Piece(0, sizes.chunk_size, close=True),)
-        reach = cache.reach_under(sizes)
-        self.layout = ChunkLayout(sizes, cache.rows, step, reach, model.device)
-        self.grid: Grid = model.model.grid(reach)
+        max_positions = cache.max_positions_under(sizes)
+        self.layout = ChunkLayout(sizes, cache.rows, step, max_positions, model.device)
+        self.grid: Grid = model.model.grid(max_positions)
         self.cells = cast("Sequence[Cell]", self.grid.cells)
         self.states: Sequence[LayerState] = cache.layers
         width = (1, self.layout.items[0], model.config.hidden_size)

@@ -205,6 +205,32 @@ class Session:
             pass
         return written
 
+    @torch.no_grad()
+    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
+        """Log-probability, in nats, of each of these ids coming next; the session stays as it is.
+
+        Raises:
+            ValueError: nothing was read yet; otherwise as `read`.
+        """
+        self._check(ids)
+        fork = self.fork()
+        fork._end_text()
+        if not fork._open:
+            raise ValueError("nothing was read: there is nothing that ids could follow")
+        size = self.model.config.comet_config.chunk_size
+        found: list[float] = []
+        while len(found) < len(ids):
+            # What a chunk has room for; behind a full one, the token that closes it.
+            piece = list(ids[len(found) :][: max(1, size - len(fork._open))])
+            given = fork._tensor([*fork._open, *piece[:-1]])
+            out = self.model(
+                given, past_key_values=fork._cache, use_cache=True, logits_to_keep=len(piece)
+            )
+            of_ids = torch.tensor(piece, device=out.logits.device)[:, None]
+            found += out.logits[0].float().log_softmax(-1).gather(1, of_ids)[:, 0].tolist()
+            fork.read(piece)
+        return found
+
     def fork(self, *, without: Collection[str] = ()) -> Session:
         """A session that goes its own way from here; nothing is copied but the open chunk's ids.
 
@@ -281,8 +307,8 @@ class Session:
             self._tensor(self._open[:size]),
             past_key_values=self._cache,
             use_cache=True,
-            cuts=[[size]],
-            more_text=True,
+            chunk_lengths=[[size]],
+            close_last=True,
             hidden_to_keep=1,
         )
         self._cache = out.past_key_values.restarted()

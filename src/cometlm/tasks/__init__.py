@@ -1,8 +1,40 @@
 """Tasks: samples of one shape, to train on and to measure with."""
 
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
 from cometlm.registry import Registry
-from cometlm.tasks.base import Question, Sample, Task
+from cometlm.tasks.base import Question, Sample, Split, Task
+from cometlm.tasks.passkey import Passkey
 
-TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", {})
+TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", {"passkey": Passkey})
 
-__all__ = ["TASKS", "Question", "Sample", "Task"]
+
+def make_task(
+    name: str, tokenizer: Any, *, split: Split = "test", seed: int = 0, **options: Any
+) -> Task:
+    """The task of a name.
+
+    Args:
+        name: one of `TASKS`.
+        tokenizer, split, seed: see `Task`.
+        options: what else its class takes.
+
+    Raises:
+        ValueError: no task of that name, an option that it does not have, or a value that is out of
+            an option's bounds.
+    """
+    kind = TASKS.find(name)
+    parameters = inspect.signature(kind).parameters.values()
+    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"split", "seed"}
+    if unknown := options.keys() - known:
+        raise ValueError(
+            f"options of the task {name} are {', '.join(sorted(known)) or 'none'}, got "
+            f"{', '.join(sorted(unknown))}"
+        )
+    return kind(tokenizer, split=split, seed=seed, **options)
+
+
+__all__ = ["TASKS", "Question", "Sample", "Task", "make_task"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cometlm.session.chat_template import render_turn
+from cometlm.tasks.scoring import exact
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -84,8 +85,7 @@ class Task(ABC):
 
     def score(self, question: Question, said: str) -> dict[str, float]:
         """How good an answer is: figures between 0 and 1 by name; here, whether it is the same."""
-        right = any(_plain(said) == _plain(answer) for answer in question.answers)
-        return {"exact": float(right)}
+        return {"exact": exact(said, question.answers)}
 
     def rng(self, index: int) -> random.Random:
         """The generator that sample `index` is drawn with."""
@@ -123,8 +123,3 @@ def turn_ids(
 def asked_at_the_end(questions: Sequence[Question]) -> list[Question]:
     """Those of the questions that are asked when everything has been read."""
     return [question for question in questions if question.after is None]
-
-
-def _plain(text: str) -> str:
-    """Text without case, punctuation around it and white space."""
-    return " ".join(text.split()).strip(" .,;:!?\"'").casefold()

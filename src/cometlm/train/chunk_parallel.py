@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from itertools import cycle, islice
 from typing import Any
@@ -47,7 +48,8 @@ def share_samples(
         )
     check_alike(alike)
     mesh = make_mesh(ranks, model.device)
-    model.model.pipeline = Pipeline(mesh[CHUNK].get_group(), timeout)
+    pipeline = Pipeline(mesh[CHUNK].get_group(), timeout)
+    model.training_plan = replace(model.training_plan, pipeline=pipeline)
     return mesh
 
 
@@ -78,11 +80,12 @@ def average_gradients(model: CometForCausalLM, mesh: DeviceMesh) -> None:
 @contextmanager
 def alone(model: CometForCausalLM) -> Iterator[None]:
     """Every rank reads by itself while the context is open."""
-    pipeline, model.model.pipeline = model.model.pipeline, None
+    plan = model.training_plan
+    model.training_plan = replace(plan, pipeline=None)
     try:
         yield
     finally:
-        model.model.pipeline = pipeline
+        model.training_plan = plan
 
 
 class SharedBatches(Sampler[int]):

@@ -5,7 +5,8 @@ a plan for each row of a batch, and maybe another budget, from a generator of it
 draws depends on its seed and on how many batches came before, so a run that is resumed at the
 same batch draws the same.
 
-To add a plan, write a class with `cut` and put it into `PLANS`.
+To add a plan, write a class with `cut` and put it into `PLANS`, or name it as an entry point of the
+group `cometlm.plans`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
-Cut = list[int]
+from cometlm.registry import Registry
+
+Lengths = list[int]  # of one text's chunks, in order
 
 
 class ChunkPlan(ABC):
     """A way of cutting a text into chunks."""
 
+    @classmethod
+    def of(cls, tokenizer: Any) -> Self:
+        """The plan for a tokenizer's ids; most plans do not look at them."""
+        return cls()
+
     @abstractmethod
-    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Cut:
+    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Lengths:
         """Lengths of the chunks of one text, in order.
 
         Args:
@@ -39,7 +48,7 @@ class ChunkPlan(ABC):
 class Fixed(ChunkPlan):
     """Full chunks and a shorter rest: what reading does."""
 
-    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Cut:
+    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Lengths:
         """See `ChunkPlan.cut`."""
         full, rest = divmod(len(ids), size)
         return [size] * full + [rest] * (rest > 0)
@@ -48,7 +57,7 @@ class Fixed(ChunkPlan):
 class RightAligned(ChunkPlan):
     """A shorter chunk first, then full ones: the text's end is the end of a full chunk."""
 
-    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Cut:
+    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Lengths:
         """See `ChunkPlan.cut`."""
         return Fixed().cut(ids, size, rng)[::-1]
 
@@ -56,7 +65,7 @@ class RightAligned(ChunkPlan):
 class Uniform(ChunkPlan):
     """Chunks of one length, drawn between half the size and the size, that differ by 1 at most."""
 
-    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Cut:
+    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Lengths:
         """See `ChunkPlan.cut`."""
         count = math.ceil(len(ids) / rng.randint(max(1, size // 2), size))
         length, longer = divmod(len(ids), count)
@@ -75,9 +84,9 @@ class RandomSizes(ChunkPlan):
             raise ValueError(f"shortest must be more than 0 and at most 1, got {shortest}")
         self._shortest = shortest
 
-    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Cut:
+    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Lengths:
         """See `ChunkPlan.cut`."""
-        lengths: Cut = []
+        lengths: Lengths = []
         left = len(ids)
         while left:
             drawn = rng.randint(max(1, round(size * self._shortest)), size)
@@ -96,9 +105,14 @@ class SentenceEnds(ChunkPlan):
     def __init__(self, ends: Collection[int] = ()) -> None:
         self._ends = frozenset(ends)
 
-    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Cut:
+    @classmethod
+    def of(cls, tokenizer: Any) -> Self:
+        """See `ChunkPlan.of`."""
+        return cls(sentence_ends(tokenizer) if tokenizer is not None else ())
+
+    def cut(self, ids: Sequence[int], size: int, rng: random.Random) -> Lengths:
         """See `ChunkPlan.cut`."""
-        lengths: Cut = []
+        lengths: Lengths = []
         start = 0
         while len(ids) - start > size:
             # Not in a chunk's first quarter: many borders would come to stand close together.
@@ -109,13 +123,17 @@ class SentenceEnds(ChunkPlan):
         return [*lengths, len(ids) - start]
 
 
-PLANS: dict[str, type[ChunkPlan]] = {
-    "fixed": Fixed,
-    "right_aligned": RightAligned,
-    "random": RandomSizes,
-    "uniform": Uniform,
-    "sentence_ends": SentenceEnds,
-}
+PLANS: Registry[type[ChunkPlan]] = Registry(
+    "chunk plan",
+    "cometlm.plans",
+    {
+        "fixed": Fixed,
+        "right_aligned": RightAligned,
+        "random": RandomSizes,
+        "uniform": Uniform,
+        "sentence_ends": SentenceEnds,
+    },
+)
 PAPER = {"fixed": 0.6, "right_aligned": 0.1, "random": 0.2, "uniform": 0.05, "sentence_ends": 0.05}
 
 
@@ -124,11 +142,11 @@ class Drawn:
     """What one batch is read with.
 
     Attributes:
-        cuts: lengths of each row's chunks.
+        chunk_lengths: of each row.
         stride, capacity: the budget, or None for the model's own.
     """
 
-    cuts: list[Cut]
+    chunk_lengths: list[Lengths]
     stride: int | None = None
     capacity: int | None = None
 
@@ -173,25 +191,21 @@ class Chunking:
 
     @classmethod
     def of(
-        cls, weights: Mapping[str, float] | None = None, ends: Collection[int] = (), **options: int
+        cls, weights: Mapping[str, float] | None = None, tokenizer: Any = None, **options: Any
     ) -> Chunking:
         """Plans by their names in `PLANS`; default the paper's mixture.
 
         Args:
             weights: how often each plan is drawn.
-            ends: for "sentence_ends"; see there.
+            tokenizer: whose ids are cut; for "sentence_ends".
             options: further arguments of `Chunking`.
 
         Raises:
             ValueError: a name that is not in `PLANS`; as the class.
         """
-        plans: dict[str, tuple[ChunkPlan, float]] = {}
-        for name, weight in (PAPER if weights is None else weights).items():
-            if name not in PLANS:
-                raise ValueError(f"unknown chunk plan {name!r}; there are {', '.join(PLANS)}")
-            plan = SentenceEnds(ends) if name == "sentence_ends" else PLANS[name]()
-            plans[name] = (plan, weight)
-        return cls(plans, **options)  # type: ignore[arg-type]
+        drawn = {name: w for name, w in (PAPER if weights is None else weights).items() if w}
+        plans = {name: (PLANS.find(name).of(tokenizer), w) for name, w in drawn.items()}
+        return cls(plans, **options)
 
     def draw(self, rows: Sequence[Sequence[int]], size: int) -> Drawn:
         """Cut the rows of one batch.
@@ -203,16 +217,16 @@ class Chunking:
             rows: token ids of each row.
             size: the model's chunk size, which no chunk exceeds.
         """
-        chance = random.Random(f"{self.seed}/{self.batches}")
+        rng = random.Random(f"{self.seed}/{self.batches}")
         self.batches += 1
         plans, weights = zip(*self.plans.values(), strict=True)
-        (plan,) = chance.choices(plans, weights)
-        longest = min(size, chance.choice(self.sizes)) if self.sizes else size
-        stride = chance.choice(self.strides) if self.strides else None
-        capacity = chance.choice(self.capacities) if self.capacities else None
-        seed = chance.random()
-        cuts = [plan.cut(row, longest, random.Random(seed)) for row in rows]
-        return Drawn(cuts, stride, capacity)
+        (plan,) = rng.choices(plans, weights)
+        longest = min(size, rng.choice(self.sizes)) if self.sizes else size
+        stride = rng.choice(self.strides) if self.strides else None
+        capacity = rng.choice(self.capacities) if self.capacities else None
+        seed = rng.random()
+        lengths = [plan.cut(row, longest, random.Random(seed)) for row in rows]
+        return Drawn(lengths, stride, capacity)
 
 
 def sentence_ends(tokenizer: object) -> frozenset[int]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cometlm.checkpoints.backbones import Bits
-from cometlm.train.stages import ChunkSettings, Generated, Stage
+from cometlm.tasks import TASKS
+from cometlm.train.chunk_plans import PLANS
 
 Mode = Literal["memory", "lora", "full"]
-Say = Callable[[str], None]  # hears what a person should know of a run
+Log = Callable[[str], None]  # hears what a person should know of a run
 # Fields of trl's that a run has itself.
 _OURS = {
     "output_dir": "output",
@@ -46,6 +47,78 @@ class Recompute:
     every: int = 1
     offload: bool = False
     truncate_after: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkSettings:
+    """Where samples are cut: `chunk_plans.Chunking`. Without plans, as reading does.
+
+    Attributes:
+        plans: names in `PLANS`, and how often each is drawn.
+        sizes: longest chunks to draw from; the model's own if empty.
+        strides: to draw from; the model's own if empty.
+        capacities: to draw from; the model's own if empty.
+    """
+
+    plans: dict[str, float] = field(default_factory=lambda: {"fixed": 1.0})
+    sizes: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    capacities: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.plans:
+            PLANS.find(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Samples of tasks, drawn by chance: a run's training data instead of records.
+
+    Attributes:
+        tasks: names in `TASKS`, and how often each is drawn.
+        options: of each task, by its name.
+        steps: optimiser steps; each takes a batch for every group of ranks that share one, times
+            `trainer.gradient_accumulation_steps`.
+        tokens: shortest and longest context; each octave between them is as likely as any.
+        batch_tokens: tokens of one batch, which is as many samples of one length as fit.
+        ask: "end" asks questions at the end of the text. "probes" asks them on the way, each time
+            of a fork of the memory that is then forgotten: many answers for one reading.
+        text_share: share of each context that is learned as text beside the answers; a context
+            without questions is learned whole.
+        answer_weight: with "probes", what the answers' loss counts beside the text's.
+    """
+
+    tasks: dict[str, float]
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: int
+    tokens: tuple[int, int]
+    batch_tokens: int
+    ask: Literal["end", "probes"] = "end"
+    text_share: float = 0.0
+    answer_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, weight in self.tasks.items():
+            TASKS.find(name)
+            if weight < 0:
+                raise ValueError(f"mixture.tasks.{name} must be at least 0, got {weight}")
+        if not sum(self.tasks.values()):
+            raise ValueError(f"mixture.tasks needs one of more than 0, got {self.tasks}")
+        if unknown := set(self.options) - set(self.tasks):
+            raise ValueError(
+                f"mixture.options must be of the tasks {', '.join(self.tasks)}, got "
+                f"{', '.join(sorted(unknown))}"
+            )
+        shortest, longest = self.tokens
+        if not 0 < shortest <= longest:
+            raise ValueError(f"mixture.tokens must be [shortest, longest], got {list(self.tokens)}")
+        for name in ("steps", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"mixture.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.text_share <= 1:
+            raise ValueError(f"mixture.text_share must lie in 0 … 1, got {self.text_share}")
+        if self.answer_weight < 0:
+            raise ValueError(f"mixture.answer_weight must be at least 0, got {self.answer_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +157,12 @@ class TrainConfig:
         lora: the adapters that mode "lora" adds to a model without any; one that has some goes on
             with them as they are, and takes none here.
         records: training data, a file or a name that `data.read_records` takes; or
-        generated: samples made here.
-        evaluate: records to measure the loss on, as `records`; not with `generated`.
+        mixture: samples of tasks.
+        evaluate: records to measure the loss on, as `records`; not with `mixture`.
         chunks: where samples are cut.
         recompute: how a training step saves memory.
         compile: put cells through `torch.compile`, where it works.
-        seed: of a new memory, adapters, generated samples, chunk plans and the order of records.
+        seed: of a new memory, adapters, a mixture's samples, chunk plans and the order of records.
         learning_rate: of everything but the memory.
         memory_factor: the memory's learning rate, as a multiple of that.
         gate_factor: the gates' learning rate, as a multiple of the memory's. What a gate looks at
@@ -114,7 +187,7 @@ class TrainConfig:
     start: Start = Start()
     lora: LoraSettings | None = None
     records: str | None = None
-    generated: Generated | None = None
+    mixture: Mixture | None = None
     evaluate: str | None = None
     chunks: ChunkSettings = field(default_factory=ChunkSettings)
     recompute: Recompute = Recompute()
@@ -132,8 +205,8 @@ class TrainConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.records is None) == (self.generated is None):
-            raise ValueError("a run needs either records or generated, and not both")
+        if (self.records is None) == (self.mixture is None):
+            raise ValueError("a run needs either records or a mixture, and not both")
         if self.comet and self.sizes:
             raise ValueError("comet gives a new memory all of its sizes; leave sizes out")
         for name in ("learning_rate", "memory_factor", "gate_factor"):
@@ -157,14 +230,8 @@ class TrainConfig:
         for name, own in _OURS.items():
             if name in self.trainer:
                 raise ValueError(f"trainer.{name} is a field of the run itself: {own}")
-        if self.generated is not None:
-            if self.evaluate is not None:
-                raise ValueError("evaluate measures records: not with generated samples")
-            for name in (name for name in self.trainer if name.startswith("lr_scheduler")):
-                raise ValueError(f"trainer.{name} is for records: stages have a learning_rate each")
-        if self.chunk_parallel > 1 or self.shard_weights:
-            for stage in self.generated.stages if self.generated is not None else ():
-                self._check_shared(stage)
+        if self.mixture is not None and self.evaluate is not None:
+            raise ValueError("evaluate measures records: not with a mixture")
         recompute = self.recompute
         one_device = recompute.every > 1 or recompute.offload or recompute.truncate_after > 0
         if (self.chunk_parallel > 1 or self.shard_weights) and one_device:
@@ -176,25 +243,13 @@ class TrainConfig:
         if self.shard_weights:
             self._check_sharded()
 
-    def _check_shared(self, stage: Stage) -> None:
-        shared = f"chunk_parallel={self.chunk_parallel}, shard_weights={self.shard_weights}"
-        if stage.ask == "borders":
-            raise ValueError(
-                'stages.ask: "borders" reads from forks of the memory, which is not done with '
-                f'{shared}: use "end"'
-            )
-        if stage.history:
-            raise ValueError(
-                f"stages.history begins with memories that one device has read, not with {shared}"
-            )
-
     def _check_sharded(self) -> None:
-        stages = self.generated.stages if self.generated is not None else ()
+        probes = self.mixture is not None and self.mixture.ask == "probes"
         clashing = {
             "evaluate": self.evaluate is not None,
             "compile": self.compile,
             "quantization": self.quantization is not None,
-            "stages.gates": any(stage.gates is not None for stage in stages),
+            'mixture.ask "probes"': probes,
         }
         for name in (name for name, is_set in clashing.items() if is_set):
             raise ValueError(f"{name} needs whole weights on each rank: not with shard_weights")

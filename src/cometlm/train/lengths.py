@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.train.config import Say, TrainConfig
+from cometlm.train.config import Log, TrainConfig
 
 
 def _lengths(dataset: Any) -> list[int]:
@@ -19,7 +19,7 @@ def check_lengths(
     dataset: Any,
     config: TrainConfig,
     model: CometForCausalLM | None = None,
-    say: Say = print,
+    log: Log = print,
 ) -> None:
     """Refuse what would be cut unasked, and warn where there is nothing to remember.
 
@@ -43,28 +43,26 @@ def check_lengths(
                 "cut their ends off"
             )
     if model is not None:
-        warn_of_single_chunks(max(lengths), config, model, say)
+        warn_of_single_chunks(max(lengths), config, model, log)
 
 
 def warn_of_single_chunks(
-    longest: int, config: TrainConfig, model: CometForCausalLM, say: Say
+    longest: int, config: TrainConfig, model: CometForCausalLM, log: Log
 ) -> None:
     """Warn where there is nothing to remember, for samples of at most `longest` tokens."""
-    own = (model.config.comet_config.chunk_size,)
-    stages = config.generated.stages if config.generated is not None else (config,)
-    size = min(min((one.chunks or config.chunks).sizes or own) for one in stages)
+    size = min(config.chunks.sizes or (model.config.comet_config.chunk_size,))
     if longest <= size:
-        say(
+        log(
             f"warning: no sample is longer than one chunk ({size} tokens; the longest has "
             f"{longest}), so the memory is never read and learns nothing"
         )
 
 
-def tell_cuts(dataset: Any, config: TrainConfig, records: int, say: Say) -> None:
-    """Say how many samples lost their ends, and how many all that was to be learned."""
+def tell_cuts(dataset: Any, config: TrainConfig, records: int, log: Log) -> None:
+    """Log how many samples lost their ends, and how many all that was to be learned."""
     cut = sum(length == config.max_length for length in _lengths(dataset))
     if cut or len(dataset) < records:
-        say(
+        log(
             f"{cut} of {records} samples end at max_length={config.max_length}, and "
             f"{records - len(dataset)} had nothing to learn before it and are left out"
         )

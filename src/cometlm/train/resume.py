@@ -11,10 +11,9 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS
-from cometlm.train.config import LoraSettings, Say, TrainConfig
+from cometlm.train.config import Log, LoraSettings, TrainConfig
 from cometlm.train.config_file import config_of
-from cometlm.train.stage_start import FITTED
-from cometlm.train.trainer import STATE, steps_done
+from cometlm.train.trainer import STATE
 
 SETTINGS = "train.json"
 EARLIER = "earlier"  # folders in the output for what stood there before a restart
@@ -30,9 +29,7 @@ _FREE_OF_TRL = (
 
 
 def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
-    """Refuse to go on from a checkpoint of another configuration.
-
-    Stages that have not begun, and the steps that one has left, may be others.
+    """Refuse to go on from a checkpoint of another configuration; it may have more steps left.
 
     Raises:
         ValueError: names the fields that differ, with both values.
@@ -52,8 +49,7 @@ def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
             "--restart to begin anew, or another output"
         ) from error
     now = json.loads(json.dumps(config.to_dict()))
-    done = steps_done(checkpoint)
-    before, now = _decisive(before, done), _decisive(now, done)
+    before, now = _decisive(before), _decisive(now)
     differing = [
         f"{name}: was {before.get(name)!r}, is {now[name]!r}"
         for name in now
@@ -66,15 +62,14 @@ def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
         )
 
 
-def set_aside(output: Path, say: Say = print) -> None:
+def set_aside(output: Path, log: Log = print) -> None:
     """Move what an earlier run left into a folder beside the new one's files, settings last.
 
     Raises:
         OSError: it cannot be moved.
     """
     parts = (WEIGHTS, "config.json", BACKBONE, LORA, STATE, SETTINGS)
-    several = (f"{PREFIX_CHECKPOINT_DIR}-*", FITTED.format("*"))
-    left = [path for names in several for path in sorted(output.glob(names))]
+    left = sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     left += [output / part for part in parts]
     left = [path for path in left if path.exists()]
     if not left:
@@ -84,17 +79,14 @@ def set_aside(output: Path, say: Say = print) -> None:
     folder.mkdir()
     for path in left:
         path.rename(folder / path.name)
-    say(f"what {output} held is in {folder} now")
+    log(f"what {output} held is in {folder} now")
 
 
-def _decisive(settings: dict[str, Any], done: int) -> dict[str, Any]:
-    """What the first `done` steps were learned by, of a run's settings."""
-    stages = _begun(settings["generated"]["stages"], done) if settings["generated"] else []
-    # Where batches begin behind a history, that is read again at each checkpoint.
-    free = _FREE - {"save_steps"} if any(stage["history"] for stage in stages) else _FREE
-    settings = {name: value for name, value in settings.items() if name not in free}
-    if settings["generated"]:
-        settings["generated"] = {**settings["generated"], "stages": stages}
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """What steps are learned by, of a run's settings."""
+    settings = {name: value for name, value in settings.items() if name not in _FREE}
+    if settings["mixture"]:
+        settings["mixture"] = {n: v for n, v in settings["mixture"].items() if n != "steps"}
     usual = json.loads(json.dumps(dataclasses.asdict(LoraSettings())))
     settings["lora"] = (settings["lora"] or usual) if settings["mode"] == "lora" else None
     settings["recompute"] = settings["recompute"]["truncate_after"]
@@ -104,14 +96,3 @@ def _decisive(settings: dict[str, Any], done: int) -> dict[str, Any]:
         if not name.startswith(_FREE_OF_TRL)
     }
     return settings
-
-
-def _begun(stages: list[dict[str, Any]], done: int) -> list[dict[str, Any]]:
-    """The stages of the first `done` steps, the last of them as far as it went."""
-    begun = []
-    for stage in stages:
-        if done <= 0:
-            break
-        begun.append({**stage, "steps": min(stage["steps"], done)})
-        done -= stage["steps"]
-    return begun

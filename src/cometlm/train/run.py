@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,30 @@ from cometlm.data.records import read_records
 from cometlm.device import as_dtype
 from cometlm.model_loader import has_memory, load
 from cometlm.parallel.p2p import PipelineError
-from cometlm.train.batches import GeneratedBatches, chunking_of, collate
 from cometlm.train.chunk_plans import Chunking
-from cometlm.train.config import LoraSettings, Say, TrainConfig
-from cometlm.train.histories import Histories
+from cometlm.train.config import ChunkSettings, Log, LoraSettings, TrainConfig
 from cometlm.train.lengths import (
     check_enough_chunks,
     check_lengths,
     tell_cuts,
     warn_of_single_chunks,
 )
+from cometlm.train.mixture import MixtureBatches, collate
 from cometlm.train.resume import SETTINGS, check_same, set_aside
-from cometlm.train.stage_start import FreshOptimizer, StageStart, forget_gates
-from cometlm.train.start import global_memories, start_like
+from cometlm.train.start import start_like
 from cometlm.train.templates import generation_template
 from cometlm.train.trainable import lora_config, set_trainable
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
 
 def train(
-    config: TrainConfig, *, device: str | None = None, restart: bool = False, say: Say = print
+    config: TrainConfig, *, device: str | None = None, restart: bool = False, log: Log = print
 ) -> CometForCausalLM:
     """Train, going on from the last checkpoint in `config.output` if there is one.
 
     Args:
         restart: begin anew; what `config.output` holds of another run moves to a folder in it.
-        say: called with what a person should know.
+        log: called with what a person should know.
 
     Returns:
         The trained model, which is saved in `config.output`.
@@ -63,7 +61,7 @@ def train(
     checkpoint = None if restart else last_checkpoint(output)
     if checkpoint is not None:
         check_same(output, config, checkpoint)
-        say(f"going on from {checkpoint}")
+        log(f"going on from {checkpoint}")
     is_new = bool(config.comet) or not has_memory(config.model)
     if config.comet and config.model not in BUILT_IN and has_memory(config.model):
         raise ValueError(
@@ -90,11 +88,11 @@ def train(
     adapters = lora_config(lora.r, lora.alpha, lora.dropout, lora.modules)
     torch.manual_seed(config.seed)
     set_trainable(model, config.mode, adapters)
-    say(describe_trained(model))
+    log(describe_trained(model))
     if config.compile:
         model.model.train().compile_cells()
     try:
-        trainer = make_trainer(config, model, tokenizer, say)
+        trainer = make_trainer(config, model, tokenizer, log)
     except (RuntimeError, ImportError) as error:  # trl and its reporters: something is missing
         if isinstance(error, PipelineError):
             raise
@@ -102,24 +100,21 @@ def train(
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         if restart:
-            set_aside(output, say)
+            set_aside(output, log)
         write_whole(output / SETTINGS, json.dumps(config.to_dict(), indent=2).encode())
     if checkpoint is not None and 0 < trainer.args.max_steps <= steps_done(checkpoint):
-        say(f"all {trainer.args.max_steps} steps are done")
+        log(f"all {trainer.args.max_steps} steps are done")
         trainer.take(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    for memory in global_memories(model):
-        memory.gate_flips = 0.0  # the last stage's; who trains the model on may want none
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output / "trainer_state.json"))
-        forget_gates(output)
     return model
 
 
 def make_trainer(
-    config: TrainConfig, model: CometForCausalLM, tokenizer: Any, say: Say = print
+    config: TrainConfig, model: CometForCausalLM, tokenizer: Any, log: Log = print
 ) -> CometTrainer:
     """The trainer of a run, ready to start."""
     common: dict[str, Any] = {
@@ -131,30 +126,25 @@ def make_trainer(
         "shard_weights": config.shard_weights,
         "alike": {"the configuration": config.to_dict()},
     }
-    if config.generated is not None:
-        sizes, stages = model.config.comet_config, config.generated.stages
-        arguments = _arguments(config, model.device, steps=sum(stage.steps for stage in stages))
+    chunking = _chunking(config.chunks, tokenizer, config.seed)
+    common |= {"chunking": chunking, "whole": config.mode == "full"}
+    if config.mixture is not None:
+        mixture = config.mixture
+        arguments = _arguments(config, model.device, steps=mixture.steps)
         groups = max(1, arguments.world_size // config.chunk_parallel)
         per_step = arguments.gradient_accumulation_steps * groups
-        batches = GeneratedBatches(config.generated, tokenizer, config.seed, sizes, per_step)
+        batches = MixtureBatches(mixture, tokenizer, config.seed, per_step)
         batches.check()
-        warn_of_single_chunks(max(stage.tokens[1] for stage in stages), config, model, say)
-        histories = Histories(config.seed)
+        warn_of_single_chunks(mixture.tokens[1], config, model, log)
         return CometTrainer(
             **common,
             args=arguments,
             train_dataset=_as_dataset(batches),
             data_collator=collate,
-            chunking=_stage_chunking(config, batches, tokenizer),
-            rates=_stage_rates(config, batches),
-            before_step=StageStart(config, model, batches, histories, say),
-            memories=histories.of,
-            callbacks=[FreshOptimizer(batches)],
+            answer_weight=mixture.answer_weight,
             in_order=True,
-            whole=config.mode == "full",
         )
     assert config.records is not None
-    chunking = chunking_of(config.chunks, tokenizer, config.seed)
     records = read_records(config.records)
     arguments = _arguments(config, model.device)
     if "messages" in records.column_names and "assistant_only_loss" not in config.trainer:
@@ -165,12 +155,10 @@ def make_trainer(
             args=arguments,
             train_dataset=records,
             eval_dataset=read_records(config.evaluate) if config.evaluate else None,
-            chunking=lambda step: chunking,
-            whole=config.mode == "full",
         )
-    check_lengths(trainer.train_dataset, config, model, say)
+    check_lengths(trainer.train_dataset, config, model, log)
     if config.cut and not arguments.packing:
-        tell_cuts(trainer.train_dataset, config, len(records), say)
+        tell_cuts(trainer.train_dataset, config, len(records), log)
     if trainer.eval_dataset is not None:
         check_lengths(trainer.eval_dataset, config)
     check_enough_chunks(trainer.train_dataset, config, model.config.comet_config.chunk_size)
@@ -256,7 +244,7 @@ def _marked(tokenizer: Any) -> Iterator[None]:
         tokenizer.chat_template = own
 
 
-def _as_dataset(batches: GeneratedBatches) -> Dataset:
+def _as_dataset(batches: MixtureBatches) -> Dataset:
     """Batches as the kind of dataset that trl takes; each is made when it is asked for."""
 
     def make(columns: dict[str, list[int]]) -> dict[str, list[Any]]:
@@ -267,28 +255,13 @@ def _as_dataset(batches: GeneratedBatches) -> Dataset:
     return Dataset.from_dict({"batch": list(range(len(batches)))}).with_transform(make)
 
 
-def _stage_chunking(
-    config: TrainConfig, batches: GeneratedBatches, tokenizer: Any
-) -> Callable[[int], Chunking]:
-    """From a step to the chunk plans of its stage."""
-    made: dict[int, Chunking] = {}
-
-    def chunking(step: int) -> Chunking:
-        stage = batches.stage(step)
-        if id(stage) not in made:
-            settings = stage.chunks or config.chunks
-            made[id(stage)] = chunking_of(settings, tokenizer, config.seed)
-        return made[id(stage)]
-
-    return chunking
-
-
-def _stage_rates(config: TrainConfig, batches: GeneratedBatches) -> Callable[[int], float]:
-    """From a step to its stage's learning rate, as a share of the run's; with a warm-up."""
-
-    def share(step: int) -> float:
-        rate = batches.stage(step).learning_rate or config.learning_rate
-        warm = (step - batches.optimizer_start(step) + 1) / max(1, config.warmup)
-        return min(1.0, warm) * rate / config.learning_rate
-
-    return share
+def _chunking(settings: ChunkSettings, tokenizer: Any, seed: int) -> Chunking:
+    """The chunk plans that settings name."""
+    return Chunking.of(
+        settings.plans,
+        tokenizer,
+        seed=seed,
+        sizes=settings.sizes,
+        strides=settings.strides,
+        capacities=settings.capacities,
+    )

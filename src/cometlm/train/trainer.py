@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,6 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -32,7 +32,6 @@ from trl import SFTTrainer
 from cometlm.checkpoints.atomic_write import read_weights
 from cometlm.checkpoints.lora import load_lora
 from cometlm.checkpoints.memory import check_can_save
-from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.parallel.p2p import PipelineError, answering
 from cometlm.parallel.shard import gathered, gathered_state, shard, shard_state
@@ -44,6 +43,8 @@ from cometlm.train.chunk_parallel import (
     share_samples,
 )
 from cometlm.train.chunk_plans import Chunking
+from cometlm.train.mixture import probes_of
+from cometlm.train.probes import Questions
 from cometlm.train.trainable import parameter_groups
 
 STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
@@ -55,11 +56,8 @@ class CometTrainer(SFTTrainer):
     Args:
         memory_factor: the memory's learning rate as a multiple of the others'.
         gate_factor: the gates' learning rate as a multiple of the memory's.
-        chunking: from a step's number to the chunk plans of that step, or None for the model's.
-        rates: from a step's number to the learning rate as a share of `args.learning_rate`;
-            None for the schedule that `args` names.
-        before_step: called with each step's number before its first batch.
-        memories: from a batch's number and its rows to the memory that it begins with.
+        chunking: where samples are cut, or None for the model's own plan.
+        answer_weight: what the answers' loss counts beside the text's, where batches have probes.
         in_order: take the samples in their order.
         whole: save the backbone too, since it is trained.
         chunk_parallel: ranks that share each sample (`torchrun`), see `train.together`.
@@ -73,10 +71,8 @@ class CometTrainer(SFTTrainer):
         *,
         memory_factor: float = 5.0,
         gate_factor: float = 1.0,
-        chunking: Callable[[int], Chunking] | None = None,
-        rates: Callable[[int], float] | None = None,
-        before_step: Callable[[int], None] | None = None,
-        memories: Callable[[int, int], CometCache | None] | None = None,
+        chunking: Chunking | None = None,
+        answer_weight: float = 1.0,
         in_order: bool = False,
         whole: bool = False,
         chunk_parallel: int = 1,
@@ -86,9 +82,7 @@ class CometTrainer(SFTTrainer):
     ) -> None:
         self._factors = (memory_factor, gate_factor)
         self._chunking = chunking
-        self._rates = rates
-        self._before_step = before_step
-        self._memories = memories
+        self._answer_weight = answer_weight
         self._in_order = in_order
         self._whole = whole
         self._micro_steps = (-1, 0)  # the step, and how many of its batches came before this one
@@ -125,16 +119,6 @@ class CometTrainer(SFTTrainer):
             groups = parameter_groups(model, rate, memory, decay, gate)
             self.optimizer = kind(groups, **options)
         return cast("torch.optim.Optimizer", self.optimizer)
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> Any:
-        """The given rates, or the schedule that `args` names."""
-        if self._rates is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), self._rates)
-        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
         dataset = cast("Any", train_dataset or self.train_dataset)
@@ -177,10 +161,7 @@ class CometTrainer(SFTTrainer):
         self._inputs = inputs
         step = self.state.global_step
         self._micro_steps = (step, self._micro_steps[1] + 1 if self._micro_steps[0] == step else 0)
-        if self._before_step is not None and not self._micro_steps[1]:
-            with alone(self._comet):
-                self._before_step(step)
-        self._place_plans()
+        self._place_chunking()
         try:
             loss = cast("Tensor", super().training_step(model, inputs, *args))
             value = float(loss.detach())
@@ -208,13 +189,16 @@ class CometTrainer(SFTTrainer):
         """Nothing waits for the last batch of a step: each one's gradients are summed at once."""
         yield
 
-    def _place_plans(self) -> None:
+    def _place_chunking(self) -> None:
         """Draw as a run would that came here without a stop."""
         if self._chunking is None:
             return
-        chunking = self._chunking(self._micro_steps[0])
-        chunking.batches = self._batch
-        self._comet.model.chunking = chunking
+        self._chunking.batches = self._batch
+        self._plan(chunking=self._chunking)
+
+    def _plan(self, **changes: Any) -> None:
+        """Change the model's training plan."""
+        self._comet.training_plan = replace(self._comet.training_plan, **changes)
 
     @property
     def _batch(self) -> int:
@@ -238,9 +222,10 @@ class CometTrainer(SFTTrainer):
         """The model's own loss, which holds one chunk's logits, and its accuracy for the log."""
         mode = "train" if model.training else "eval"
         inputs = dict(inputs)
-        weight, told_weight = (inputs.pop(f"{name}_weight", None) for name in ("aside", "told"))
-        if mode == "train" and self._memories is not None:
-            inputs["past_key_values"] = self._memories(self._batch, len(inputs["input_ids"]))
+        probes = probes_of(inputs)
+        self._plan(observer=Questions(probes) if probes else None)
+        if probes:
+            inputs["close_last"] = True  # so that they are asked at the end of the text too
         together = nullcontext() if mode == "train" else alone(self._comet)
         with together:
             out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
@@ -251,21 +236,15 @@ class CometTrainer(SFTTrainer):
         loss = loss * sharing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
-        if out.aside_loss is not None:
-            self._metrics[mode]["text_loss"].append(float(out.loss.detach()))
-            self._metrics[mode]["answers_right"].append(float(out.aside_right))
-        # Means of this batch, so the gradients' own average over processes is what they need.
-        shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
-        for name, more, by in (
-            ("answer_loss", out.aside_loss, weight),
-            ("told_loss", out.told_loss, told_weight),
-        ):
-            if more is not None:
-                self._metrics[mode][name].append(float(more.detach()))
-                loss = loss + (1.0 if by is None else float(by)) * more / shares
+        for name, score in (out.observed or {}).items():
+            self._metrics[mode][name].append(float(score.mean.detach()) * sharing)
+            self._metrics[mode]["answers_right"].append(float(score.accuracy.detach()) * sharing)
+            # Means of this batch, so the gradients' own average is what they need.
+            shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self._answer_weight * score.mean * sharing / shares
         counted = (inputs["labels"][:, 1:] != -100).sum()
         right, counted = self.accelerator.gather_for_metrics(
-            torch.stack([out.right.to(counted.device) * sharing, counted])[None]
+            torch.stack([out.num_correct.to(counted.device) * sharing, counted])[None]
         ).sum(0)
         self._metrics[mode]["mean_token_accuracy"].append(float(right) / max(1, int(counted)))
         if mode == "train":

@@ -6,8 +6,8 @@ import zlib
 
 import pytest
 
-from cometlm.data import texts
-from cometlm.data.corpora import r_strings, text_files
+from cometlm.data import corpora
+from cometlm.data.corpora import CORPORA, Corpus, corpus_files, corpus_names, r_strings
 
 
 @pytest.fixture
@@ -55,29 +55,29 @@ def packages(monkeypatch):
         novels = ["EMMA", "PERSUASION", "Northanger Abbey"]
         (data / "Rdata.rdb").write_bytes(b"".join(r_object([title, "x"]) for title in novels))
 
-    monkeypatch.setattr(texts, "_unpack", unpack)
+    monkeypatch.setattr(corpora, "_unpack", unpack)
     return asked
 
 
 def test_held_out_files_are_a_text_of_their_own(cache, packages):
-    assert [path.name for path in text_files("austen")] == ["emma.txt"]
-    held_out = [path.name for path in text_files("austen-test")]
+    assert [path.name for path in corpus_files("austen")] == ["emma.txt"]
+    held_out = [path.name for path in corpus_files("austen-test")]
     assert held_out == ["northanger_abbey.txt", "persuasion.txt"]
     assert packages == ["r-cran-janeaustenr"]  # fetched once
     assert [path.name for path in cache.iterdir()] == ["austen"]  # and nothing left over
 
 
 def test_a_package_without_a_held_out_file_is_refused(cache, packages, monkeypatch):
-    monkeypatch.setattr(texts, "r_strings", lambda raw: iter([["EMMA"], ["PERSUASION"]]))
+    monkeypatch.setattr(corpora, "r_strings", lambda raw: iter([["EMMA"], ["PERSUASION"]]))
     with pytest.raises(OSError, match=r"without northanger_abbey\.txt; or name files of your own"):
-        text_files("austen")
+        corpus_files("austen")
     assert list(cache.iterdir()) == []
 
 
 def test_without_debian(cache, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(OSError, match=r"there is no apt-get here; name files of your own"):
-        text_files("bible")
+        corpus_files("bible")
 
 
 def test_files_of_ones_own(tmp_path):
@@ -86,23 +86,23 @@ def test_files_of_ones_own(tmp_path):
     for name in ("b.md", "sub/a.txt", ".git/config", ".hidden"):
         (tmp_path / name).write_text("words")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
-    names = [path.name for path in text_files(tmp_path)]
+    names = [path.name for path in corpus_files(tmp_path)]
     assert names == ["b.md", "a.txt"]
-    assert text_files(tmp_path / "b.md") == [tmp_path / "b.md"]
-    assert [path.name for path in text_files(f"{tmp_path}/**/*.txt")] == ["a.txt"]
+    assert corpus_files(tmp_path / "b.md") == [tmp_path / "b.md"]
+    assert [path.name for path in corpus_files(f"{tmp_path}/**/*.txt")] == ["a.txt"]
 
 
 def test_program_text(cache):
-    assert any(path.name == "argparse.py" for path in text_files("python"))
-    assert all(path.suffix == ".py" for path in text_files("transformers")[:50])
-    assert not any("site-packages" in path.parts for path in text_files("python"))
+    assert any(path.name == "argparse.py" for path in corpus_files("python"))
+    assert all(path.suffix == ".py" for path in corpus_files("transformers")[:50])
+    assert not any("site-packages" in path.parts for path in corpus_files("python"))
 
 
 def test_no_text_of_that_name(tmp_path):
-    with pytest.raises(ValueError, match=r"'nothing' is no text: .*bible, .*austen-test"):
-        text_files("nothing")
+    with pytest.raises(ValueError, match=r"'nothing' is no corpus: .*bible, .*austen-test"):
+        corpus_files("nothing")
     with pytest.raises(ValueError, match="has no files"):
-        text_files(f"{tmp_path}/*.txt")
+        corpus_files(f"{tmp_path}/*.txt")
 
 
 @pytest.mark.slow
@@ -111,7 +111,29 @@ def test_no_text_of_that_name(tmp_path):
 )
 def test_real_packages(cache, name, least):
     """Needs apt and its index, as CI has them."""
-    files = text_files(name)
+    files = corpus_files(name)
     assert sum(path.stat().st_size for path in files) > least
     if name == "bible":
         assert files[0].read_text().rstrip().endswith("Amen.")
+
+
+class Letters(Corpus):
+    about = "letters, one of them held out"
+    held_out = ("b.txt",)
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def files(self):
+        return sorted(self.folder.glob("*.txt"))
+
+
+def test_a_corpus_of_ones_own(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("words")
+    monkeypatch.setattr(CORPORA, "_known", dict(CORPORA._known))
+    CORPORA.add("letters", Letters(tmp_path))
+    assert corpus_files("letters") == [tmp_path / "a.txt"]
+    assert corpus_files("letters-test") == [tmp_path / "b.txt"]
+    assert "letters" in corpus_names()
+    assert all(corpus.about for corpus in CORPORA.values())

@@ -1,0 +1,157 @@
+"""`cometlm eval MODEL --task NAME --method NAME`: measure methods side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from cometlm.cli import options
+from cometlm.cli.console import UNTRAINED, err, is_untrained, out, silence_libraries
+from cometlm.device import as_dtype, readable_bytes
+from cometlm.eval.report import Line, summarize
+from cometlm.eval.runner import Answer, ResultsFile, evaluate
+from cometlm.methods import METHODS, Loader
+from cometlm.methods.comet import CometReader
+from cometlm.tasks import TASKS, make_task
+
+
+def eval_(
+    model: options.Model,
+    task: Annotated[str, typer.Option(help="What is asked: passkey, or another package's task.")],
+    method: Annotated[
+        list[str], typer.Option(help="How it is read: comet, full, truncate, window; repeatable.")
+    ],
+    tokens: Annotated[list[int], typer.Option(min=1, help="Length of a text; repeatable.")],
+    samples: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 20,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Of the task: key=value; repeatable.")
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that full, truncate and window may hold."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", help="Keep every answer here; the same command goes on in it."),
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="A line for each value of this, such as decile.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: what the right answer takes, and 16 more.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what the task draws.")] = 0,
+    chunk_size: options.ChunkSize = None,
+    readout_tokens: options.ReadoutTokens = None,
+    stride: options.Stride = None,
+    capacity: options.Capacity = None,
+    overlap: options.Overlap = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Ask a model about long texts, read in one way or another, and count what it gets right."""
+    chosen = dict(_key_and_value(text) for text in option or [])
+    for registry, names in ((TASKS, [task]), (METHODS, method)):
+        for name in names:
+            registry.find(name)  # before anything is loaded
+    silence_libraries()
+    sizes = {
+        "chunk_size": chunk_size,
+        "readout_tokens": readout_tokens,
+        "stride": stride,
+        "capacity": capacity,
+        "overlap": overlap,
+    }
+    given = {name: size for name, size in sizes.items() if size is not None}
+    loader = Loader(model, device, as_dtype(dtype), given)
+    made = make_task(task, loader.tokenizer, split="test", seed=seed, **chosen)
+    settings: dict[str, Any] = {
+        "model": model,
+        "sizes": given,
+        "dtype": str(loader.dtype),
+        "task": task,
+        "options": chosen,
+        "seed": seed,
+        "budget": budget,
+        "max_new_tokens": max_new_tokens,
+    }
+    results = ResultsFile(output)
+    found: dict[str, list[Answer]] = {}
+    try:
+        for name in dict.fromkeys(method):
+            err.print(f"loading {model} for {name} …", highlight=False, soft_wrap=True)
+            reader = METHODS[name].open(loader, budget)
+            if isinstance(reader, CometReader) and is_untrained(reader.session.model):
+                err.print(UNTRAINED, style="yellow")
+            own = {**settings, "method": name, "weights": loader.weights}
+            wanted = [one for one in results.answers(own) if _is_wanted(one, tokens, samples)]
+            found[name] = wanted
+            done = {one.place for one in wanted}
+            if done:
+                err.print(f"{name}: {len(done)} answers are known already", highlight=False)
+            for answer in evaluate(
+                reader, made, tokens, samples, done=done, max_new_tokens=max_new_tokens
+            ):
+                results.append(own, answer)
+                summarize([answer], by)  # refuse a field that is not there before hours have passed
+                wanted.append(answer)
+                err.print(_said(name, answer), highlight=False, soft_wrap=True)
+            del reader  # two models need not fit into memory
+    except KeyboardInterrupt:
+        kept = "the same command goes on" if output else "--out keeps answers, to go on from"
+        err.print(f"\ninterrupted; {kept}")
+        out.print(_table(found, by))
+        raise typer.Exit(130) from None
+    finally:
+        results.close()
+    out.print(_table(found, by))
+
+
+def _key_and_value(text: str) -> tuple[str, Any]:
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise ValueError(f"option must be key=value, got {text!r}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"option {key} must be a YAML value, got {value!r}") from error
+
+
+def _is_wanted(answer: Answer, tokens: list[int], samples: int) -> bool:
+    return answer.tokens in tokens and answer.index < samples
+
+
+def _said(method: str, answer: Answer) -> str:
+    said = answer.error or f"{answer.said!r} of {answer.answers[0]!r}"
+    scores = "  ".join(f"{name} {score:.2f}" for name, score in answer.scores.items())
+    return f"{method}  {answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}"
+
+
+def _table(found: dict[str, list[Answer]], by: str | None) -> Table:
+    lines = [(name, line) for name, answers in found.items() for line in summarize(answers, by)]
+    names = list(dict.fromkeys(score for _, line in lines for score in line.scores))
+    table = Table(title="mean and 95% interval", title_justify="left")
+    for column in ("method", "tokens", *([by] if by else []), "answers", *names, "held", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, line in lines:
+        group = [str(line.group)] if by else []
+        scores = [_score(line, score) for score in names]
+        rest = [readable_bytes(line.nbytes), f"{line.seconds:,.1f}"] if line.count else ["–", "–"]
+        table.add_row(name, f"{line.tokens:,}", *group, str(line.count), *scores, *rest)
+    errors = [f"{name}, {line.num_errors} ×: {line.error}" for name, line in lines if line.error]
+    if errors:
+        table.caption = Text("\n".join(errors))
+        table.caption_justify = "left"
+    return table
+
+
+def _score(line: Line, name: str) -> str:
+    if name not in line.scores:
+        return "–"
+    mean, low, high = line.scores[name]
+    return f"{mean:.2f} ({low:.2f}–{high:.2f})"

@@ -1,0 +1,230 @@
+"""The loop of an evaluation: a reader reads each sample and is asked; every answer is a row.
+
+Rows go to a JSON Lines file as they are done. A run that finds its own rows there makes only those
+that are missing, so the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from cometlm.methods.base import Reader, TooLongError
+from cometlm.tasks.base import Question, Sample, Task, turn_ids
+
+_SPARE = 16  # tokens that an answer may be longer than what it should be
+
+Place = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method said to one question.
+
+    Attributes:
+        tokens: most tokens of the context.
+        index: of the sample.
+        number: of the question in the sample, in the order in which they are given.
+        question: as it was asked.
+        answers: each of them is right.
+        said: what was answered.
+        scores: figures between 0 and 1 by name; none if there is an error.
+        nbytes: bytes that were held of the text when it was asked.
+        read_seconds: to read up to the question.
+        answer_seconds: to read the question and answer.
+        meta: the sample's.
+        error: why there is no answer, "" if there is one.
+    """
+
+    tokens: int
+    index: int
+    number: int
+    question: str
+    answers: list[str]
+    said: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    nbytes: int = 0
+    read_seconds: float = 0.0
+    answer_seconds: float = 0.0
+    meta: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def place(self) -> Place:
+        """What tells it from other answers of the same method to the same task."""
+        return self.tokens, self.index, self.number
+
+
+def evaluate(
+    empty: Reader,
+    task: Task,
+    tokens: Sequence[int],
+    samples: int,
+    *,
+    done: Collection[Place] = (),
+    max_new_tokens: int | None = None,
+) -> Iterator[Answer]:
+    """Each answer as it is given.
+
+    Args:
+        empty: a reader that has read nothing; it stays so.
+        task: whose samples are read.
+        tokens: lengths of contexts.
+        samples: of each length.
+        done: places of answers that are known already.
+        max_new_tokens: of an answer. Default: what the longest right one takes, and 16 more.
+
+    Raises:
+        ValueError: a bound of the task's; a sample without questions; a tokenizer without a chat
+            template.
+        OSError: as the task raises.
+    """
+    for length in tokens:
+        for index in range(samples):
+            sample = task.sample(index, length)
+            if not sample.questions:
+                raise ValueError(f"{type(task).__name__} must ask questions, got none in {index}")
+            numbers = range(len(sample.questions))
+            missing = [n for n in numbers if (length, index, n) not in done]
+            missing.sort(key=lambda n: _place_of(sample, sample.questions[n]))
+            yield from _asked(empty.fork(), task, sample, length, index, missing, max_new_tokens)
+
+
+def _place_of(sample: Sample, question: Question) -> int:
+    """Tokens of the context that are read before a question."""
+    return len(sample.context) if question.after is None else question.after
+
+
+def _asked(
+    reader: Reader,
+    task: Task,
+    sample: Sample,
+    tokens: int,
+    index: int,
+    numbers: Sequence[int],
+    max_new_tokens: int | None,
+) -> Iterator[Answer]:
+    """Answers to some questions about one sample, in the order of their places."""
+    read, seconds = 0, 0.0
+    for number in numbers:
+        question = sample.questions[number]
+        place = _place_of(sample, question)
+        known: dict[str, Any] = {"question": question.text, "answers": list(question.answers)}
+        known |= {"tokens": tokens, "index": index, "number": number, "meta": dict(sample.meta)}
+        start = time.perf_counter()
+        try:
+            reader.read(sample.context[read:place])
+            seconds += time.perf_counter() - start
+            read = place
+            nbytes = reader.nbytes
+            start = time.perf_counter()
+            said = answer_to(reader, question, max_new_tokens)
+        except TooLongError as error:
+            yield Answer(**known, error=str(error))
+            continue
+        took = time.perf_counter() - start
+        scores = task.score(question, said)
+        yield Answer(
+            **known,
+            said=said,
+            scores=scores,
+            nbytes=nbytes,
+            read_seconds=seconds,
+            answer_seconds=took,
+        )
+
+
+def answer_to(reader: Reader, question: Question, max_new_tokens: int | None = None) -> str:
+    """What a reader answers, greedily, in the tokenizer's chat template; it stays as it is.
+
+    Args:
+        max_new_tokens: see `evaluate`.
+
+    Raises:
+        TooLongError: there is no room for the question and the answer.
+    """
+    tokenizer = reader.tokenizer
+    turns = [turn_ids(tokenizer, question.text, answer) for answer in question.answers]
+    (asked, right), *_ = turns
+    end = right[-1]
+    longest = max(len(answer) for _, answer in turns)
+    said = reader.answer(
+        asked,
+        max_new_tokens=max_new_tokens or longest + _SPARE,
+        eos_token_id=sorted({end, tokenizer.eos_token_id} - {None}),
+    )
+    return said.removesuffix(tokenizer.decode([end])).strip()
+
+
+class ResultsFile:
+    """Rows of evaluations, of one run or of several; each is settings of its run and an answer.
+
+    Args:
+        path: a JSON Lines file, made if it is missing; None keeps the rows in this process.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._file: IO[bytes] | None = None
+        if path is not None:
+            self._file = path.open("a+b")
+            self._read(path)
+
+    def answers(self, settings: Mapping[str, Any]) -> list[Answer]:
+        """Those of the run with these settings."""
+        wanted = _plain(settings)
+        found = [row["answer"] for row in self._rows if row["settings"] == wanted]
+        return [Answer(**answer) for answer in found]
+
+    def append(self, settings: Mapping[str, Any], answer: Answer) -> None:
+        """Keep an answer, on disk before this returns.
+
+        Args:
+            settings: whatever the answer depends on, as JSON has it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        row = {"settings": _plain(settings), "answer": _plain(asdict(answer))}
+        self._rows.append(row)
+        if self._file is not None:
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self, path: Path) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        end = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break  # a process was killed while it wrote
+            try:
+                row = json.loads(line)
+                Answer(**row["answer"])
+                row["settings"].items()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path} must hold rows of evaluations, got {line[:60]!r}"
+                ) from error
+            self._rows.append(row)
+            end += len(line)
+        self._file.truncate(end)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they are read back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain

@@ -1,0 +1,19 @@
+"""Methods: ways to read a long text and answer about it, to be measured side by side."""
+
+from __future__ import annotations
+
+from cometlm.methods.base import Method, Reader, TooLongError
+from cometlm.methods.comet import Comet
+from cometlm.methods.full import Full
+from cometlm.methods.loader import Loader
+from cometlm.methods.truncate import Truncate
+from cometlm.methods.window import Window
+from cometlm.registry import Registry
+
+METHODS: Registry[type[Method]] = Registry(
+    "method",
+    "cometlm.methods",
+    {"comet": Comet, "full": Full, "truncate": Truncate, "window": Window},
+)
+
+__all__ = ["METHODS", "Loader", "Method", "Reader", "TooLongError"]

@@ -1,0 +1,181 @@
+"""Full attention: the plain backbone with its KV cache, which grows with every token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from cometlm.compat import CACHE
+from cometlm.methods.base import Method, Reader, TooLongError, generation_options
+from cometlm.methods.loader import Loader, max_positions
+
+_AT_A_TIME = 512  # tokens of a forward pass
+_APPENDING = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class Full(Method):
+    """Holds keys and values of all that was read; an error when its positions run out."""
+
+    @classmethod
+    def open(cls, loader: Loader, budget: int | None = None) -> CacheReader:
+        """See `Method.open`."""
+        model = loader.backbone()
+        return CacheReader(model, loader.tokenizer, smallest(budget, max_positions(model)))
+
+
+class CacheReader(Reader):
+    """A backbone and its KV cache.
+
+    The last token that was read waits outside the cache, so that what follows it can be computed
+    at any time.
+
+    Args:
+        model: the backbone.
+        tokenizer: its tokenizer.
+        limit: most tokens of the text, the question and the answer; None is any number.
+
+    Attributes:
+        piece: most tokens of one forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, limit: int | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.limit = limit
+        self.piece = _AT_A_TIME
+        self._cache = DynamicCache(config=model.config)
+        self._cached: list[int] = []  # ids whose keys and values are held
+        self._waiting: list[int] = []  # those behind them
+
+    def read(self, ids: Sequence[int]) -> None:
+        """See `Reader.read`."""
+        self._check_room(len(ids))
+        self._waiting += ids
+        while len(self._waiting) > 1:
+            piece = self._waiting[: min(self.piece, len(self._waiting) - 1)]
+            self._forward(piece, logits_to_keep=1)
+            del self._waiting[: len(piece)]
+
+    def fork(self) -> CacheReader:
+        """See `Reader.fork`; keys and values are shared until more is read."""
+        fork = copy.copy(self)
+        fork._cache = forked(self._cache)
+        fork._cached, fork._waiting = list(self._cached), list(self._waiting)
+        return fork
+
+    def answer(self, ids: Sequence[int] = (), **generation: Any) -> str:
+        """See `Reader.answer`."""
+        options = generation_options(generation)
+        asked = self.fork()
+        asked._check_room(len(ids) + options["max_new_tokens"])
+        asked.read_question(ids)
+        asked._check_begun()
+        prompt = asked._tensor([*asked._cached, *asked._waiting])
+        if self.model.generation_config.pad_token_id is None:  # one row has no padding
+            options.setdefault("pad_token_id", 0)
+        model: Any = self.model
+        out: Tensor = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            **{CACHE: asked._cache},
+            **asked._positions_of_prompt(),
+            **options,
+        )
+        new = out[0, prompt.shape[1] :].tolist()
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+
+    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
+        """See `Reader.loglikelihood`."""
+        self._check_begun()
+        self._check_room(len(ids))
+        fork = self.fork()
+        given = [*fork._waiting, *ids[:-1]]
+        found: list[float] = []
+        for begin in range(0, len(ids), self.piece):
+            piece = slice(begin, begin + self.piece)
+            logits = fork._forward(given[piece], logits_to_keep=0)  # [1, n, vocabulary]
+            of_ids = torch.tensor(ids[piece], device=logits.device)[:, None]
+            found += logits[0].float().log_softmax(-1).gather(1, of_ids)[:, 0].tolist()
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(x.nbytes for layer in self._cache.layers for x in _tensors(vars(layer)))
+
+    # --- inside -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _forward(self, ids: list[int], logits_to_keep: int) -> Tensor:
+        """Read ids into the cache; logits [1, n, vocabulary] of the last n, 0 is all."""
+        out = self.model(
+            self._tensor(ids),
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+            **{CACHE: self._cache},
+            **self._positions(len(ids)),
+        )
+        self._cached += ids
+        logits: Tensor = out.logits
+        return logits
+
+    def _positions(self, count: int) -> dict[str, Tensor]:
+        """`position_ids` [1, count] of the next tokens, where they do not just count the cache."""
+        return {}
+
+    def _positions_of_prompt(self) -> dict[str, Tensor]:
+        """`position_ids` of what is in the cache and what waits, likewise."""
+        return {}
+
+    def _check_room(self, more: int) -> None:
+        wanted = len(self._cached) + len(self._waiting) + more
+        if self.limit is not None and wanted > self.limit:
+            raise TooLongError(
+                f"tokens of text, question and answer must be at most {self.limit}, got {wanted}"
+            )
+
+    def _check_begun(self) -> None:
+        if not self._waiting:
+            raise ValueError("ids must hold at least 1 token before anything follows, got none")
+
+    def _tensor(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([list(ids)], device=self.model.device)
+
+
+def smallest(*bounds: int | None) -> int | None:
+    """The smallest of some bounds; None bounds nothing.
+
+    Raises:
+        ValueError: a bound is less than 1.
+    """
+    known = [bound for bound in bounds if bound is not None]
+    if any(bound < 1 for bound in known):
+        raise ValueError(f"budget must be at least 1, got {min(known)}")
+    return min(known, default=None)
+
+
+def forked(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes its own way; layers that only append share their tensors with it."""
+    fork = copy.copy(cache)
+    fork.layers = [
+        # Appending makes new tensors; layers of other kinds may write into theirs.
+        copy.copy(layer) if type(layer) in _APPENDING else copy.deepcopy(layer)
+        for layer in cache.layers
+    ]
+    return fork
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from (x for one in value.values() for x in _tensors(one))
+    elif isinstance(value, list | tuple):
+        yield from (x for one in value for x in _tensors(one))

@@ -1,0 +1,87 @@
+"""Truncation: the plain backbone reads the last tokens that fit, and nothing of what came before.
+
+When it is asked, the kept tokens are read anew, from position 0. An eighth of the room is for the
+question and the answer; where they need more, fewer tokens are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from cometlm.methods.base import Method, Reader, TooLongError, generation_options
+from cometlm.methods.full import CacheReader, smallest
+from cometlm.methods.loader import Loader, max_positions
+
+_SHARE = 8  # an eighth of the room is for question and answer
+
+
+class Truncate(Method):
+    """Keeps the last tokens."""
+
+    @classmethod
+    def open(cls, loader: Loader, budget: int | None = None) -> TruncateReader:
+        """See `Method.open`."""
+        model = loader.backbone()
+        limit = smallest(budget, max_positions(model))
+        return TruncateReader(CacheReader(model, loader.tokenizer, limit))
+
+
+class TruncateReader(Reader):
+    """Keeps token ids, and reads them when it is asked.
+
+    Args:
+        empty: a reader that has read nothing; its limit says how many tokens fit.
+    """
+
+    def __init__(self, empty: CacheReader) -> None:
+        self.tokenizer = empty.tokenizer
+        self._empty = empty
+        self._ids: list[int] = []
+        self._made: tuple[int, CacheReader] | None = (
+            None  # reserved room, and who has read the rest
+        )
+
+    def read(self, ids: Sequence[int]) -> None:
+        """See `Reader.read`; no text is too long."""
+        if ids:
+            self._ids += ids
+            self._made = None
+            if self._empty.limit is not None:
+                del self._ids[: -self._empty.limit]
+
+    def fork(self) -> TruncateReader:
+        """See `Reader.fork`."""
+        fork = copy.copy(self)
+        fork._ids = list(self._ids)
+        return fork
+
+    def answer(self, ids: Sequence[int] = (), **generation: Any) -> str:
+        """See `Reader.answer`."""
+        options = generation_options(generation)
+        return self._reader(len(ids) + options["max_new_tokens"]).answer(ids, **options)
+
+    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
+        """See `Reader.loglikelihood`."""
+        return self._reader(len(ids)).loglikelihood(ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values of the tokens that are kept."""
+        return self._reader(0).nbytes
+
+    def _reader(self, room: int) -> CacheReader:
+        """Who has read the last tokens that fit beside so many others."""
+        limit = self._empty.limit
+        if limit is None:
+            room = 0
+        elif room >= limit:
+            raise TooLongError(f"question and answer must be fewer than {limit}, got {room} tokens")
+        else:
+            room = max(room, limit // _SHARE)
+        if self._made is None or self._made[0] != room:
+            reader = self._empty.fork()
+            reader.read(self._ids if limit is None else self._ids[room - limit :])
+            self._made = room, reader
+        return self._made[1]

@@ -1,0 +1,87 @@
+"""`cometlm eval`: rows, the table, and going on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import cometlm.cli.eval as verb
+from cometlm.eval.runner import evaluate
+from tests.cli.said import INTERRUPTED, one_line
+from tests.sessions import SIZES
+
+OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items() if name != "rank"]
+OPTIONS += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "3"]
+TASK = ["--task", "passkey", "--option", "corpora=text.txt", "--samples", "2"]
+
+
+@pytest.fixture
+def run(command, on_disk, text_file):
+    def run(*arguments, methods=("comet", "full")):
+        wanted = [part for name in methods for part in ("--method", name)]
+        return command("eval", on_disk, *TASK, *wanted, *OPTIONS, *arguments)
+
+    return run
+
+
+def rows():
+    return [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+
+
+def test_methods_side_by_side(run):
+    code, out, err = run("--tokens", "90", "--tokens", "300", "--out", "rows.jsonl")
+    assert code == 0, err
+    assert "untrained" in err
+    for method in ("comet", "full"):
+        lines = [line for line in out.splitlines() if f" {method} " in line]
+        assert len(lines) == 2
+        assert all("KiB" in line or "–" in line for line in lines)
+    assert "full, 2 ×: tokens of text, question and answer must be at most 256" in out
+    assert len(rows()) == 8
+    answer = rows()[0]["answer"]
+    assert {"depth", "decile", "haystack"} == set(answer["meta"])
+    assert set(answer["scores"]) == {"exact", "digits"}
+
+
+def test_the_same_command_goes_on(run, monkeypatch):
+    def interrupted(*arguments, **more):
+        for count, answer in enumerate(evaluate(*arguments, **more)):
+            if count:
+                raise KeyboardInterrupt
+            yield answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "evaluate", interrupted)
+        code, out, err = run("--tokens", "90", "--out", "rows.jsonl")
+    assert code == INTERRUPTED
+    assert "the same command goes on" in err
+    assert " comet " in out
+    kept = rows()
+    code, _, err = run("--tokens", "90", "--out", "rows.jsonl")
+    assert code == 0, err
+    assert "comet: 1 answers are known already" in err
+    assert rows()[:1] == kept
+    assert len(rows()) == 4
+    code, _, err = run("--tokens", "90", "--out", "rows.jsonl", "--seed", "1", methods=["comet"])
+    assert code == 0, err
+    assert len(rows()) == 6  # another seed has rows of its own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "telepathy"], "unknown method 'telepathy'; there are comet, full"),
+        (["--option", "digits"], "option must be key=value, got 'digits'"),
+        (["--option", "digits=0"], "digits must be one or two numbers in 1 … 100"),
+        (["--option", "colour=red"], "got colour"),
+        (["--option", "digits=["], "option digits must be a YAML value, got '['"),
+        (["--tokens", "3"], "tokens must be at least"),
+        (["--by", "colour"], "by must be one of depth, decile, haystack, got 'colour'"),
+        (["--budget", "4"], "budget of a window must be more than 4, got 4"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_one_line(run, arguments, said):
+    code, _, err = run("--tokens", "90", *arguments, methods=["window"])
+    assert code == 1
+    assert said in one_line(err)

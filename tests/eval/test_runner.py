@@ -1,0 +1,184 @@
+"""The loop of an evaluation, its file, and what it comes to."""
+
+import dataclasses
+import json
+
+import pytest
+
+from cometlm.eval.report import summarize
+from cometlm.eval.runner import Answer, ResultsFile, answer_to, evaluate
+from cometlm.methods import Reader, TooLongError
+from cometlm.tasks import Question, Sample, Task
+from cometlm.tasks.base import turn_ids
+from tests.real import tokenizer
+from tests.tiny import refused
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer("smollm2")
+
+
+class Counting(Task):
+    """How many tokens were read? Asked on the way and at the end."""
+
+    def sample(self, index, tokens):
+        half = tokens // 2
+        questions = (
+            Question("How many?", (str(tokens), "all")),
+            Question("How many?", (str(half),), after=half),
+        )
+        return Sample([index] * tokens, questions, {"decile": index % 2})
+
+
+class Counter(Reader):
+    """Answers with what it has read, up to a limit."""
+
+    def __init__(self, tokenizer, limit=1000):
+        self.tokenizer = tokenizer
+        self.limit = limit
+        self.ids = []
+        self.asked = []  # shared by forks
+
+    def read(self, ids):
+        if len(self.ids) + len(ids) > self.limit:
+            raise TooLongError(f"at most {self.limit}")
+        self.ids = [*self.ids, *ids]
+
+    def fork(self):
+        fork = Counter(self.tokenizer, self.limit)
+        fork.ids, fork.asked = self.ids, self.asked
+        return fork
+
+    def answer(self, ids=(), **generation):
+        self.asked.append((len(self.ids), list(ids), generation))
+        return f" {len(self.ids)}<|im_end|>"
+
+    def loglikelihood(self, ids):
+        return [0.0] * len(ids)
+
+    @property
+    def nbytes(self):
+        return len(self.ids)
+
+
+def test_every_question_is_asked_where_it_stands(words):
+    reader = Counter(words)
+    answers = list(evaluate(reader, Counting(words), [40, 10], 3))
+    places = [(t, i, n) for t in (40, 10) for i in range(3) for n in (1, 0)]
+    assert [answer.place for answer in answers] == places  # the first question comes last
+    assert all(answer.scores == {"exact": 1.0} for answer in answers)
+    assert [answer.nbytes for answer in answers[:2]] == [20, 40]
+    assert [answer.said for answer in answers[:2]] == ["20", "40"]
+    assert answers[0].meta == {"decile": 0}
+    assert reader.ids == []
+    asked, answer = turn_ids(words, "How many?", "40")
+    *_, (read, ids, generation) = reader.asked[:2]
+    assert (read, ids) == (40, asked)
+    assert generation["max_new_tokens"] == len(answer) + 16
+    assert answer[-1] in generation["eos_token_id"]
+
+
+def test_what_is_known_is_not_asked_again(words):
+    reader = Counter(words)
+    every = {answer.place for answer in evaluate(reader, Counting(words), [10], 3)}
+    done = {(10, 0, 0), (10, 0, 1), (10, 1, 1)}
+    left = [answer.place for answer in evaluate(reader, Counting(words), [10], 3, done=done)]
+    assert set(left) == every - done
+
+
+def test_what_is_too_long_is_a_row_without_scores(words):
+    early, late = evaluate(Counter(words, 25), Counting(words), [40], 1)
+    assert early.scores
+    assert not early.error
+    assert (late.scores, late.error) == ({}, "at most 25")
+
+
+def test_a_task_without_questions(words):
+    class Silent(Counting):
+        def sample(self, index, tokens):
+            return Sample([1] * tokens)
+
+    with refused("Silent must ask questions"):
+        list(evaluate(Counter(words), Silent(words), [10], 1))
+
+
+def test_answers_may_be_longer_if_told(words):
+    reader = Counter(words)
+    assert answer_to(reader, Question("Why?", ("x",)), 99) == "0"
+    assert reader.asked[0][2]["max_new_tokens"] == 99
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+SETTINGS = {"task": "counting", "options": {"digits": (4, 6)}}
+ONE = Answer(10, 0, 0, "Why?", ["ü"], "x", {"exact": 0.0}, meta={"depth": 0.5})
+OTHER = dataclasses.replace(ONE, index=1)
+
+
+def test_rows_are_kept_and_found_by_their_settings(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    results = ResultsFile(path)
+    results.append(SETTINGS, ONE)
+    assert json.loads(path.read_text())["answer"]["meta"] == {"depth": 0.5}  # before it is closed
+    results.append({"task": "else"}, OTHER)
+    results.close()
+    again = ResultsFile(path)
+    assert again.answers(SETTINGS) == [ONE]
+    assert again.answers({"task": "else"}) == [OTHER]
+    assert again.answers({}) == []
+    again.append(SETTINGS, OTHER)
+    assert again.answers(SETTINGS) == [ONE, OTHER]
+    again.close()
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_row_that_was_cut_is_made_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for answer in (ONE, OTHER):
+        results = ResultsFile(path)
+        results.append(SETTINGS, answer)
+        results.close()
+    whole = path.read_bytes()
+    for cut in range(1, whole.index(b"\n")):
+        path.write_bytes(whole[:-cut])
+        results = ResultsFile(path)
+        assert results.answers(SETTINGS) == [ONE]
+        results.append(SETTINGS, OTHER)
+        results.close()
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", ["hello", "{}", '{"settings": {}, "answer": {"x": 1}}', "[]"])
+def test_another_file_is_refused_and_stays(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl must hold rows of evaluations"):
+        ResultsFile(path)
+    assert path.read_text() == line + "\n"
+
+
+def test_without_a_file():
+    results = ResultsFile()
+    results.append(SETTINGS, ONE)
+    results.close()
+    assert results.answers(SETTINGS) == [ONE]
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+
+def test_lines(words):
+    answers = list(evaluate(Counter(words, 25), Counting(words), [40, 20], 4))
+    short, long = summarize(answers)
+    assert (short.tokens, short.count, short.num_errors) == (20, 8, 0)
+    assert (long.tokens, long.count, long.num_errors, long.error) == (40, 4, 4, "at most 25")
+    mean, low, high = short.scores["exact"]
+    assert mean == high == 1
+    assert 0.5 < low < 1
+    assert short.nbytes == 20
+    by = summarize(answers, "decile")
+    assert [(line.tokens, line.group) for line in by] == [(20, 0), (20, 1), (40, 0), (40, 1)]
+    with refused("by must be one of decile, got 'depth'"):
+        summarize(answers, "depth")
+    assert summarize([]) == []

@@ -1,0 +1,228 @@
+"""Methods: what they answer, what they hold, and that asking changes nothing."""
+
+import pytest
+import torch
+
+import cometlm
+from cometlm import Session
+from cometlm.methods import METHODS, Loader, TooLongError
+from cometlm.methods.comet import CometReader
+from cometlm.methods.full import CacheReader
+from cometlm.methods.truncate import TruncateReader
+from cometlm.methods.window import SINKS, WindowReader
+from tests.sessions import going_on, tokenizer_of
+from tests.tiny import random_ids, refused, tiny_backbone, tiny_comet
+
+GREEDY = {"max_new_tokens": 6, "eos_token_id": None}
+VOCABULARY = 3000
+
+
+def ids_of(count, seed=0):
+    return random_ids(count, seed, vocabulary=90).tolist()
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer_of("like gemma")
+
+
+@pytest.fixture(scope="module")
+def backbone(words):
+    return tiny_backbone("llama", vocab_size=len(words))
+
+
+@pytest.fixture(scope="module")
+def model(words):
+    """The same backbone, with a memory; no compression token stands within 30 tokens."""
+    sizes = {"chunk_size": 40, "readout_tokens": 3, "stride": 30, "capacity": 5}
+    return cometlm.attach(tiny_backbone("llama", vocab_size=len(words)), **sizes)
+
+
+@pytest.fixture(params=["comet", "full", "truncate", "window"])
+def empty(request, model, backbone, words):
+    """A reader of each kind that has read nothing."""
+    full = CacheReader(backbone, words, 250)
+    return {
+        "comet": lambda: CometReader(Session(model, words)),
+        "full": lambda: full,
+        "truncate": lambda: TruncateReader(CacheReader(backbone, words, 48)),
+        "window": lambda: WindowReader(backbone, words, 24),
+    }[request.param]()
+
+
+def test_asking_leaves_the_reader_as_it_was(empty):
+    reader = empty.fork()
+    reader.read(ids_of(90))
+    held, likely = reader.nbytes, reader.loglikelihood(ids_of(5, seed=1))
+    said = [reader.answer(ids_of(4, seed=2), **GREEDY) for _ in range(2)]
+    assert said[0] == said[1]
+    fork = reader.fork()
+    fork.read(ids_of(30, seed=3))
+    assert fork.loglikelihood(ids_of(5, seed=1)) != likely
+    assert reader.loglikelihood(ids_of(5, seed=1)) == likely
+    assert reader.nbytes == held > 0
+    with pytest.raises(ValueError, match=r"nothing|none"):
+        empty.loglikelihood(ids_of(2))  # it has still read nothing
+
+
+def test_reading_in_pieces_is_reading_at_once(empty):
+    whole, pieces = empty.fork(), empty.fork()
+    ids = ids_of(100)
+    whole.read(ids)
+    for start in range(0, 100, 7):
+        pieces.read(ids[start : start + 7])
+    pieces.read([])
+    assert pieces.nbytes == whole.nbytes
+    ours, theirs = (reader.loglikelihood(ids_of(20, seed=1)) for reader in (pieces, whole))
+    if not isinstance(empty, WindowReader):  # its window slides after each piece
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_loglikelihoods_follow_one_another(empty):
+    """However they are asked for."""
+    reader = empty.fork()
+    reader.read(ids_of(30))
+    more = ids_of(8, seed=1)
+    after = reader.fork()
+    after.read(more[:5])
+    apart = reader.loglikelihood(more[:5]) + after.loglikelihood(more[5:])
+    if not isinstance(empty, WindowReader | TruncateReader):  # which forget by length
+        assert reader.loglikelihood(more) == pytest.approx(apart, rel=1e-9)
+
+
+def test_all_agree_where_everything_fits(model, backbone, words):
+    """In one chunk, in the positions, in the window: the plain backbone."""
+    readers = [
+        CometReader(Session(model, words)),
+        CacheReader(backbone, words, 250),
+        TruncateReader(CacheReader(backbone, words, 250)),
+        WindowReader(backbone, words, 60),
+    ]
+    context, question, answer = ids_of(20), ids_of(5, seed=1), ids_of(4, seed=2)
+    out = backbone(torch.tensor([[*context, *answer]])).logits[0, 19:-1].log_softmax(-1)
+    want = out.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+    answers = set()
+    for reader in readers:
+        reader.read(context)
+        # float32 of log-probabilities
+        assert reader.loglikelihood(answer) == pytest.approx(want, rel=1e-5)
+        answers.add(reader.answer(question, **GREEDY))
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize("overlap", [0, 3])
+def test_a_sessions_loglikelihood_is_what_it_generates_by(overlap):
+    """Across chunk borders, also where chunks overlap."""
+    model = tiny_comet("qwen3", overlap=overlap)
+    session = Session(model)
+    session.read(ids_of(30))
+    first, ids, want = session.fork(), [], []
+    for _ in range(20):
+        (likeliest,), logits = going_on(session, 1)
+        ids.append(likeliest)
+        want.append(float(logits[0].log_softmax(-1)[likeliest]))
+        session.read([likeliest])
+    assert first.loglikelihood(ids) == pytest.approx(want, rel=1e-5)
+
+
+def test_a_sessions_loglikelihood_is_that_of_one_call():
+    model = tiny_comet("qwen3")
+    context, more = ids_of(17), ids_of(30, seed=1)
+    session = Session(model)
+    session.read(context)
+    logits = model(torch.tensor([context + more]), use_cache=False).logits[0, 16:-1]
+    want = logits.log_softmax(-1).gather(1, torch.tensor(more)[:, None])[:, 0].tolist()
+    assert session.loglikelihood(more) == pytest.approx(want, rel=1e-5)
+    assert session.stats().tokens == 17
+    with refused("nothing was read"):
+        Session(model).loglikelihood([1])
+
+
+def test_full_says_when_its_positions_run_out(backbone, words):
+    reader = CacheReader(backbone, words, 30)
+    reader.read(ids_of(20))
+    with pytest.raises(TooLongError, match=r"tokens .* must be at most 30, got 31"):
+        reader.read(ids_of(11))
+    with pytest.raises(TooLongError, match="at most 30, got 35"):
+        reader.answer(ids_of(5), max_new_tokens=10)
+    assert len(reader.loglikelihood(ids_of(10))) == 10
+    grown = reader.nbytes
+    reader.read(ids_of(10))
+    assert reader.nbytes == grown // 19 * 29  # the last token waits
+
+
+def test_truncation_reads_the_last_tokens(backbone, words):
+    """Those that an eighth of the room, or the question and the answer, leave."""
+    reader = TruncateReader(CacheReader(backbone, words, 48))
+    ids = ids_of(300)
+    for start in range(0, 300, 50):
+        reader.read(ids[start : start + 50])
+    for question, kept in ((ids_of(2), 40), (ids_of(14), 28)):
+        plain = CacheReader(backbone, words, 48)
+        plain.read(ids[-kept:])
+        assert reader.answer(question, **GREEDY) == plain.answer(question, **GREEDY)
+    with pytest.raises(TooLongError, match="fewer than 48, got 56"):
+        reader.answer(ids_of(50), **GREEDY)
+
+
+def test_a_window_holds_its_budget_and_slides_past_all_positions(backbone, words):
+    reader = WindowReader(backbone, words, 24)
+    held = []
+    for start in range(8):
+        reader.read(ids_of(50, seed=start))  # 256 positions in all
+        held.append(reader.nbytes)
+    assert len(set(held)) == 1
+    assert reader._cached[:SINKS] == ids_of(50)[:SINKS]
+    assert all(abs(x) < 100 for x in reader.loglikelihood(ids_of(60)))
+
+
+def test_a_windows_numbers_do_not_depend_on_where_it_stands(words):
+    """The sinks move along, so it is as in a text without what was forgotten."""
+    ids = ids_of(24)
+    # One layer's keys and values depend on nothing before them: forget a token by hand.
+    shallow = tiny_backbone("llama", vocab_size=len(words), num_hidden_layers=1)
+    long, short = WindowReader(shallow, words, 24), WindowReader(shallow, words, 24)
+    long.piece = short.piece = 1
+    tail = ids_of(21, seed=5)
+    long.read([*ids[:SINKS], *ids_of(70, seed=4), *tail])
+    short.read([*ids[:SINKS], *tail])
+    more = ids_of(3, seed=6)
+    assert long.loglikelihood(more) == pytest.approx(short.loglikelihood(more), rel=1e-5)
+
+
+def test_windows_that_cannot_be(backbone, words):
+    with refused("budget of a window must be more than 4, got 4"):
+        WindowReader(backbone, words, 4)
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_methods_open_on_a_backbone_and_on_a_checkpoint(method, named, tmp_path):
+    sizes = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5}
+    made, words = cometlm.load(str(named), device="cpu", dtype=torch.float32, **sizes)
+    made.save_pretrained(tmp_path / "beside")
+    made.save_pretrained(tmp_path / "with", backbone=True)
+    words.save_pretrained(tmp_path / "with")
+    found = set()
+    for name, own in ((named, sizes), (tmp_path / "beside", {}), (tmp_path / "with", {})):
+        loader = Loader(str(name), "cpu", torch.float32, own)
+        reader = METHODS[method].open(loader, 100)
+        reader.read(ids_of(60))
+        found.add(tuple(reader.loglikelihood(ids_of(3))))
+        assert len(loader.weights) == 32
+    if method != "comet":  # of which the first is another random memory
+        assert len(found) == 1
+
+
+def test_a_loader_loads_once(named):
+    sizes = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5}
+    loader = Loader(str(named), "cpu", sizes=sizes)
+    assert loader.backbone() is loader.backbone()
+    assert loader.with_memory() is loader.with_memory()
+
+
+def test_budgets_out_of_bounds(named):
+    with refused("budget must be at least 1, got 0"):
+        METHODS["full"].open(Loader(str(named), "cpu"), 0)
