@@ -2,14 +2,14 @@
 
     python benchmarks/passkey.py [--model smollm2] [--lengths 8000 128000] [--texts 4]
 
-For each length some texts are read; in each of them a number is hidden ten times, once per decile of
-depth, with another template each time. What stands before a number is read only once, and the session
-forked there. Each number is also asked for with one half of the memory taken away right before the
-question, which shows which half carries the answer. `cometlm eval --task passkey` measures other
-methods, one after the other; it has no such halves.
+For each length some texts are read; in each of them a number is hidden ten times, once per decile
+of depth, with another template each time. What stands before a number is read only once, and the
+session forked there. Each number is also asked for with one half of the memory taken away right
+before the question, which shows which half carries the answer. `cometlm eval --task passkey`
+measures other methods, one after the other; it has no such halves.
 
-Numbers, texts and templates are none of the training. Every trial is written to out/NAME.json as soon
-as it is done, and the same command goes on where it stopped. The picture is out/NAME.png.
+Numbers, texts and templates are none of the training. Every trial is written to out/NAME.json as
+soon as it is done, and the same command goes on where it stopped. The picture is out/NAME.png.
 
 Several processes share the work by `--deciles` or `--only`, each with a `--name` of its own;
 `--join` then takes over what they found:
@@ -194,7 +194,7 @@ def show(trial: Trial) -> None:
     answers = "  ".join(f"{name} {said!r}" for name, said in trial.answers.items())
     mark = "found" if trial.hit() else "MISSED"
     print(
-        f"{trial.length:>9,} tokens  {trial.haystack:<12} depth {trial.depth:.2f}  key {trial.key}  "
+        f"{trial.length:>9,} tokens  {trial.haystack:<12} depth {trial.depth:.2f}  {trial.key}  "
         f"{mark}  {answers}",
         flush=True,
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import cometlm
-from cometlm.checkpoints.backbones import load_backbone
+from cometlm.checkpoints.source import Source
 from cometlm.data.corpora import corpus_files
 from common import argument_parser, machine, write
 
@@ -64,9 +64,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=32768)
     args = parser.parse_args()
-    model, tokenizer = cometlm.load(args.model)
-    name = model.config.backbone
-    backbone = load_backbone(name, dtype=model.dtype).eval().to(model.device)
+    source = Source.resolve(args.model)
+    model, tokenizer = cometlm.load(source)
+    backbone = source.load_backbone(dtype=model.dtype).eval().to(model.device)
     size = model.config.comet_config.chunk_size
     novels = {}
     for path in corpus_files("austen-test"):

@@ -20,7 +20,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import cometlm
-from cometlm.checkpoints.backbones import BUILT_IN, _converted
+from cometlm.checkpoints.backbones import BUILT_IN, converted
 from tests.tiny import SMALL as TINY
 from tests.tiny import scramble, tiny_backbone
 
@@ -32,7 +32,7 @@ def tokenizer(name: str) -> Any:
     """A built-in model's tokenizer, without loading the weights; or one made here like Gemma's."""
     if name == "like gemma":
         return _like_gemma()
-    return AutoTokenizer.from_pretrained(str(_converted(name, BUILT_IN[name])))
+    return AutoTokenizer.from_pretrained(str(converted(name, BUILT_IN[name])))
 
 
 def model(name: str, **sizes: Any) -> cometlm.CometForCausalLM:

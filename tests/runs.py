@@ -25,8 +25,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def settings(start, tmp_path):
-    """A run of eight steps on generated samples in two stages."""
-    stage = {"steps": 4, "tokens": [90, 110], "batch_tokens": 240, "passkey": 0.5}
+    """A run of eight steps on samples of a task."""
     return {
         "model": str(start),
         "output": str(tmp_path / "out"),
@@ -35,10 +34,13 @@ def settings(start, tmp_path):
         "learning_rate": 1e-3,
         "save_steps": 2,
         "chunks": {"plans": {"random": 1, "fixed": 1}, "sizes": [6, 12]},
-        "generated": {
-            "texts": [str(start / "text.txt")],
-            "code": [],
-            "stages": [stage, {**stage, "learning_rate": 5e-4}],
+        "mixture": {
+            "tasks": {"passkey": 1.0},
+            "options": {"passkey": {"corpora": [str(start / "text.txt")]}},
+            "steps": 8,
+            "tokens": [60, 80],
+            "batch_tokens": 240,
+            "text_share": 0.5,
         },
         "trainer": {"logging_steps": 1, "disable_tqdm": True},
     }
@@ -51,13 +53,13 @@ def as_config(settings, folder, **changes):
 
 
 def quietly(config, **options):
-    return train(config, device="cpu", say=lambda _: None, **options)
+    return train(config, device="cpu", log=lambda _: None, **options)
 
 
 def heard(config, **options):
     """What a run says."""
     said = []
-    train(config, device="cpu", say=said.append, **options)
+    train(config, device="cpu", log=said.append, **options)
     return said
 
 
@@ -79,6 +81,6 @@ def rates(folder):
 def records_run(settings, folder, rows, **changes):
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plain = {name: value for name, value in settings.items() if name != "generated"}
+    plain = {name: value for name, value in settings.items() if name != "mixture"}
     more = {"trainer": {**settings["trainer"], "max_steps": 2}}
     return read_config(as_config(plain, folder, records=str(data), **{**more, **changes}))

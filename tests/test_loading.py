@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 import cometlm
-from cometlm import model_loader as by_name
 from cometlm.checkpoints import backbones as loading
+from cometlm.checkpoints import source as sources
+from cometlm.checkpoints.source import Source
 from cometlm.device import default_device, default_dtype, find_device, peak_memory, readable_bytes
 from cometlm.session.file import read_document
 from tests import real
@@ -198,7 +199,7 @@ def test_a_cache_without_permission_is_named(built_in, monkeypatch, tmp_path, me
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: os.truncate(file, 99)])
 def test_a_damaged_copy_is_named_with_the_way_out(built_in, convert, damage):
-    folder = Path(loading.source_of("tiny"))
+    folder = Path(Source.resolve("tiny").location)
     damage(folder / "model.safetensors")
     with pytest.raises(OSError, match=re.escape(f"; remove {folder}, and")):
         cometlm.load("tiny", device="cpu")
@@ -421,7 +422,7 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(monkeypa
     """With its name, and what there is instead."""
     if torch.accelerator.is_available():
         pytest.skip("this machine may have some of them")
-    monkeypatch.setattr(by_name, "AutoConfig", None)
+    monkeypatch.setattr(sources, "AutoConfig", None)
     with pytest.raises(
         ValueError, match=rf"torch {re.escape(torch.__version__)} finds .*, cpu,"
     ) as e:

@@ -6,9 +6,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from cometlm.checkpoints.source import Source
 from cometlm.cli.main import app
 from cometlm.config import CometConfig
-from cometlm.model_loader import described, load
+from cometlm.model_loader import load
 from cometlm.planner.calibrate import Weights, counted, measured
 from cometlm.planner.simulate import Costs, Job, Span, simulate
 from cometlm.planner.timeline import draw, merged
@@ -81,9 +82,9 @@ def test_a_frozen_backbone_costs_less_backward(qwen):
 @pytest.mark.parametrize("sizes", [{}, {"chunk_size": 96}, {"readout_tokens": 5}])
 def test_a_plan_is_of_the_memory_that_load_gives(sizes):
     model, _ = load("smollm2", device="cpu", **sizes)
-    config, found = described("smollm2", **sizes)
-    assert found == model.config.comet_config
-    assert config.hidden_size == model.config.hidden_size
+    source = Source.resolve("smollm2")
+    assert source.comet_config(**sizes) == model.config.comet_config
+    assert source.backbone_config.hidden_size == model.config.hidden_size
 
 
 def test_spans_without_a_pause_are_drawn_as_one():

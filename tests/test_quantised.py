@@ -132,7 +132,7 @@ def test_a_run_says_it_in_its_configuration(wide, tmp_path, bits, capsys):
         with pytest.warns(QuantizationWarning, match="was trained beside a quantised backbone"):
             plain, _ = cometlm.load(config.output, **where)
         assert error(plain(ids).logits, wanted) > 1e-3
-    load_quietly(config.output, "cpu", None)
+    load_quietly(config.output, device="cpu")
     assert "was trained beside a quantised backbone" in capsys.readouterr().err
     with pytest.raises(ValueError, match="quantization: was"):
         quietly(replace(config, quantization=None))

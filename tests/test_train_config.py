@@ -18,17 +18,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_m
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-def test_a_stage_that_is_too_short_is_known_before_the_run(settings, tmp_path):
-    stages = [*settings["generated"]["stages"], {"steps": 1, "tokens": [9, 200]}]
-    stages[-1] |= {"batch_tokens": 200, "passkey": 0.1}
-    generated = {**settings["generated"], "stages": stages}
-    with pytest.raises(ValueError, match=r"generated\.stages\.2: tokens must be at least"):
-        quietly(read_config(as_config(settings, tmp_path, generated=generated)))
+def test_samples_that_are_too_short_are_known_before_the_run(settings, tmp_path):
+    mixture = {**settings["mixture"], "tokens": [9, 200]}
+    with pytest.raises(ValueError, match=r"mixture\.tasks\.passkey: tokens must be at least"):
+        quietly(read_config(as_config(settings, tmp_path, mixture=mixture)))
     assert last_checkpoint(settings["output"]) is None
 
 
-def test_generated_samples_are_not_evaluated(settings, tmp_path):
-    with pytest.raises(ValueError, match="evaluate measures records: not with generated"):
+def test_a_mixture_is_not_evaluated(settings, tmp_path):
+    with pytest.raises(ValueError, match="evaluate measures records: not with a mixture"):
         read_config(as_config(settings, tmp_path, evaluate="held-out.jsonl"))
 
 
@@ -38,8 +36,7 @@ def test_comet_is_for_new_memories(settings, start, tmp_path):
         quietly(read_config(as_config(settings, tmp_path, comet={"chunk_size": 12})))
     tokenizer("smollm2").save_pretrained(start / "backbone")
     plain = {"model": str(start / "backbone"), "start": {"readout": "the"}, "mode": "memory"}
-    stages = [{**settings["generated"]["stages"][0], "steps": 1}]
-    changes = {"generated": {**settings["generated"], "stages": stages}, **plain}
+    changes = {"mixture": {**settings["mixture"], "steps": 1}, **plain}
     changes["sizes"] = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5}
     seen = []
     own = running.start_like
@@ -57,8 +54,8 @@ def test_comet_is_for_new_memories(settings, start, tmp_path):
         ({"mode": "all"}, "mode must be one of memory, lora, full, got 'all'"),
         ({"learning_rate": "fast"}, "learning_rate must be float, got 'fast'"),
         ({"learning_rate": 0}, "learning_rate must be more than 0, got 0.0"),
-        ({"records": "x"}, "either records or generated"),
-        ({"generated": None}, "either records or generated"),
+        ({"records": "x"}, "either records or a mixture"),
+        ({"generated": None}, "either records or a mixture"),
         ({"generated": {"stages": [{"steps": 1}]}}, "generated.stages.0.tokens is missing"),
         ({"lora": {"r": 1.5}}, "lora.r must be int, got 1.5"),
         ({"chunks": {"sizes": 3}}, "chunks.sizes must be a list, got 3"),

@@ -14,7 +14,6 @@ import torch
 
 import cometlm
 from cometlm.train import run as running
-from cometlm.train import stage_start
 from cometlm.train.config import LoraSettings
 from cometlm.train.config_file import read_config
 from cometlm.train.run import train
@@ -28,9 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_m
 
 
 def test_killed_and_resumed_is_the_run_that_was_not(settings, tmp_path):
-    """SIGKILL in the middle, then the same command again; dropout, flips, moments are alike."""
+    """SIGKILL in the middle, then the same command again; dropout and moments are alike."""
     settings["lora"] = {"r": 2, "dropout": 0.3}
-    settings["generated"]["stages"][1] |= {"gate_flips": 0.3, "fresh_optimizer": True}
     whole = read_config(as_config(settings, tmp_path))
     quietly(whole)
     path = as_config(settings, tmp_path, output=str(tmp_path / "killed"))
@@ -94,7 +92,7 @@ def test_a_run_that_was_stopped_after_a_restart_goes_on_from_itself(settings, tm
     assert last_checkpoint(output / "earlier-1").name == "checkpoint-8"
     assert not (output / "lora").exists()
     (output / "checkpoint-8" / "trainer_state.json").unlink()  # as if stopped before
-    train(second, device="cpu", say=said.append)
+    train(second, device="cpu", log=said.append)
     assert any(line == f"going on from {output / 'checkpoint-6'}" for line in said)
     model, _ = cometlm.load(str(output), device="cpu", merge=False)
     assert not any(".lora_" in name for name, _ in model.named_parameters())
@@ -129,55 +127,6 @@ def test_a_run_that_is_done_stays_as_it_is(settings, tmp_path):
     assert sorted(losses(config.output)) == [1, 2]
 
 
-def test_gates_are_not_fitted_again_after_a_stop(settings, tmp_path, monkeypatch):
-    """Before the first checkpoint; other settings, or other weights, fit others."""
-    settings["lora"] = {"r": 2, "dropout": 0.3}
-    gates = {"texts": 4, "tokens": 200, "keep": 0.9, "keep_at_key": 0.1}
-    stage = {**settings["generated"]["stages"][0], "gates": gates}
-    changes = {"generated": {**settings["generated"], "stages": [stage]}, "save_steps": 9}
-    changes |= {"sizes": {"chunk_size": 48}, "chunks": {}}
-    whole = read_config(as_config(settings, tmp_path, **changes))
-    quietly(whole)
-    config = replace(whole, output=str(tmp_path / "stopped"))
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage_start.Histories, "read", stop)
-        with pytest.raises(KeyboardInterrupt):
-            quietly(config)
-    assert last_checkpoint(config.output) is None
-    kept = Path(config.output, "gates-0.safetensors").read_bytes()
-    for number, (change, found) in enumerate(
-        [({"seed": 1}, kept), ({"dtype": "float64"}, kept), ({}, kept[:500])]
-    ):
-        other = replace(config, **change, output=str(tmp_path / str(number)))
-        Path(other.output).mkdir()
-        Path(other.output, "gates-0.safetensors").write_bytes(found)
-        assert "fitting the gates to 4 texts, before step 1" in heard(other)
-    assert "taking the gates that were fitted for step 1" in heard(config)
-    assert losses(config.output) == losses(whole.output)
-    assert not Path(config.output, "gates-0.safetensors").exists()
-
-
-def test_a_full_disk_does_not_cost_what_was_fitted(settings, tmp_path, monkeypatch):
-    gates = {"texts": 4, "tokens": 200, "chunk_size": 48, "keep": 0.9, "keep_at_key": 0.1}
-    stage = {**settings["generated"]["stages"][0], "gates": gates}
-    changes = {"generated": {**settings["generated"], "stages": [stage]}}
-    whole = read_config(as_config(settings, tmp_path, **changes))
-    quietly(whole)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(stage_start, "write_whole", full)
-    config = replace(whole, output=str(tmp_path / "other"))
-    said = " ".join(heard(config))
-    assert "the fitted gates cannot be kept ([Errno 28] No space left on device)" in said
-    assert losses(config.output) == losses(whole.output)
-
-
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path, monkeypatch, mode):
     def worse_and_worse(trainer, *_, **__):
@@ -198,18 +147,15 @@ def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path, monkeypatch, mo
     assert float((got - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 
-def test_stages_that_have_not_begun_may_change(settings, tmp_path):
+def test_a_run_may_have_more_steps_and_no_other_samples(settings, tmp_path):
     config = read_config(as_config(settings, tmp_path))
     quietly(config)
-    (Path(config.output) / "checkpoint-8" / "trainer_state.json").unlink()  # stopped at step 6
-    stages = settings["generated"]["stages"]
 
-    def changed(first, last):
-        generated = {**settings["generated"], "stages": [first, *last]}
-        return read_config(as_config(settings, tmp_path, generated=generated))
+    def changed(**changes):
+        mixture = {**settings["mixture"], **changes}
+        return read_config(as_config(settings, tmp_path, mixture=mixture))
 
-    with pytest.raises(ValueError, match="generated: was"):
-        quietly(changed({**stages[0], "passkey": 0.25}, stages[1:]))
-    longer = [{**stages[1], "steps": 3}, {**stages[1], "steps": 2, "passkey": 1.0}]
-    quietly(changed(stages[0], longer))
-    assert sorted(losses(config.output)) == list(range(1, 10))
+    with pytest.raises(ValueError, match="mixture: was"):
+        quietly(changed(text_share=0.25))
+    quietly(changed(steps=10))
+    assert sorted(losses(config.output)) == list(range(1, 11))

@@ -33,7 +33,6 @@ from tests.real import tiny_comet, tokenizer
 from tests.tiny import error
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
-GATES = {"texts": 4, "tokens": 200, "chunk_size": 48, "keep": 0.9, "keep_at_key": 0.1}
 WORDS = "The ship left the harbour in the rain. It carried salt, iron and two hundred letters. "
 
 
@@ -47,7 +46,6 @@ def settings(tmp_path_factory):
     tiny_comet().float().save_pretrained(folder, backbone=True)
     tokenizer("smollm2").save_pretrained(folder)
     (folder / "text.txt").write_text(WORDS * 200)
-    stage = {"steps": 8, "tokens": [80, 110], "batch_tokens": 240, "passkey": 0.5}
     return {
         "model": str(folder),
         "dtype": "float64",
@@ -56,7 +54,14 @@ def settings(tmp_path_factory):
         "memory_factor": 1.0,
         "save_steps": 4,
         "chunks": {"plans": {"random": 1, "fixed": 1}, "sizes": [6, 12]},
-        "generated": {"texts": [str(folder / "text.txt")], "code": [], "stages": [stage]},
+        "mixture": {
+            "tasks": {"passkey": 1.0},
+            "options": {"passkey": {"corpora": [str(folder / "text.txt")]}},
+            "steps": 8,
+            "tokens": [60, 80],
+            "batch_tokens": 240,
+            "text_share": 0.5,
+        },
         "trainer": {
             "logging_steps": 1,
             "disable_tqdm": True,
@@ -132,7 +137,7 @@ def assert_same_run(ours, theirs):
 def test_two_ranks_train_as_one_process_and_one_goes_on_from_them(settings, tmp_path):
     alone = tmp_path / "alone"
     path = as_config(settings, tmp_path)
-    train(read_config(path, [f"output={alone}"]), device="cpu", say=lambda _: None)
+    train(read_config(path, [f"output={alone}"]), device="cpu", log=lambda _: None)
     together = tmp_path / "together"
     done = on_ranks(2, path, f"output={together}", "chunk_parallel=2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -142,7 +147,7 @@ def test_two_ranks_train_as_one_process_and_one_goes_on_from_them(settings, tmp_
     for late in [together / "checkpoint-8", together / WEIGHTS, together / "trainer_state.json"]:
         shutil.rmtree(late) if late.is_dir() else late.unlink()
     said = []
-    train(read_config(path, [f"output={together}"]), device="cpu", say=said.append)
+    train(read_config(path, [f"output={together}"]), device="cpu", log=said.append)
     assert said[0].endswith("checkpoint-4")
     assert_same_run(together, alone)
 
@@ -160,7 +165,7 @@ def test_two_groups_train_as_one_process_with_two_batches_a_step(
     path = as_config(settings, tmp_path)
     alone, together = tmp_path / "alone", tmp_path / "together"
     one = ["trainer.max_steps=8", "trainer.gradient_accumulation_steps=2", f"output={alone}"]
-    train(read_config(path, one), device="cpu", say=lambda _: None)
+    train(read_config(path, one), device="cpu", log=lambda _: None)
     changes = ("trainer.max_steps=8", f"output={together}", f"chunk_parallel={parallel}")
     done = on_ranks(ranks, path, *changes)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -187,7 +192,7 @@ def test_sharded_weights_train_as_whole_ones(
     path = as_config(settings, tmp_path, mode=mode, **changes)
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     one = [f"trainer.gradient_accumulation_steps={batches}", f"output={whole}"]
-    train(read_config(path, one), device="cpu", say=lambda _: None)
+    train(read_config(path, one), device="cpu", log=lambda _: None)
     several = (f"chunk_parallel={parallel}", "shard_weights=true")
     several += (f"trainer.gradient_accumulation_steps={accumulated}",)
     done = on_ranks(ranks, path, *several, f"output={sharded}")
@@ -202,7 +207,7 @@ def test_sharded_weights_train_as_whole_ones(
     assert "going on from" in done.stdout + done.stderr
     assert_same_run(tmp_path / "on", whole)
     one[-1] = f"output={tmp_path / 'back'}"
-    train(read_config(path, one), device="cpu", say=lambda _: None)
+    train(read_config(path, one), device="cpu", log=lambda _: None)
     assert_same_run(tmp_path / "back", whole)
     if mode == "lora":
         found = [
@@ -258,7 +263,7 @@ def test_weights_are_sharded_over_ranks_that_are_there():
 def test_sharing_needs_a_job(settings, tmp_path):
     config = read_config(as_config(settings, tmp_path), [f"output={tmp_path}", "chunk_parallel=2"])
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
-        train(config, device="cpu", say=lambda _: None)
+        train(config, device="cpu", log=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +286,7 @@ def test_sharing_needs_a_job(settings, tmp_path):
             "quantization needs whole weights",
         ),
         (
-            {"shard_weights": True, "evaluate": "a", "records": "b", "generated": None},
+            {"shard_weights": True, "evaluate": "a", "records": "b", "mixture": None},
             "evaluate needs whole weights",
         ),
     ],

@@ -72,8 +72,6 @@ ERRORS = {
     "invalid UTF-8": (["read", "tiny", "LATIN"], "LATIN is not UTF-8"),
     "a missing file in demo": (["demo", "--file", "MISSING"], "MISSING"),
     "an empty file in demo": (["demo", "--file", "EMPTY"], "EMPTY holds no text"),
-    "a dtype that is none": (["info", "tiny", "--dtype", "bfloat17"], "'bfloat17'"),
-    "a dtype of integers": (["info", "tiny", "--dtype", "int8"], "'int8'"),
 }
 
 
@@ -103,8 +101,7 @@ def test_an_error_with_a_long_name_stays_one_line(command, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--chunk-size", "0", "chunk_size must be at least 1, got 0"),
-        ("--capacity", "-3", "capacity must be at least 1, got -3"),
+        ("--overlap", "5000", "less than chunk_size=2048, got 5000"),
         ("--chunk-size", "4096", "max_position_embeddings=256"),
         ("--device", "nowhere", "nowhere"),
     ],
@@ -131,12 +128,21 @@ def test_a_device_that_is_not_here_is_the_only_line(command, loads, tmp_path, ar
     assert one_line(err).endswith("got 'gpu'\n")
 
 
-def test_an_unknown_model_is_one_line(command, monkeypatch, text_file):
+@pytest.mark.parametrize(
+    "arguments",
+    [["read", "NAME", "TEXT"], ["plan", "NAME", "--speed", "1"], ["train", "RUN"]],
+    ids=str,
+)
+def test_an_unknown_model_is_one_line(command, monkeypatch, arguments):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(console, "load", load)
-    code, _, err = command("read", "no-such-model", text_file)
-    assert code == 1
-    assert "no-such-model" in one_line(err)
+    Path("TEXT").write_text(TEXT, encoding="utf-8")
+    Path("RUN").write_text("{model: NAME, output: out, records: data.jsonl}", encoding="utf-8")
+    code, out, err = command(*arguments)
+    assert (code, out) == (1, "")
+    message = one_line(err)
+    assert "'NAME' is no built-in model (smollm2, gemma3-270m), no folder here" in message
+    assert err.count("\n") == 1 + ("loading" in err)
 
 
 @pytest.mark.parametrize(

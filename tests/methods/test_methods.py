@@ -207,7 +207,7 @@ def test_methods_open_on_a_backbone_and_on_a_checkpoint(method, named, tmp_path)
     words.save_pretrained(tmp_path / "with")
     found = set()
     for name, own in ((named, sizes), (tmp_path / "beside", {}), (tmp_path / "with", {})):
-        loader = Loader(str(name), "cpu", torch.float32, own)
+        loader = Loader(str(name), "cpu", torch.float32, sizes=own)
         reader = METHODS[method].open(loader, 100)
         reader.read(ids_of(60))
         found.add(tuple(reader.loglikelihood(ids_of(3))))

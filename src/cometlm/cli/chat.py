@@ -33,39 +33,23 @@ HELP = """\
 /read PATH   read a text file into the session
 /quit        leave (also Ctrl-D); Ctrl-C ends an answer"""
 
+LONGER = options.GenerationOptions(max_new_tokens=512)
+
 
 def chat(
     model: options.Model,
+    loading: options.LoadOptions,
     session: Annotated[Path | None, typer.Option(help="Go on from this saved session.")] = None,
-    max_new_tokens: options.MaxNewTokens = 512,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = None,
-    seed: options.Seed = None,
-    chunk_size: options.ChunkSize = None,
-    readout_tokens: options.ReadoutTokens = None,
-    stride: options.Stride = None,
-    capacity: options.Capacity = None,
-    overlap: options.Overlap = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
+    generation: options.GenerationOptions = LONGER,
 ) -> None:
     """Talk with a model; everything said stays in a memory of constant size."""
-    generation = options.generation(max_new_tokens, temperature, top_p, seed)
-    loaded, tokenizer = load_quietly(
-        model,
-        device,
-        dtype,
-        chunk_size=chunk_size,
-        readout_tokens=readout_tokens,
-        stride=stride,
-        capacity=capacity,
-        overlap=overlap,
-    )
+    writing = generation.start()
+    loaded, tokenizer = load_quietly(model, **loading.given())
     begun = Session.load(session, loaded, tokenizer) if session else Session(loaded, tokenizer)
     err.print(describe(loaded), highlight=False, soft_wrap=True)
     if is_untrained(loaded):
         err.print(UNTRAINED, style="yellow")
-    conversation = Conversation(begun, generation)
+    conversation = Conversation(begun, writing)
     if not sys.stdin.isatty():
         conversation.run()
         return

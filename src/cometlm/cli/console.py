@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from tqdm.auto import tqdm
 from transformers.utils import logging as hf_logging
 
+from cometlm.checkpoints.source import Source
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.device import as_dtype, find_device, readable_bytes
 from cometlm.extras import missing, pip_install
@@ -36,17 +37,30 @@ UNTRAINED = (
 
 
 def silence_libraries() -> None:
-    """No progress bars and notes of the libraries while they load."""
+    """Let the libraries below log errors only: the hub's retries are warnings, for example."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "huggingface_hub", "bitsandbytes.backends"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any) -> Any:
-    """`load` with a word on what happens and without the libraries' own chatter."""
+def resolve_quietly(name: str) -> Source:
+    """`Source.resolve` without the libraries' own chatter."""
+    silence_libraries()
+    return Source.resolve(name)
+
+
+def load_quietly(
+    name: str, device: str | None = None, dtype: str | None = None, **options: Any
+) -> Any:
+    """`load` with a word on what happens and without the libraries' own chatter.
+
+    Args:
+        options: further ones of `load`; None is its default.
+    """
     find_device(device)  # before a word on loading, and before whatever takes long
     silence_libraries()
-    chosen = {key: value for key, value in sizes.items() if value is not None}
+    chosen = {key: value for key, value in options.items() if value is not None}
     err.print(f"loading {name} …", highlight=False, soft_wrap=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -57,13 +71,22 @@ def load_quietly(name: str, device: str | None, dtype: str | None, **sizes: Any)
     return model, tokenizer
 
 
-def load_for_session(path: Path, name: str | None, device: str | None) -> Any:
-    """The model that made a saved session, or the one named instead, and its tokenizer."""
+def load_for_session(
+    path: Path, name: str | None, device: str | None, quantization: str | None = None
+) -> Any:
+    """The model that made a saved session, and its tokenizer.
+
+    Args:
+        name: load this model instead of the one that the session names.
+        quantization: load it so, and not as the session says.
+    """
     made = read_document(path)["model"]
     name = name or made["name"]
     if not name:
         raise ValueError(f"{path} does not know its model's name; give it with --model")
-    return load_quietly(name, device, made["dtype"], **json.loads(made["sizes"]))
+    quantization = quantization or made.get("quantization") or None
+    sizes = json.loads(made["sizes"])
+    return load_quietly(name, device, made["dtype"], quantization=quantization, **sizes)
 
 
 def print_stream(pieces: Iterable[str]) -> None:

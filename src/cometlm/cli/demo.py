@@ -36,6 +36,7 @@ _HEAD = 1 << 16  # bytes of a file that are looked at to know how many tokens it
 
 
 def demo(
+    loading: options.LoadOptions,
     file: Annotated[
         str | None, typer.Option(help="Read this text instead (- is standard input).")
     ] = None,
@@ -48,13 +49,11 @@ def demo(
         typer.Option(min=0.0, max=1.0, help="Where: 0 is the start. Default: anywhere."),
     ] = None,
     model: Annotated[str, typer.Option(help="What reads it.")] = "smollm2",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
 ) -> None:
     """Hide a number in a long text, let a real model read all of it, and ask for the number."""
     key = passkey or str(random.randrange(10_000, 100_000))
     _check_key(key)
-    loaded, tokenizer = load_quietly(model, device, dtype)
+    loaded, tokenizer = load_quietly(model, **loading.given())
     whole = tokens if file is None else min(tokens, _tokens_of(file, tokenizer))
     place = round(whole * (random.random() if depth is None else depth))
     out.print(describe(loaded), highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cometlm.cli import options
-from cometlm.cli.console import UNTRAINED, err, is_untrained, out, silence_libraries
+from cometlm.cli.console import UNTRAINED, err, is_untrained, out, resolve_quietly
 from cometlm.device import as_dtype, readable_bytes
 from cometlm.eval.report import Line, summarize
 from cometlm.eval.runner import Answer, ResultsFile, evaluate
@@ -22,6 +22,7 @@ from cometlm.tasks import TASKS, make_task
 
 def eval_(
     model: options.Model,
+    loading: options.LoadOptions,
     task: Annotated[str, typer.Option(help="What is asked: passkey, or another package's task.")],
     method: Annotated[
         list[str], typer.Option(help="How it is read: comet, full, truncate, window; repeatable.")
@@ -46,34 +47,21 @@ def eval_(
         int | None, typer.Option(min=1, help="Default: what the right answer takes, and 16 more.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what the task draws.")] = 0,
-    chunk_size: options.ChunkSize = None,
-    readout_tokens: options.ReadoutTokens = None,
-    stride: options.Stride = None,
-    capacity: options.Capacity = None,
-    overlap: options.Overlap = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
 ) -> None:
     """Ask a model about long texts, read in one way or another, and count what it gets right."""
     chosen = dict(_key_and_value(text) for text in option or [])
     for registry, names in ((TASKS, [task]), (METHODS, method)):
         for name in names:
             registry.find(name)  # before anything is loaded
-    silence_libraries()
-    sizes = {
-        "chunk_size": chunk_size,
-        "readout_tokens": readout_tokens,
-        "stride": stride,
-        "capacity": capacity,
-        "overlap": overlap,
-    }
-    given = {name: size for name, size in sizes.items() if size is not None}
-    loader = Loader(model, device, as_dtype(dtype), given)
+    sizes = loading.sizes()
+    bits: Any = loading.quantization
+    loader = Loader(resolve_quietly(model), loading.device, as_dtype(loading.dtype), bits, sizes)
     made = make_task(task, loader.tokenizer, split="test", seed=seed, **chosen)
     settings: dict[str, Any] = {
         "model": model,
-        "sizes": given,
+        "sizes": sizes,
         "dtype": str(loader.dtype),
+        "quantization": bits,
         "task": task,
         "options": chosen,
         "seed": seed,

@@ -10,28 +10,12 @@ from cometlm.device import readable_bytes
 from cometlm.planner.flops import chunk_cost
 
 
-def info(
-    model: options.Model,
-    chunk_size: options.ChunkSize = None,
-    readout_tokens: options.ReadoutTokens = None,
-    stride: options.Stride = None,
-    capacity: options.Capacity = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-) -> None:
+def info(model: options.Model, loading: options.LoadOptions) -> None:
     """Say what attaching a memory to a model costs: parameters, memory, rows and the gain."""
-    loaded, _ = load_quietly(
-        model,
-        device,
-        dtype,
-        chunk_size=chunk_size,
-        readout_tokens=readout_tokens,
-        stride=stride,
-        capacity=capacity,
-    )
+    loaded, _ = load_quietly(model, **loading.given())
     sizes = loaded.config.comet_config
     added = sum(p.numel() for p in loaded.model.comet.parameters())
-    total = sum(p.numel() for p in loaded.parameters()) - added
+    total = loaded._backbone.num_parameters()
     per_row = sum(cell.entry_width * loaded.dtype.itemsize for cell in loaded.model.cells)
     state = loaded.config.hidden_size * loaded.dtype.itemsize * len(loaded.model.cells)
     held = sizes.global_slots * state + sizes.temporary_slots * per_row

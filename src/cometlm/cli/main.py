@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from cometlm import __version__
 from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
 from cometlm.cli import eval as eval_
 from cometlm.cli.console import err, out, print_error
+from cometlm.cli.options import VerbCommand, with_options
 from cometlm.cli.terminal import allow_any_character
 from cometlm.parallel.mesh import leave_job
 from cometlm.parallel.p2p import PipelineError
@@ -45,16 +47,20 @@ def _options(
 ) -> None: ...
 
 
-app.command("read")(read.read)
-app.command("ask")(ask.ask)
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.command("train")(train.train)
-app.command("eval")(eval_.eval_)
-app.command("info")(info.info)
-app.command("plan")(plan.plan)
-app.command("import")(import_.import_)
-app.command("demo")(demo.demo)
+_VERBS: dict[str, Callable[..., None]] = {
+    "read": read.read,
+    "ask": ask.ask,
+    "chat": chat.chat,
+    "generate": generate.generate,
+    "train": train.train,
+    "eval": eval_.eval_,
+    "info": info.info,
+    "plan": plan.plan,
+    "import": import_.import_,
+    "demo": demo.demo,
+}
+for _name, _verb in _VERBS.items():
+    app.command(_name, cls=VerbCommand)(with_options(_verb))
 
 
 def run() -> None:

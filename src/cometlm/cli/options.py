@@ -1,38 +1,213 @@
-"""Arguments and options that several verbs take."""
+"""Arguments and options that several verbs take, and groups of them.
+
+A group is a frozen dataclass whose fields are options. A verb takes one parameter of that class;
+`with_options` shows the command line an option for each of its fields instead.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
 import typer
+from typer.core import TyperCommand
+
+from cometlm.checkpoints.backbones import Bits
+from cometlm.cli.console import print_error
+from cometlm.device import as_dtype
+
+_SIZES, _PLACE, _WRITING = "Sizes of the memory", "Where and how it is computed", "Writing"
+_BITS = get_args(Bits)
+
+
+def _check_bits(value: str | None) -> str | None:
+    if value not in (None, *_BITS):
+        raise typer.BadParameter(f"must be one of {', '.join(_BITS)}, got {value!r}")
+    return value
+
+
+def _check_dtype(value: str | None) -> str | None:
+    try:
+        as_dtype(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("dtype ")) from error
+    return value
+
 
 Model = Annotated[
     str, typer.Argument(help="A built-in name (smollm2, gemma3-270m), a directory or a hub id.")
 ]
-ChunkSize = Annotated[int | None, typer.Option(help="Text tokens per chunk.")]
-ReadoutTokens = Annotated[int | None, typer.Option(help="Slots of global memory.")]
-Stride = Annotated[int | None, typer.Option(help="Text tokens per compression token.")]
-Capacity = Annotated[int | None, typer.Option(help="Slots of temporary memory.")]
-Overlap = Annotated[int | None, typer.Option(help="Text tokens that the next chunk reads again.")]
-Device = Annotated[str | None, typer.Option(help="Default: the accelerator, else the CPU.")]
-Dtype = Annotated[str | None, typer.Option(help="Default: what the device is fast at.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Write at most this many tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it, sampling.")]
+
+# Sizes: the default of each is the trained memory's own, the built-in model's, or the paper's.
+ChunkSize = Annotated[
+    int | None, typer.Option(min=1, help="Text tokens per chunk.", rich_help_panel=_SIZES)
+]
+ReadoutTokens = Annotated[
+    int | None, typer.Option(min=1, help="Slots of global memory.", rich_help_panel=_SIZES)
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(min=1, help="Text tokens per compression token.", rich_help_panel=_SIZES),
+]
+Capacity = Annotated[
+    int | None, typer.Option(min=1, help="Slots of temporary memory.", rich_help_panel=_SIZES)
+]
+Overlap = Annotated[
+    int | None,
+    typer.Option(min=0, help="Text tokens that the next chunk rereads.", rich_help_panel=_SIZES),
+]
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="A device of torch, or auto: all of them. Default: the accelerator, else the CPU.",
+        rich_help_panel=_PLACE,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        callback=_check_dtype,
+        help="bfloat16, float32, … Default: what the device is fast at.",
+        rich_help_panel=_PLACE,
+    ),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        callback=_check_bits,
+        metavar="|".join(_BITS),
+        help="Keep the backbone in so many bits, with bitsandbytes. Default: as it is.",
+        rich_help_panel=_PLACE,
+    ),
+]
+
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, help="Write at most this many tokens.", rich_help_panel=_WRITING)
+]
+Temperature = Annotated[
+    float,
+    typer.Option(min=0.0, help="0 is greedy; above it, sampling.", rich_help_panel=_WRITING),
+]
 TopP = Annotated[
     float | None,
-    typer.Option(min=0.0, max=1.0, help="Sample from the likeliest that make up this."),
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Sample from the likeliest that make up this.",
+        rich_help_panel=_WRITING,
+    ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Sample the same again.")]
+Seed = Annotated[int | None, typer.Option(help="Sample the same again.", rich_help_panel=_WRITING)]
 
 
-def generation(
-    max_new_tokens: int, temperature: float, top_p: float | None, seed: int | None
-) -> dict[str, Any]:
-    """Options of `generate` from those of the command line."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    if temperature == 0:
-        return {"max_new_tokens": max_new_tokens, "do_sample": False}
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p or 1.0}
-    return {"max_new_tokens": max_new_tokens, **sampling}
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded: the options of `cometlm.load` that the command line has."""
+
+    chunk_size: ChunkSize = None
+    readout_tokens: ReadoutTokens = None
+    stride: Stride = None
+    capacity: Capacity = None
+    overlap: Overlap = None
+    device: Device = None
+    dtype: Dtype = None
+    quantization: Quantization = None
+
+    def given(self) -> dict[str, Any]:
+        """What the user gave, for `load_quietly`."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value is not None}
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that the user gave."""
+        place = ("device", "dtype", "quantization")
+        return {name: value for name, value in self.given().items() if name not in place}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How text is written: the options of `generate` that the command line has."""
+
+    max_new_tokens: MaxNewTokens = 256
+    temperature: Temperature = 0.0
+    top_p: TopP = None
+    seed: Seed = None
+
+    def start(self) -> dict[str, Any]:
+        """Seed torch, where a seed was given, and return the options of `generate`."""
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        if self.temperature == 0:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p or 1.0}
+        return {"max_new_tokens": self.max_new_tokens, **sampling}
+
+
+def with_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb as the command line takes it: with an option for each field of its groups.
+
+    Args:
+        verb: a function; parameters whose type is a dataclass are groups. A group that is a
+            default gives its options their defaults.
+    """
+    hints = get_type_hints(verb, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[type[Any], list[str]]] = {}
+
+    def add(name: str, default: Any, annotation: Any) -> None:
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
+
+    for parameter in inspect.signature(verb).parameters.values():
+        group = hints[parameter.name]
+        if not (isinstance(group, type) and dataclasses.is_dataclass(group)):
+            add(parameter.name, parameter.default, group)
+            continue
+        fields = get_type_hints(group, include_extras=True)
+        is_required = parameter.default is parameter.empty
+        for field in dataclasses.fields(group):
+            default = field.default if is_required else getattr(parameter.default, field.name)
+            add(field.name, default, fields[field.name])
+        groups[parameter.name] = (group, list(fields))
+
+    @functools.wraps(verb)
+    def run(**given: Any) -> None:
+        made = {
+            name: group(**{field: given.pop(field) for field in fields})
+            for name, (group, fields) in groups.items()
+        }
+        verb(**given, **made)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+class VerbCommand(TyperCommand):
+    """A verb for which the wrong value of an option is one line, and not a page on usage."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the command line apart.
+
+        Raises:
+            typer.Exit: a value that an option does not take; a line names option, value and bound.
+        """
+        line = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if type(error) is not typer.BadParameter or error.param is None:
+                raise  # a missing argument: there the usage helps
+            given, _, _ = self.make_parser(ctx).parse_args(line)
+            said = error.message[:1].lower() + error.message[1:].rstrip(".")
+            if "got " not in said:
+                said = f"{said}, got {given.get(error.param.name or '')!r}"
+            option = error.param.opts[-1] if error.param.opts else error.param.name
+            print_error(ValueError(f"{option}: {said}"))
+            raise typer.Exit(error.exit_code) from error

@@ -10,10 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cometlm.cli import options
-from cometlm.cli.console import err, load_quietly, out
+from cometlm.cli.console import err, load_quietly, out, resolve_quietly
 from cometlm.config import CometConfig
 from cometlm.device import readable_bytes
-from cometlm.model_loader import described
 from cometlm.planner.calibrate import Weights, counted, measured
 from cometlm.planner.simulate import WAYS, Costs, Job, Link, Outcome, simulate
 from cometlm.planner.timeline import NAMES, check_can_draw, draw
@@ -23,6 +22,7 @@ _MANY = 300_000  # cells that take a while
 
 def plan(
     model: options.Model,
+    loading: options.LoadOptions,
     tokens: Annotated[int, typer.Option(min=1, help="Length of the sample.")] = 131_072,
     devices: Annotated[int, typer.Option(min=1, help="How many share it.")] = 16,
     speed: Annotated[
@@ -49,25 +49,23 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(help="Draw the timelines into this file (.png, .svg, .pdf).")
     ] = None,
-    chunk_size: options.ChunkSize = None,
-    readout_tokens: options.ReadoutTokens = None,
-    stride: options.Stride = None,
-    capacity: options.Capacity = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
 ) -> None:
     """Simulate one training step: the wave, a naive split of chunks, and a split of layers."""
     if picture is not None:
         check_can_draw()
-    wanted = {
-        "chunk_size": chunk_size,
-        "readout_tokens": readout_tokens,
-        "stride": stride,
-        "capacity": capacity,
-    }
+    if loading.quantization is not None and speed is not None:
+        raise ValueError(
+            f"--quantization {loading.quantization} is for costs that are measured: leave out "
+            f"--speed {speed:g}, which counts them"
+        )
+    if loading.quantization is not None and trained == 1:
+        raise ValueError(
+            f"--quantization {loading.quantization} keeps the backbone frozen: --trained must be "
+            f"below 1, got {trained:g}"
+        )
     weights = Weights(trained=trained, shards=shards)
     if speed is None:
-        loaded, _ = load_quietly(model, device, dtype, merge=False, **wanted)
+        loaded, _ = load_quietly(model, merge=False, **loading.given())
         err.print("measuring a cell of each layer on this machine …", highlight=False)
         config, sizes = loaded.config.text_config, loaded.config.comet_config
         if trained < 1:  # the memory's gradients alone, and those of what comes in
@@ -76,8 +74,8 @@ def plan(
         costs = measured(loaded.train(), weights)
         how = f"measured: {loaded.dtype} on {loaded.device}"
     else:
-        given = {name: size for name, size in wanted.items() if size is not None}
-        config, sizes = described(model, **given)
+        source = resolve_quietly(model)
+        config, sizes = source.backbone_config, source.comet_config(**loading.sizes())
         costs = counted(config, sizes, speed * 1e12, weights)
         how = f"counted, at {speed:g} TFLOP/s"
     chunks = -(-tokens // sizes.chunk_size)

@@ -35,6 +35,7 @@ _SAVE_EVERY_BLOCKS = 500  # where ranks have to agree
 def read(
     model: options.Model,
     file: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
+    loading: options.LoadOptions,
     save: Annotated[
         Path | None,
         typer.Option(help="Keep the session here: at the end, on Ctrl-C, and every 5 minutes."),
@@ -48,13 +49,6 @@ def read(
     next_tokens: Annotated[
         int, typer.Option("--next", min=0, help="Then write this many likeliest tokens.")
     ] = 0,
-    chunk_size: options.ChunkSize = None,
-    readout_tokens: options.ReadoutTokens = None,
-    stride: options.Stride = None,
-    capacity: options.Capacity = None,
-    overlap: options.Overlap = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
 ) -> None:
     """Read a text with a model, chunk by chunk, in constant memory.
 
@@ -63,16 +57,7 @@ def read(
     begin = _beginning(save, session, resume)
     _check_writable(save)
     source, size = open_text(file)
-    loaded, tokenizer = load_quietly(
-        model,
-        device,
-        dtype,
-        chunk_size=chunk_size,
-        readout_tokens=readout_tokens,
-        stride=stride,
-        capacity=capacity,
-        overlap=overlap,
-    )
+    loaded, tokenizer = load_quietly(model, **loading.given())
     rank, ranks = join_job(loaded.device)
     err.quiet = out.quiet = rank > 0  # one rank of a job is enough to hear
     err.print(describe(loaded), highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -40,6 +41,7 @@ def train(
     from cometlm.train import run
 
     hf_logging.set_verbosity_warning()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are warnings
     speaks = int(os.environ.get("RANK", "0")) == 0  # one rank of a job is enough to read
 
     def log(line: str) -> None:

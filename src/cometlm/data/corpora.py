@@ -216,8 +216,6 @@ def corpus_files(name: str | Path) -> list[Path]:
     return files
 
 
-
-
 def _part(corpus: Corpus, held_out: bool) -> list[Path]:
     return [file for file in corpus.files() if (file.name in corpus.held_out) == held_out]
 

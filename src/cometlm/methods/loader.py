@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cometlm.checkpoints.backbones import load_backbone, source_of
+from cometlm.checkpoints.backbones import Bits, quantization_of
 from cometlm.checkpoints.fingerprint import fingerprint
-from cometlm.checkpoints.memory import BACKBONE
-from cometlm.config import CometModelConfig
+from cometlm.checkpoints.source import Source
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.device import default_dtype, find_device
 from cometlm.model_loader import load
@@ -23,9 +21,10 @@ class Loader:
     """Loads one model, with its memory or without; the last one loaded is kept.
 
     Args:
-        name: a built-in name, a directory or a hub id, see `cometlm.load`.
+        name: a built-in name, a directory or a hub id, see `cometlm.load`; or a source.
         device: default: the accelerator, else the CPU.
         dtype: default: what the device is fast at.
+        quantization: of the backbone, "4bit" or "8bit".
         sizes: of the memory, see `cometlm.load`.
 
     Attributes:
@@ -34,14 +33,16 @@ class Loader:
 
     def __init__(
         self,
-        name: str,
+        name: str | Source,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        quantization: Bits | None = None,
         sizes: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name = name
+        self.source = Source.resolve(name)
         self.device = find_device(device)
         self.dtype = dtype or default_dtype(self.device)
+        self.quantization = quantization
         self.sizes = dict(sizes or {})
         self.weights = ""
         self._kept: PreTrainedModel | None = None
@@ -54,7 +55,9 @@ class Loader:
         """
         if not isinstance(self._kept, CometForCausalLM):
             self._kept = None  # two models need not fit into memory
-            model, _ = load(self.name, device=self.device, dtype=self.dtype, **self.sizes)
+            where: Any = {"device": self.device, "dtype": self.dtype}
+            where["quantization"] = self.quantization
+            model, _ = load(self.source, **where, **self.sizes)
             self._keep(model)
         assert isinstance(self._kept, CometForCausalLM)
         return self._kept
@@ -63,12 +66,17 @@ class Loader:
         """The backbone, as it was before any training with a memory.
 
         Raises:
-            ValueError, OSError: as `load_backbone`.
+            ValueError, OSError: as `Source.load_backbone`.
         """
         if self._kept is None or isinstance(self._kept, CometForCausalLM):
             self._kept = None
-            model = load_backbone(self._backbone_name, dtype=self.dtype).eval()
-            torch.nn.Module.to(model, self.device)
+            bits = quantization_of(self.quantization, self.dtype)
+            place = None if bits is None else {"": self.device}
+            model = self.source.load_backbone(
+                dtype=self.dtype, device_map=place, quantization_config=bits
+            ).eval()
+            if bits is None:
+                torch.nn.Module.to(model, self.device)
             self._keep(model)
         assert self._kept is not None
         return self._kept
@@ -80,21 +88,7 @@ class Loader:
         Raises:
             ValueError, OSError: it cannot be read.
         """
-        try:
-            return AutoTokenizer.from_pretrained(source_of(self.name))
-        except (OSError, ValueError):
-            if self._backbone_name == self.name:
-                raise
-            return AutoTokenizer.from_pretrained(source_of(self._backbone_name))
-
-    @cached_property
-    def _backbone_name(self) -> str:
-        config = AutoConfig.from_pretrained(source_of(self.name))
-        if not isinstance(config, CometModelConfig):
-            return self.name
-        if config.backbone == f"./{BACKBONE}":
-            return str(Path(self.name) / BACKBONE)
-        return config.backbone
+        return self.source.load_tokenizer()
 
     def _keep(self, model: PreTrainedModel) -> None:
         self._kept = model

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,9 +24,10 @@ from torch import Tensor
 from cometlm import __version__
 from cometlm.backbones.families import device_of
 from cometlm.checkpoints.atomic_write import write_whole
-from cometlm.checkpoints.backbones import BUILT_IN
+from cometlm.checkpoints.backbones import Bits, bits_of
 from cometlm.checkpoints.fingerprint import fingerprint
 from cometlm.checkpoints.merge import weights_before_merging
+from cometlm.checkpoints.source import kind_of
 from cometlm.config import CometConfig
 from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
@@ -158,17 +159,14 @@ def identity(model: CometForCausalLM) -> dict[str, str]:
 
 
 def describe_model(model: CometForCausalLM) -> dict[str, str]:
-    """How `cometlm.load` makes the model again: name or path, dtype and sizes."""
+    """How `cometlm.load` makes the model again: name or path, dtype, sizes and quantization."""
     name = model.config.name_or_path or model.config.backbone
     return {
-        "name": str(Path(name).resolve()) if _is_folder(name) else name,
+        "name": str(Path(name).resolve()) if kind_of(name) == "folder" else name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "sizes": json.dumps(model.config.comet_config.to_dict()),
+        "quantization": bits_of(model._backbone) or "",
     }
-
-
-def _is_folder(name: str) -> bool:
-    return bool(name) and name not in BUILT_IN and Path(name).is_dir()
 
 
 def _encodable(text: str) -> bool:
@@ -308,5 +306,6 @@ def _check(path: str | Path, document: Any) -> None:
             )
         )
     )
+    sound = sound and document["model"].get("quantization", "") in ("", *get_args(Bits))
     if not sound or not _is_sizes(document["model"]["sizes"]):
         raise ValueError(f"{path} is damaged: its document is not what a session writes")

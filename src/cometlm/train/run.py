@@ -15,12 +15,12 @@ from trl import SFTConfig
 
 from cometlm.checkpoints.adapters import has_adapter
 from cometlm.checkpoints.atomic_write import write_whole
-from cometlm.checkpoints.backbones import BUILT_IN
+from cometlm.checkpoints.source import Source
 from cometlm.compat import ACTIVATION_CHECKPOINTING
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.data.records import read_records
 from cometlm.device import as_dtype
-from cometlm.model_loader import has_memory, load
+from cometlm.model_loader import load
 from cometlm.parallel.p2p import PipelineError
 from cometlm.train.chunk_plans import Chunking
 from cometlm.train.config import ChunkSettings, Log, LoraSettings, TrainConfig
@@ -62,8 +62,9 @@ def train(
     if checkpoint is not None:
         check_same(output, config, checkpoint)
         log(f"going on from {checkpoint}")
-    is_new = bool(config.comet) or not has_memory(config.model)
-    if config.comet and config.model not in BUILT_IN and has_memory(config.model):
+    source = Source.resolve(config.model)
+    is_new = bool(config.comet) or not source.has_memory
+    if config.comet and source.is_checkpoint:
         raise ValueError(
             f"model {config.model} is a checkpoint and has its memory: comet is for new ones; say "
             "in sizes what this one is to be read with"
@@ -71,7 +72,7 @@ def train(
     sizes = {**config.comet, **config.sizes, **({"seed": config.seed} if is_new else {})}
     merge = config.mode == "full"  # an adapter is trained on, or becomes a part of the whole
     model, tokenizer = load(
-        config.model,
+        source,
         device=device,
         dtype=as_dtype(config.dtype),
         quantization=config.quantization,
