@@ -5,6 +5,7 @@
 #   make test-slow   real backbones, the wheel in a fresh environment
 #   make test-matrix the suite beside other versions of torch and transformers
 #   make lint        ruff, mypy
+#   make docs        the documentation as a site, into out/docs
 #   make bench       all benchmarks at their defaults, most into out/; many hours
 #   make gpu-bundle  what a GPU machine without network needs, in pieces (docs/gpu.md)
 #   make gpu-bench   the accelerator's benchmark, in minutes (GPU_BENCH="--minutes 5")
@@ -24,7 +25,7 @@ CONSTRAIN := $(if $(filter true,$(CI)),-c constraints.txt)
 
 MATRIX ?=
 
-.PHONY: demo test test-slow test-matrix lint format bench gpu-bundle gpu-bench clean
+.PHONY: demo test test-slow test-matrix lint docs format bench gpu-bundle gpu-bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo $(VENV)/.smollm2
@@ -44,6 +45,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Broken links and anchors fail. Nothing is fetched; the variable keeps an advertisement away.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -155,7 +155,7 @@ BASE = names_in(PROJECT["dependencies"])
 EXTRAS = {
     extra: names_in(lines)
     for extra, lines in PROJECT["optional-dependencies"].items()
-    if extra != "dev"
+    if extra not in ("dev", "docs")  # tools
 }
 
 

@@ -199,7 +199,7 @@ def test_a_warning_where_no_sample_exceeds_a_chunk(settings, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, monkeypatch):
     """Step and sample are named, and the last good checkpoint stays."""
     config = read_config(as_config(settings, tmp_path))
-    place = running.CometTrainer._place_plans
+    place = running.CometTrainer._place_chunking
 
     def poison(self):
         place(self)
@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, monkeypatch
             with torch.no_grad():
                 self._comet.model.comet.readout.fill_(float("nan"))
 
-    monkeypatch.setattr(running.CometTrainer, "_place_plans", poison)
+    monkeypatch.setattr(running.CometTrainer, "_place_chunking", poison)
     with pytest.raises(FloatingPointError, match=r"step 6, .* checkpoint is .*checkpoint-4"):
         quietly(config)
     monkeypatch.undo()

@@ -236,6 +236,8 @@ class CometTrainer(SFTTrainer):
         loss = loss * sharing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
+        if out.observed:
+            self._metrics[mode]["text_loss"].append(float(loss.detach()))
         for name, score in (out.observed or {}).items():
             self._metrics[mode][name].append(float(score.mean.detach()) * sharing)
             self._metrics[mode]["answers_right"].append(float(score.accuracy.detach()) * sharing)
