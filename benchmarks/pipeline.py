@@ -46,11 +46,11 @@ class AllAtOnce(Wave):
         """See `Wave.incoming`."""
         assert self.left is not None
         layers = range(len(self.model.cells))
-        likes = [self.likes(i) for i in layers]
-        flat = [like for layer in likes for like in layer]
+        specs = [self.specs(i) for i in layers]
+        flat = [like for layer in specs for like in layer]
         got = list(receive(self.left, flat, "the memory of all layers"))
         self.ties.extend(got)
-        for layer in likes:
+        for layer in specs:
             yield self.state_of([got.pop(0) for _ in layer])
 
     def outgoing(self, right: Neighbour | None) -> Callable[[LayerState], LayerState]:

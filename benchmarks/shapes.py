@@ -75,9 +75,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    chance = random.Random(0)
+    rng = random.Random(0)
     odd = [n for n in range(9, CHUNK) if n % BUCKET]
-    read, trained = (chance.sample(odd, args.lengths) for _ in range(2))
+    read, trained = (rng.sample(odd, args.lengths) for _ in range(2))
     model = cometlm.load("smollm2", seed=0, chunk_size=CHUNK, readout_tokens=16, capacity=64)[0]
     result: dict[str, Any] = {"machine": machine(), "read": compare(reading, model, read)}
     set_trainable(model.train(), "lora")

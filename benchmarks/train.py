@@ -43,9 +43,9 @@ Cell = dict[str, Any]
 def measure(way: str, length: int) -> Cell:
     """Seconds and peak bytes, counted from after loading, of the second of two steps or of one."""
     model = prepared(way)
-    chance = torch.Generator().manual_seed(0)
-    step(model, torch.randint(100, 40_000, (1, 1024), generator=chance))  # kernels are built once
-    ids = torch.randint(100, 40_000, (1, length), generator=chance)
+    rng = torch.Generator().manual_seed(0)
+    step(model, torch.randint(100, 40_000, (1, 1024), generator=rng))  # kernels are built once
+    ids = torch.randint(100, 40_000, (1, length), generator=rng)
     before = resident()
     reset_peak_memory(model.device)
     start = time.perf_counter()

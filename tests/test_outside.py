@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.sessions import tokenizer_of
 from tests.tiny import tiny_backbone
@@ -186,3 +187,31 @@ def test_a_package_that_cannot_be_imported_is_one_line(command, model):
     assert done.returncode == 1
     assert "task 'broken' cannot be imported from toy_missing:Nothing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_chunk_plan_a_task_and_a_corpus_train(command, model, tmp_path):
+    settings = {
+        "model": str(model),
+        "output": "out",
+        "mode": "memory",
+        "comet": {"chunk_size": 24, "readout_tokens": 3, "stride": 4, "capacity": 5},
+        "mixture": {
+            "tasks": {"first-word": 1},
+            "options": {"first-word": {"corpus": "toy-letters"}},
+            "steps": 2,
+            "tokens": [60, 60],
+            "batch_tokens": 120,
+        },
+        "chunks": {"plans": {"alternating": 1}},
+        "trainer": {"logging_steps": 1},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    done = command("train", "run.yaml", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "loss" in row] == [1, 2]
+    settings["chunks"] = {"plans": {"alternatin": 1}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    done = command("train", "run.yaml", "--device", "cpu")
+    assert "unknown chunk plan 'alternatin'" in done.stderr
+    assert "alternating" in done.stderr

@@ -45,7 +45,7 @@ def compare(family, chunks, folder, sizes):
     for session in posed:  # the open chunk ends early, or does not, wherever it stands
         for length in (3, 7, 10, 2, 11):
             session.read(TEXT[:90])
-            session.pose(list(range(5, 5 + length)))
+            session.ask_in_one_chunk(list(range(5, 5 + length)))
     found.append(difference(posed[1], posed[0]))
     together.save(f"{folder}/book.comet")
     loaded = Session.load(f"{folder}/book.comet", model, tokenizer)

@@ -178,7 +178,7 @@ def test_a_posed_question_is_never_cut(model, before, question):
     ids = ids_of(TEXT).tolist()
     text, asked = ids[:before], ids[before : before + question]
     session = session_of(model, text)
-    session.pose(asked)
+    session.ask_in_one_chunk(asked)
     room = 12 // 8  # of a chunk of 12
     left = (before - 1) % 12 + 1
     cut_early = question + room <= 12 < left + question + room
@@ -201,7 +201,7 @@ def test_asking_poses_the_question(model):
     text = ids_of(TEXT).tolist()[:23]
     session = session_of(model, text)
     posed = session.fork()
-    posed.pose(session._ids_of(session._turn("When?").opening))
+    posed.ask_in_one_chunk(session._ids_of(session._turn("When?").opening))
     assert session.ask("When?", max_new_tokens=4) == session._decode(posed.continuation(4))
     assert_same(session, session_of(model, text))
 
@@ -211,7 +211,7 @@ def test_a_session_whose_chunk_ended_early_is_kept(model, before, tmp_path):
     """Also before its memory is full: fewer entries than whole chunks leave."""
     ids = ids_of(TEXT).tolist()
     session = session_of(model, ids[:before])
-    session.pose(ids[before : before + 10])
+    session.ask_in_one_chunk(ids[before : before + 10])
     session.save(tmp_path / "early.comet")
     loaded = Session.load(tmp_path / "early.comet", model, real.tokenizer("smollm2"))
     assert loaded.stats().tokens == before + 10

@@ -55,8 +55,8 @@ class Mirror:
         self.ids, self.segment = [*self.now(), *ids], ""
         self.began = True
 
-    def pose(self, ids):
-        """As `Session.pose` promises: the open chunk ends where ids and an eighth do not fit."""
+    def ask_in_one_chunk(self, ids):
+        """As `Session.ask_in_one_chunk` promises: the open chunk ends where ids and an eighth do not fit."""
         size = SIZES["chunk_size"]
         read, ends = self.read_with_overlaps()
         left = len(read) - (ends[-1] if ends else 0)
@@ -132,7 +132,7 @@ def apply(operation, session, mirror, path):
         case "ask", prompt, template, count:
             asked = mirror.fork()
             if template:
-                asked.pose(asked.opening(prompt))
+                asked.ask_in_one_chunk(asked.opening(prompt))
             else:
                 asked.segment += prompt
             if not asked.now():
@@ -145,7 +145,7 @@ def apply(operation, session, mirror, path):
         case "chat", message, stream, count:
             pieces = session.chat(message, stream=stream, max_new_tokens=count, **GREEDY)
             written = "".join(pieces)
-            mirror.pose(mirror.opening(message))
+            mirror.ask_in_one_chunk(mirror.opening(message))
             ids = following(model, mirror, count)
             assert written == tokenizer.decode(ids, skip_special_tokens=True)
             mirror.read_ids([*ids, *mirror.closing(ids)])

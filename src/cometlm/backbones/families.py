@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from cometlm.registry import Registry
+
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 
 
@@ -75,17 +77,21 @@ class Family:
 
 
 # One row per family; see "Add a backbone" in CONTRIBUTING.md.
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(key_norm="head"),
-    "qwen3_moe": Family(key_norm="head"),
-    "phi3": Family(fused="qkv_proj"),
-    "olmo2": Family(pre_norm=None, key_norm="full"),
-    "smollm3": Family(),
-    "gemma3_text": Family(key_norm="head", rotary_by_layer_type=True),
-}
+FAMILIES: Registry[Family] = Registry(
+    "model family",
+    "cometlm.backbones",
+    {
+        "llama": Family(),
+        "mistral": Family(),
+        "qwen2": Family(),
+        "qwen3": Family(key_norm="head"),
+        "qwen3_moe": Family(key_norm="head"),
+        "phi3": Family(fused="qkv_proj"),
+        "olmo2": Family(pre_norm=None, key_norm="full"),
+        "smollm3": Family(),
+        "gemma3_text": Family(key_norm="head", rotary_by_layer_type=True),
+    },
+)
 
 
 def family_of(config: Any) -> Family:

@@ -139,7 +139,8 @@ def _backbone(
     state_dict: Mapping[str, Tensor], fields: Mapping[str, Any], embedding: Tensor
 ) -> PreTrainedModel:
     family = fields.get("family") or fields.get("model_type")
-    family = family if family in FAMILIES else "qwen3"  # published ones have a type of their own
+    if family not in FAMILIES:
+        family = "qwen3"  # published ones have a type of their own
     own = {k: v for k, v in fields.items() if k not in _OURS and k not in _THEIRS}
     own["vocab_size"] = embedding.shape[0]
     text_config = AutoConfig.for_model(family, **own)

@@ -32,7 +32,7 @@ class CometReader(Reader):
 
     def read_question(self, ids: Sequence[int]) -> None:
         """See `Reader.read_question`; it stands in one chunk, if it fits."""
-        self.session.pose(list(ids))
+        self.session.ask_in_one_chunk(list(ids))
 
     def fork(self) -> CometReader:
         """See `Reader.fork`."""

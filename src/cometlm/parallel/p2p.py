@@ -54,7 +54,7 @@ def answering(what: str) -> Iterator[None]:
         raise PipelineError(f"rank {rank} lost {which} in {what}: {reason(error)}") from error
 
 
-class Like(NamedTuple):
+class TensorSpec(NamedTuple):
     """What a tensor that is to come looks like."""
 
     shape: tuple[int, ...]
@@ -86,13 +86,13 @@ class Neighbour:
             work = self._begin(dist.isend, held, what)
             self._under_way.append((work, held, what))
 
-    def fetch(self, likes: Sequence[Like], what: str) -> list[Tensor]:
+    def fetch(self, specs: Sequence[TensorSpec], what: str) -> list[Tensor]:
         """Wait for tensors that the other posts, in the same order.
 
         Raises:
             PipelineError: they do not come.
         """
-        got = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in likes]
+        got = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in specs]
         works = [self._begin(dist.irecv, x, what) for x in got]
         for work in works:
             self._finish(work, what)
@@ -142,12 +142,12 @@ def send(neighbour: Neighbour, tensors: Sequence[Tensor], what: str) -> Tensor |
     return token
 
 
-def receive(neighbour: Neighbour, likes: Sequence[Like], what: str) -> tuple[Tensor, ...]:
+def receive(neighbour: Neighbour, specs: Sequence[TensorSpec], what: str) -> tuple[Tensor, ...]:
     """Wait for tensors; where gradients are on, theirs are sent back."""
-    if not torch.is_grad_enabled() or not likes:
-        return tuple(neighbour.fetch(likes, what))
+    if not torch.is_grad_enabled() or not specs:
+        return tuple(neighbour.fetch(specs, what))
     anchor = torch.zeros((), requires_grad=True)
-    got: tuple[Tensor, ...] = _Receive.apply(neighbour, what, list(likes), anchor)
+    got: tuple[Tensor, ...] = _Receive.apply(neighbour, what, list(specs), anchor)
     return got
 
 
@@ -172,22 +172,22 @@ class _Send(torch.autograd.Function):
         ctx: Any, neighbour: Neighbour, what: str, anchor: Tensor, *tensors: Tensor
     ) -> Tensor:
         ctx.neighbour, ctx.what = neighbour, what
-        ctx.likes = [Like(tuple(x.shape), x.dtype, x.device) for x in tensors]
+        ctx.specs = [TensorSpec(tuple(x.shape), x.dtype, x.device) for x in tensors]
         neighbour.post(tensors, what)
         return tensors[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *ctx.neighbour.fetch(ctx.likes, f"the gradient of {ctx.what}")
+        return None, None, None, *ctx.neighbour.fetch(ctx.specs, f"the gradient of {ctx.what}")
 
 
 class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, neighbour: Neighbour, what: str, likes: list[Like], anchor: Tensor
+        ctx: Any, neighbour: Neighbour, what: str, specs: list[TensorSpec], anchor: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.neighbour, ctx.what = neighbour, what
-        return tuple(neighbour.fetch(likes, what))
+        return tuple(neighbour.fetch(specs, what))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
@@ -198,11 +198,11 @@ class _Receive(torch.autograd.Function):
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, reached: int, *tensors: Tensor) -> Tensor:
-        ctx.likes = [Like(tuple(x.shape), x.dtype, x.device) for x in tensors[:reached]]
+        ctx.specs = [TensorSpec(tuple(x.shape), x.dtype, x.device) for x in tensors[:reached]]
         ctx.ties = len(tensors) - reached
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in ctx.likes]
+        nothing = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in ctx.specs]
         return grad, None, *nothing, *[None] * ctx.ties

@@ -29,7 +29,7 @@ from cometlm.core.memory import LayerMemory, LayerMemoryWeights
 from cometlm.core.state import LayerState, States
 from cometlm.core.walk import walk_by_layer
 from cometlm.parallel.blocks import balanced
-from cometlm.parallel.p2p import Like, Neighbour, answering, join, receive, send
+from cometlm.parallel.p2p import Neighbour, TensorSpec, answering, join, receive, send
 
 if TYPE_CHECKING:
     from cometlm.core.model import CometModel
@@ -61,7 +61,7 @@ class Wave:
         """Each layer's memory before the block, when its turn comes."""
         assert self.left is not None
         for i in range(len(self.model.cells)):
-            got = receive(self.left, self.likes(i), memory_at(i, self.block.start))
+            got = receive(self.left, self.specs(i), memory_at(i, self.block.start))
             self.ties.extend(got)
             yield self.state_of(got)
 
@@ -92,21 +92,21 @@ class Wave:
         state = parts.pop(0) if self.sizes.global_memory else None
         return LayerState(LayerMemory(state, tuple(parts)))
 
-    def likes(self, i: int) -> list[Like]:
+    def specs(self, i: int) -> list[TensorSpec]:
         """What travels of layer i's memory before the block."""
         cell = cast("Cell", self.model.cells[i])
         first, sizes = self.first, self.sizes
         batch, width = len(first.rows), int(self.model.config.hidden_size)
         memory = cast("LayerMemoryWeights", self.model.comet.layers[i]).global_memory
-        likes = []
+        specs = []
         if memory is not None:
             norm = memory.norm.weight
-            likes.append(Like((batch, sizes.readout_tokens, width), norm.dtype, norm.device))
+            specs.append(TensorSpec((batch, sizes.readout_tokens, width), norm.dtype, norm.device))
         if first.temporary_width:
             shape = (batch, first.temporary_width, cell.entry_width)
             place = next(cell.parameters()).device
-            likes.append(Like(shape, self.model.dtype, place))
-        return likes
+            specs.append(TensorSpec(shape, self.model.dtype, place))
+        return specs
 
 
 class Pipeline:

@@ -88,13 +88,13 @@ class SharedSession(Session):
         wave = self._wave(0)
         states = []
         for i in range(len(self.model.model.cells)):
-            likes = wave.likes(i)
+            specs = wave.specs(i)
             if self._place == right:  # it was sent for a block that does not come
-                tensors = self._left.fetch(likes, memory_at(i, wave.block.start))
+                tensors = self._left.fetch(specs, memory_at(i, wave.block.start))
             elif self._place == owner:
                 tensors = wave.tensors_of(self._last[i])
             else:
-                tensors = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in likes]
+                tensors = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in specs]
             for tensor in tensors:
                 dist.broadcast(tensor, dist.get_global_rank(self._group, owner), self._group)
             states.append(wave.state_of(tensors))

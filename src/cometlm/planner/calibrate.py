@@ -127,10 +127,10 @@ class _Bench:
     def __init__(self, model: CometForCausalLM, labelled: int | None) -> None:
         self.model = model
         sizes = model.config.comet_config
-        chance = torch.Generator().manual_seed(_SEED)
+        rng = torch.Generator().manual_seed(_SEED)
         chunks = 1 + -(-sizes.temporary_slots // max(1, sizes.compression_tokens(sizes.chunk_size)))
         ids = torch.randint(
-            model.config.vocab_size, (1, chunks * sizes.chunk_size), generator=chance
+            model.config.vocab_size, (1, chunks * sizes.chunk_size), generator=rng
         ).to(model.device)
         with torch.no_grad():
             out = model.model(ids, use_cache=True, close_last=True, hidden_to_keep=1)
@@ -142,7 +142,7 @@ class _Bench:
         self.cells = cast("Sequence[Cell]", self.grid.cells)
         self.states: Sequence[LayerState] = cache.layers
         width = (1, self.layout.items[0], model.config.hidden_size)
-        self.hidden = torch.randn(width, generator=chance).to(model.device, model.dtype)
+        self.hidden = torch.randn(width, generator=rng).to(model.device, model.dtype)
         self.memory_bytes = sum(x.nbytes for x in tensors_of(self.states[:1]))
         self.text = ids[:, : sizes.chunk_size]
         self.labelled = sizes.chunk_size if labelled is None else labelled

@@ -103,7 +103,7 @@ class Session:
                     self._stream.skip_prefix()
                 yield from self._take(piece)
 
-    def pose(self, question: Sequence[int]) -> None:
+    def ask_in_one_chunk(self, question: Sequence[int]) -> None:
         """Read a question whose answer comes next: no chunk border cuts it.
 
         Where the open chunk has no room for it and for the beginning of an answer, an eighth of a
@@ -159,7 +159,7 @@ class Session:
             prompt: the question.
             stream: give the answer piece by piece while it is written.
             template: put the prompt into the tokenizer's chat template; no chunk border cuts it
-                then, see `pose`. Default: if it has one.
+                then, see `ask_in_one_chunk`. Default: if it has one.
             generation: options of transformers' `generate`; 256 new tokens unless they say.
 
         Returns:
@@ -173,7 +173,7 @@ class Session:
             template = bool(getattr(self.tokenizer, "chat_template", None))
         fork = self.fork()
         if template:
-            fork.pose(fork._ids_of(fork._turn(prompt).opening))
+            fork.ask_in_one_chunk(fork._ids_of(fork._turn(prompt).opening))
         else:
             fork.read(prompt)
         pieces = fork._written([], generation, stream)
@@ -324,7 +324,7 @@ class Session:
     def _chatting(self, message: str, generation: dict[str, Any], stream: bool) -> Iterator[str]:
         turn = self._turn(message)
         work = self.fork()
-        work.pose(work._ids_of(turn.opening))
+        work.ask_in_one_chunk(work._ids_of(turn.opening))
         answer: list[int] = []
         try:
             yield from work._written(answer, generation, stream)

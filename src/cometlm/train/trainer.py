@@ -44,7 +44,7 @@ from cometlm.train.chunk_parallel import (
 )
 from cometlm.train.chunk_plans import Chunking
 from cometlm.train.mixture import probes_of
-from cometlm.train.probes import Questions
+from cometlm.train.probes import ANSWERS, Questions
 from cometlm.train.trainable import parameter_groups
 
 STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
@@ -237,13 +237,13 @@ class CometTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
         if out.observed:
-            self._metrics[mode]["text_loss"].append(float(loss.detach()))
-        for name, score in (out.observed or {}).items():
-            self._metrics[mode][name].append(float(score.mean.detach()) * sharing)
-            self._metrics[mode]["answers_right"].append(float(score.accuracy.detach()) * sharing)
-            # Means of this batch, so the gradients' own average is what they need.
+            # A text's loss is a part of the whole step's then; answers' are means of their batch.
             shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self._answer_weight * score.mean * sharing / shares
+            self._metrics[mode]["text_loss"].append(float(loss.detach()) * shares)
+            answers = out.observed[ANSWERS]
+            self._metrics[mode][ANSWERS].append(float(answers.mean.detach()) * sharing)
+            self._metrics[mode]["answers_right"].append(float(answers.accuracy.detach()) * sharing)
+            loss = loss + self._answer_weight * answers.mean * sharing / shares
         counted = (inputs["labels"][:, 1:] != -100).sum()
         right, counted = self.accelerator.gather_for_metrics(
             torch.stack([out.num_correct.to(counted.device) * sharing, counted])[None]
