@@ -2,7 +2,7 @@
 #
 #   make demo        a real model looks for a number in 300,000 tokens (DEMO="--file book.txt")
 #   make test        the offline suite
-#   make test-slow   real backbones, the wheel in a fresh environment
+#   make test-slow   real backbones, the wheel in a fresh environment, more examples of properties
 #   make test-matrix the suite beside other versions of torch and transformers
 #   make lint        ruff, mypy
 #   make docs        the documentation as a site, into out/docs
@@ -32,7 +32,7 @@ demo: $(VENV)/.demo $(VENV)/.smollm2
 	$(BIN)/cometlm demo $(DEMO)
 
 test: $(VENV)/.dev $(VENV)/.smollm2
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Beside other versions of torch and transformers: MATRIX="oldest newest --core" takes some.
 test-matrix: $(VENV)/.dev
@@ -40,6 +40,8 @@ test-matrix: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "not slow" --hypothesis-profile thorough tests/test_properties.py \
+	  tests/test_session_operations.py tests/test_fixed_cache.py tests/test_generation.py tests/test_text.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+# Four times as many of everything: `pytest --hypothesis-profile thorough`.
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=400)
 settings.load_profile("default")
 torch.set_num_threads(1)
 
@@ -27,8 +29,14 @@ CORE = {
 }  # fmt: skip
 
 
+# Files that take longest, longest first: one of them begun last would be waited for.
+FIRST = ["test_train_together", "test_train_resume", "test_train", "test_reading_together"]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
     for item in items:
         if item.path.stem in CORE:
             item.add_marker(pytest.mark.core)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -12,6 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Where processes can be forked, ranks come from one that has imported this and run nothing. A rank
+# that imports it itself takes seconds, and does so where a platform has no such server.
+_START = "spawn" if sys.platform == "win32" else "forkserver"
+_PRELOAD = ["cometlm", "cometlm.parallel.shard", "pytest", "hypothesis", "peft"]
+
 
 def run_ranks(count: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """`work(*args)` on each of `count` ranks; what they return, in order.
@@ -20,7 +27,9 @@ def run_ranks(count: int, work: Callable[..., Any], *args: Any) -> list[Any]:
         AssertionError: one of them failed; with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (count, folder, work, args), nprocs=count)
+        multiprocessing.set_forkserver_preload(_PRELOAD)
+        ranks = (count, folder, work, args)
+        mp.start_processes(_rank, ranks, nprocs=count, start_method=_START)
         results = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(count)]
     failures = [f"rank {rank}:\n{what}" for rank, (failed, what) in enumerate(results) if failed]
     assert not failures, "\n".join(failures)

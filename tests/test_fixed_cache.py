@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import cometlm
@@ -15,7 +15,7 @@ from cometlm.core.attention import attend_masked
 from cometlm.core.fixed_cache import FixedCache
 from cometlm.core.state import tensors_of
 from tests import real
-from tests.tiny import FAMILIES, error, random_ids, tiny_comet
+from tests.tiny import FAMILIES, error, examples, random_ids, tiny_comet
 
 
 def read(model, ids, past=None):
@@ -63,7 +63,7 @@ def test_parts_of_the_memory_switched_off(switch):
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.data())
-@settings(max_examples=25)
+@examples(15)
 def test_pieces_and_values_in_between(small, pieces, data):
     """A value is never changed by what comes after it."""
     ids = random_ids(200)[None]

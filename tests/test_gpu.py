@@ -16,7 +16,16 @@ from cometlm.backbones.families import KeyValue
 from cometlm.core.attention import attend_one_part
 from cometlm.device import default_device
 from tests.test_attention import plain
-from tests.tiny import FAMILIES, batch_of, error, random_ids, tiny_comet
+from tests.tiny import (
+    FAMILIES,
+    SMALL,
+    batch_of,
+    error,
+    random_ids,
+    scramble,
+    tiny_backbone,
+    tiny_comet,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -228,7 +237,9 @@ def test_autocast(dtype, recompute):
 
 
 def test_compiled_cells():
-    model = tiny_comet("llama")
+    """One, since each is compiled by itself and takes its seconds."""
+    model = cometlm.attach(tiny_backbone("llama", num_hidden_layers=1), **SMALL)
+    scramble(model.model.comet, 0.5)
     twin, ids = on_device(model, torch.float32), batch_of(2, 40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler's own parts

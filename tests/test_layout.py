@@ -1,12 +1,13 @@
 """Steps, order, positions and masks against a slow model of SPEC §2 and §4, row by row."""
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cometlm import CometConfig
 from cometlm.core.layout import ChunkLayout, Piece, RowCounts, take
 from cometlm.core.plan import plan_full_chunks
+from tests.tiny import examples
 
 CPU = torch.device("cpu")
 WINDOWS = st.sampled_from([None, 1, 2, 3, 7, 100])
@@ -133,7 +134,7 @@ def test_plan_by_hand():
 # --- order, indices, positions --------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(layouts())
 def test_order_and_indices(layout):
     text_end = layout.widest_text
@@ -159,7 +160,7 @@ def test_order_and_indices(layout):
     assert layout.closes == any(piece.close for piece in layout.step)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(layouts())
 def test_positions(layout):
     for _, place, row, _, items in per_row(layout):
@@ -195,7 +196,7 @@ def test_a_text_fills_the_longest_row_and_no_more(config, lengths, more):
 # --- counts ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(layouts(), st.integers(1, 8))
 def test_counts_after(layout, capacity):
     config = layout.config.replace(capacity=capacity)  # of this call; the memory may hold more
@@ -238,7 +239,7 @@ def sees(row, i, slot, window):
     return distance >= 0 and (window is None or distance < window)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(layouts(), WINDOWS)
 def test_full_mask(layout, window):
     mask = layout.full_mask(window)
@@ -257,7 +258,7 @@ def test_full_mask(layout, window):
             assert mask[place, 0, i].tolist() == want
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(layouts(), WINDOWS, st.integers(0, 3))
 def test_chunk_mask(layout, window, filling):
     """None stands for the causal flag, or for seeing all where there is one new item."""

@@ -1,6 +1,7 @@
 """The package as a whole: what it needs, which way its imports point, what every file holds."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -19,6 +20,17 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SOURCE = ROOT / "src" / "cometlm"
 FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@functools.cache
+def source(path):
+    return path.read_text(encoding="utf-8")
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(source(path))
+
 
 # --- a bare install -----------------------------------------------------------------------------
 
@@ -63,6 +75,7 @@ def closure(name):
     return found
 
 
+@functools.cache
 def hidden_modules():
     """Installed top-level modules that a bare install would not have."""
     allowed = closure("cometlm")
@@ -80,9 +93,45 @@ def run_bare(program, *arguments):
         [sys.executable, "-c", HIDE.format(hidden=hidden_modules()) + program, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
+
+
+# All in one process, which takes seconds to begin. A step that fails ends it.
+BARE = """
+import importlib, socket, sys, torch
+def refuse(*_, **__): raise AssertionError("the network was asked")
+socket.socket.connect = socket.getaddrinfo = refuse
+import cometlm
+assert cometlm.attach and cometlm.load and cometlm.Session
+accelerator = torch.accelerator.current_accelerator()
+assert accelerator is None or not torch.get_device_module(accelerator).is_initialized()
+
+torch.accelerator.current_accelerator = lambda check_available=False: None
+import cometlm.cli.main
+for arguments in (["--help"], ["train", sys.argv[1]]):
+    sys.argv = ["cometlm", *arguments]
+    try:
+        cometlm.cli.main.run()
+    except SystemExit as end:
+        print("\\ncode", end.code or 0)
+for name in MODULES:
+    importlib.import_module(name)
+print("every module")
+"""
+
+# Modules that stand on the extra `train`; `cometlm train` says which when they cannot be imported.
+NEED_TRL = {"cometlm.train.resume", "cometlm.train.trainer", "cometlm.train.run"}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """What a bare install does: import the package, show help, be asked to train, and the rest."""
+    config = tmp_path_factory.mktemp("bare") / "run.yaml"
+    config.write_text("{model: smollm2, output: out, records: data.jsonl}")
+    modules = sorted(set(map(module_name, FILES)) - NEED_TRL)
+    return run_bare(BARE.replace("MODULES", repr(modules)), str(config))
 
 
 def test_extras_are_hidden_and_requirements_are_not():
@@ -94,54 +143,23 @@ def test_extras_are_hidden_and_requirements_are_not():
     assert "No module named 'gguf'" in done.stderr
 
 
-def test_a_bare_install_imports_and_shows_help():
-    """Without extras and without an accelerator."""
-    program = """
-import torch
-torch.accelerator.current_accelerator = lambda check_available=False: None
-import cometlm
-import cometlm.cli.main
-assert cometlm.attach and cometlm.load and cometlm.Session
-sys.argv[0] = "cometlm"
-cometlm.cli.main.run()
-"""
-    done = run_bare(program, "--help")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"\bread\b", done.stdout)
-    assert done.stderr == ""
+def test_a_bare_install_imports_and_shows_help(bare):
+    """Without extras, an accelerator or the network; importing does not touch the device."""
+    shown, code, _ = bare.stdout.partition("code 0")
+    assert code, bare.stderr
+    assert re.search(r"\bread\b", shown)
 
 
-# Modules that stand on the extra `train`; `cometlm train` says which when they cannot be imported.
-NEED_TRL = {"cometlm.train.resume", "cometlm.train.trainer", "cometlm.train.run"}
+def test_training_without_its_extra_says_what_to_install(bare):
+    assert "code 1" in bare.stdout, bare.stderr
+    (line,) = bare.stderr.splitlines()  # and nothing else was said, by help neither
+    for word in ("trl", "peft", "accelerate", "datasets", 'pip install "cometlm[train]"'):
+        assert word in line
 
 
-def test_every_module_imports_in_a_bare_install():
-    program = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
-    done = run_bare(program, *(set(map(module_name, FILES)) - NEED_TRL))
-    assert done.returncode == 0, done.stderr
-
-
-def test_training_without_its_extra_says_what_to_install(tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text("{model: smollm2, output: out, records: data.jsonl}")
-    program = "import cometlm.cli.main\nsys.argv[0] = 'cometlm'\ncometlm.cli.main.run()"
-    done = run_bare(program, "train", str(config))
-    assert done.returncode == 1
-    needed = "training needs trl, peft, accelerate and datasets"
-    assert f'{needed}; run: pip install "cometlm[train]"' in done.stderr
-
-
-def test_importing_does_not_touch_the_device_or_the_network():
-    program = """
-import socket, torch
-def refuse(*_, **__): raise AssertionError("the network was asked")
-socket.socket.connect = socket.getaddrinfo = refuse
-import cometlm
-accelerator = torch.accelerator.current_accelerator()
-assert accelerator is None or not torch.get_device_module(accelerator).is_initialized()
-"""
-    done = run_bare(program)
-    assert done.returncode == 0, done.stderr
+def test_every_module_imports_in_a_bare_install(bare):
+    assert bare.stdout.endswith("every module\n"), bare.stderr
+    assert bare.returncode == 0
 
 
 # --- what is declared ---------------------------------------------------------------------------
@@ -164,7 +182,7 @@ OWNERS = metadata.packages_distributions()
 
 def third_party(path):
     """(distributions that have the module, module, whether at the top) of a file's imports."""
-    for name, at_top in imported(ast.parse(path.read_text(encoding="utf-8"))):
+    for name, at_top in imported(path):
         module = name.partition(".")[0]
         if module != "cometlm" and module not in sys.stdlib_module_names:
             assert module in OWNERS, f"{module} is not installed here: what brings it?"
@@ -226,36 +244,36 @@ def package(module):
     return f"{module}.".split(".")[1]
 
 
-def for_types_only(tree):
+def for_types_only(path):
     """Nodes under `if TYPE_CHECKING`, which are never run."""
-    for node in ast.walk(tree):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             yield from (below for one in node.body for below in ast.walk(one))
 
 
-def imported(tree):
+@functools.cache
+def imported(path):
     """(module, whether at the top of the file) of all imports that are run.
 
     `from package import module` counts as the module.
     """
-    top, unused = set(tree.body), set(for_types_only(tree))
-    for node in ast.walk(tree):
+    top, unused, found = set(tree(path).body), set(for_types_only(path)), []
+    for node in ast.walk(tree(path)):
         if node in unused:
             continue
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, node in top
+            found += [(alias.name, node in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute here"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield (full if full in NAMES else node.module), node in top
+                found.append((full if full in NAMES else node.module, node in top))
+    return found
 
 
 def own_imports(path):
     """Modules of the package that a file imports, wherever in it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {name for name, _ in imported(tree) if name.partition(".")[0] == "cometlm"}
+    return {name for name, _ in imported(path) if name.partition(".")[0] == "cometlm"}
 
 
 def test_every_package_has_its_place():
@@ -282,9 +300,9 @@ def test_no_modules_import_each_other():
 def test_torch_distributed_stays_in_its_rooms(path):
     if {"parallel", "train"} & set(path.relative_to(SOURCE).parts):
         return
-    tree = ast.parse(path.read_text())
-    assert not [name for name, _ in imported(tree) if name.startswith("torch.distributed")]
-    attributes = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    assert not [name for name, _ in imported(path) if name.startswith("torch.distributed")]
+    nodes = ast.walk(tree(path))
+    attributes = [ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)]
     assert "torch.distributed" not in attributes
 
 
@@ -292,7 +310,7 @@ def test_the_command_line_is_imported_by_nobody():
     for path in FILES:
         if "cli" in path.relative_to(SOURCE).parts:
             continue
-        names = [name for name, _ in imported(ast.parse(path.read_text()))]
+        names = [name for name, _ in imported(path)]
         assert not [name for name in names if name.startswith("cometlm.cli")], path
 
 
@@ -301,13 +319,13 @@ def test_the_command_line_is_imported_by_nobody():
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_every_file_begins_with_what_it_is_for(path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert ast.get_docstring(tree(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_no_file_names_one_makers_devices(path):
     """`torch.accelerator` serves them all."""
-    assert "cuda" not in path.read_text().lower()
+    assert "cuda" not in source(path).lower()
 
 
 def test_the_version_is_in_the_changelog():

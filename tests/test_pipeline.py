@@ -1,5 +1,6 @@
 """The wave: what several ranks compute together is what one process computes."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -201,8 +202,8 @@ def too_few_chunks():
 
 def test_what_sharded_ranks_cannot_do():
     for said in run_ranks(2, too_few_chunks):
-        assert "every rank needs a chunk: 1 chunks are too few for chunk_parallel=2" in said[0]
-        assert said[1] == "the model's weights are sharded already"
+        assert re.search("1 chunks .*chunk_parallel=2", said[0])
+        assert "sharded already" in said[1]
 
 
 def refusals():
@@ -220,8 +221,8 @@ def refusals():
 
 def test_what_ranks_cannot_do():
     for said, names, shape in run_ranks(2, refusals):
-        assert "take labels, return the loss, no hidden states and no cache" in said[0]
-        assert said[1] == "chunk_parallel must divide the number of ranks, 2, got 3"
+        assert "labels" in said[0]
+        assert re.search("chunk_parallel must .*2, got 3", said[1])
         assert (names, shape) == (("data", "chunk"), (1, 2))
 
 

@@ -1,10 +1,13 @@
 """Machines unlike this one: Windows, as far as it can be simulated, and what is not UTF-8."""
 
+import io
 import os
 import re
+import sys
 
 import pytest
 
+from cometlm.cli import console, terminal
 from tests import real
 from tests.cli.said import TEXT, count_of
 from tests.platforms import ASCII, COMMAND, TINY, WINDOWS, run
@@ -16,9 +19,8 @@ def _converted():
     real.tokenizer("smollm2")
 
 
-@pytest.fixture
-def text_file(tmp_path):
-    file = tmp_path / "ein schöner Text.txt"
+def text_in(folder):
+    file = folder / "ein schöner Text.txt"
     file.write_text(TEXT + "Grüße 🙂", encoding="utf-8")
     return file
 
@@ -26,94 +28,121 @@ def text_file(tmp_path):
 # --- Windows ------------------------------------------------------------------------------------
 
 
-def test_windows_is_simulated():
-    """Else the next two say nothing."""
-    assert b"No module named 'resource'" in run(WINDOWS + "import resource").stderr
-
-
-def test_every_verb_has_help_on_windows():
-    program = """
+WINDOWS_RUN = """
+try:
+    import resource
+except ModuleNotFoundError as error:
+    print(error)
 from cometlm.cli.main import app
 for verb in [command.name for command in app.registered_commands]:
     app([verb, "--help"], standalone_mode=False)
+print("then the demo")
 """
-    done = run(WINDOWS + program)
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    """A process there: what Python lacks, the help of every verb, and the demo."""
+    text_file = text_in(tmp_path_factory.mktemp("windows"))
+    program = WINDOWS + TINY + WINDOWS_RUN + COMMAND
+    done = run(program, "demo", "--file", text_file, "--tokens", 300)
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode().count("Usage:") >= 9
+    return done.stdout.decode().partition("then the demo\n")
 
 
-def test_the_demo_runs_on_windows(text_file):
+def test_windows_is_simulated(windows):
+    """Else the next two say nothing."""
+    assert windows[0].startswith("No module named 'resource'")
+
+
+def test_every_verb_has_help_on_windows(windows):
+    assert windows[0].count("Usage:") >= 9
+
+
+def test_the_demo_runs_on_windows(windows):
     """It prints the peak memory, which Python cannot say there."""
-    done = run(WINDOWS + TINY + COMMAND, "demo", "--file", text_file, "--tokens", 300)
-    out = done.stdout.decode()
-    assert done.returncode == 0, done.stderr.decode()
+    out = windows[2]
     assert re.search(r"^ *3\d\d .* unknown$", out, re.MULTILINE)
     assert re.search(r"found in \d+ s$", out.strip())
 
 
 # --- not UTF-8 ----------------------------------------------------------------------------------
 
-SPEAK = r"""
-from cometlm.cli import console, terminal
-terminal.allow_any_character()
-console.print_stream(["Gr\u00fc\u00dfe ", "\U0001f642 \u2026 \udcff"])
-console.err.print("\u00d7 \u00b7 \u65e5")
-"""
+SPOKEN = ["Gr\u00fc\u00dfe ", "\U0001f642 \u2026 \udcff"]
+ASCII_SPOKEN = rb"Gr\xfc\xdfe \U0001f642 ... \udcff", rb"x - \u65e5"
+
+
+def speak():
+    """What the command prints, on both streams; into this process's, whatever they are."""
+    terminal.allow_any_character()
+    console.print_stream(SPOKEN)
+    console.err.print("\u00d7 \u00b7 \u65e5")
 
 
 @pytest.mark.parametrize(
-    ("environment", "out", "err"),
+    ("encoding", "out", "err"),
     [
-        (ASCII, rb"Gr\xfc\xdfe \U0001f642 ... \udcff", rb"x - \u65e5"),
-        ({"PYTHONIOENCODING": "ascii"}, rb"Gr\xfc\xdfe \U0001f642 ... \udcff", rb"x - \u65e5"),
+        ("ascii", *ASCII_SPOKEN),
         (
-            {"PYTHONIOENCODING": "cp1252"},
+            "cp1252",
             "Grüße ".encode("cp1252") + rb"\U0001f642 " + "… ".encode("cp1252") + rb"\udcff",
             "× · ".encode("cp1252") + rb"\u65e5",
         ),
-        (
-            {"PYTHONIOENCODING": "utf-8"},
-            "Grüße 🙂 … ".encode() + rb"\udcff",
-            "× · 日".encode(),
-        ),
+        ("utf-8", "Grüße 🙂 … ".encode() + rb"\udcff", "× · 日".encode()),
     ],
-    ids=["C locale", "ascii", "cp1252", "utf-8"],
 )
-def test_whatever_is_printed_comes_out(environment, out, err):
-    done = run(SPEAK, **environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == out + os.linesep.encode()
-    assert done.stderr.strip() == err
+def test_whatever_is_printed_comes_out(monkeypatch, encoding, out, err):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+    speak()
+    for stream in streams:
+        stream.flush()
+    assert streams[0].buffer.getvalue() == out + os.linesep.encode()
+    assert streams[1].buffer.getvalue().strip() == err
 
 
-def test_what_comes_in_is_utf8_in_a_c_locale(tmp_path):
-    """Arguments, lines of input, and the paths that these name."""
-    (tmp_path / "schön").write_text("here", encoding="utf-8")
-    program = """
+# A process in a C locale gets text in every way: an argument, a line of input, a path that this
+# names. And it says some.
+HEARD = """
 import sys
 from cometlm.cli import terminal
-terminal.allow_any_character()
+from tests.test_platforms import speak
+speak()
 print(ascii(terminal.prompt_text(sys.argv[1])))
 print(terminal.as_path(input()).read_text())
 """
-    done = run(program, "Grüße 🙂", stdin=f"{tmp_path}/schön\n", **ASCII)
+
+
+def test_a_c_locale(tmp_path):
+    (tmp_path / "schön").write_text("here", encoding="utf-8")
+    done = run(HEARD, "Grüße 🙂", stdin=f"{tmp_path}/schön\n", **ASCII)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.decode().splitlines() == [ascii("Grüße 🙂"), "here"]
+    spoken, prompt, read = done.stdout.splitlines()
+    assert (spoken, done.stderr.strip()) == ASCII_SPOKEN
+    assert (prompt.decode(), read) == (ascii("Grüße 🙂"), b"here")
 
 
-def test_a_text_with_umlauts_is_read_in_a_c_locale(text_file, tmp_path):
-    """Its path has some too, and a space; so has that of the session."""
-    kept = tmp_path / "für später"
+# Then a verb that draws a table, and the verb of the command line.
+INFO = """
+import sys
+from cometlm.cli import main
+given, sys.argv = sys.argv, ["cometlm", "info", "tiny"]
+try:
+    main.run()
+except SystemExit as end:
+    assert not end.code
+sys.argv = given
+"""
+
+
+def test_a_text_with_umlauts_is_read_in_a_c_locale(tmp_path):
+    """Its path has some too, and a space; so has that of the session. Tables are drawn."""
+    text_file, kept = text_in(tmp_path), tmp_path / "für später"
     arguments = ["read", "tiny", text_file, "--save", kept, "--next", 5]
-    done = run(TINY + COMMAND, *arguments, **ASCII)
+    done = run(TINY + INFO + COMMAND, *arguments, **ASCII)
     assert done.returncode == 0, done.stderr
-    done.stdout.decode("ascii")
+    assert re.search(r"^\| gain .* x +\|$", done.stdout.decode("ascii"), re.MULTILINE)
     tokens = len(real.tokenizer("smollm2")(text_file.read_text(encoding="utf-8"))["input_ids"])
     assert count_of(done.stderr.decode("ascii")) == tokens
     assert kept.is_file()
-
-
-def test_tables_are_drawn_in_a_c_locale():
-    done = run(TINY + COMMAND, "info", "tiny", **ASCII)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^\| gain .* x +\|$", done.stdout.decode("ascii"), re.MULTILINE)

@@ -1,7 +1,7 @@
 """One text, many ways to feed it: pieces = one call = batch = layer by layer = reference."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cometlm.core.cache import CometCache
@@ -10,7 +10,7 @@ from cometlm.core.plan import Call, plan_full_chunks
 from cometlm.core.reference import reference_logits
 from cometlm.core.text_batch import TextBatch
 from cometlm.core.walk import walk_by_layer
-from tests.tiny import FAMILIES, error, random_ids, tiny_comet
+from tests.tiny import FAMILIES, error, examples, random_ids, tiny_comet
 
 # transformers' norms and rotary angles are float32 even in float64 models.
 CLOSE = 1e-6
@@ -38,7 +38,7 @@ def cut(data, length):
     return sizes
 
 
-@settings(max_examples=60)
+@examples(25)
 @given(models(), st.integers(1, 40), st.data())
 @torch.no_grad()
 def test_pieces_equal_one_call_equal_reference(model, length, data):
@@ -56,7 +56,7 @@ def test_pieces_equal_one_call_equal_reference(model, length, data):
     assert cache.rows[0].tokens == length
 
 
-@settings(max_examples=60)
+@examples(25)
 @given(models(), st.lists(st.integers(1, 40), min_size=1, max_size=4), st.data())
 @torch.no_grad()
 def test_ragged_batch_equals_rows_alone(model, lengths, data):
@@ -72,7 +72,7 @@ def test_ragged_batch_equals_rows_alone(model, lengths, data):
         assert error(logits[b][mask[b].bool()], model(row[None]).logits[0]) < CLOSE
 
 
-@settings(max_examples=60)
+@examples(25)
 @given(models(), st.integers(1, 3), st.data())
 @torch.no_grad()
 def test_ragged_pieces_equal_rows_alone(model, batch, data):
@@ -100,7 +100,7 @@ def test_ragged_pieces_equal_rows_alone(model, batch, data):
             assert error(torch.cat(got[b]), want) < CLOSE
 
 
-@settings(max_examples=40)
+@examples(20)
 @given(models(), st.integers(2, 40), st.integers(1, 2), st.booleans())
 def test_layer_by_layer_equals_chunk_by_chunk(model, length, batch, again):
     """Both walks of the grid give the same numbers and the same gradients."""
@@ -128,7 +128,7 @@ def test_layer_by_layer_equals_chunk_by_chunk(model, length, batch, again):
             assert error(ours, theirs) < 1e-6  # float32 norms sum in another order
 
 
-@settings(max_examples=40)
+@examples(20)
 @given(models(), st.integers(1, 40), st.integers(1, 6), st.integers(1, 9))
 @torch.no_grad()
 def test_budget_per_call_equals_reference(model, length, stride, capacity):
@@ -138,7 +138,7 @@ def test_budget_per_call_equals_reference(model, length, stride, capacity):
     assert error(logits, want) < CLOSE
 
 
-@settings(max_examples=30)
+@examples(12)
 @given(models(), st.lists(st.integers(1, 30), min_size=2, max_size=3))
 def test_gradients_of_a_ragged_batch_equal_rows_alone(model, lengths):
     rows = [random_ids(n, seed=i) for i, n in enumerate(lengths)]

@@ -14,7 +14,7 @@ from tests.sessions import going_on
 
 TEXT = "".join(
     f"On day {i} the keeper of the lamp wrote: wind {i * 37 % 100}, naïve ☂️ sea.\n"
-    for i in range(40)
+    for i in range(16)
 )
 
 

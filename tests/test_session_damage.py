@@ -7,13 +7,13 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from cometlm import Session
 from tests.sessions import TEXT, assert_same, session_of
-from tests.tiny import random_ids, tiny_comet
+from tests.tiny import examples, random_ids, tiny_comet
 
 pytestmark = pytest.mark.usefixtures("small_windows")
 
@@ -89,7 +89,7 @@ def test_bytes_at_the_end_are_refused(small, good, tmp_path):
     refuse(small, tmp_path / "s", good + b"\0")
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(data=st.data())
 def test_a_flipped_byte_of_the_header_is_refused_or_harmless(small, good, tmp_path_factory, data):
     header = 8 + struct.unpack("<Q", good[:8])[0]

@@ -3,10 +3,11 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cometlm.planner.simulate import WAYS, Costs, Job, Link, simulate
+from tests.tiny import examples
 
 COSTS = Costs(forward=1.0, backward=2.0, memory_bytes=8.0, hidden_bytes=4.0, kept_bytes=50.0)
 
@@ -61,7 +62,7 @@ def test_peak_memory():
     assert simulate("wave", plain, costs).peak == 6 * (1000 + 2 * 50)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     st.sampled_from(sorted(WAYS)),
     st.integers(1, 9),

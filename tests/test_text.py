@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from cometlm.session import token_stream as text
 from cometlm.session.token_stream import TokenStream, read_blocks
 from tests import real
+from tests.tiny import examples
 
 SLOW_GEMMA = pytest.param("gemma3-270m", marks=pytest.mark.slow)
 every = pytest.mark.parametrize("name", ["smollm2", "like gemma", SLOW_GEMMA])
@@ -93,7 +94,7 @@ def difference(ours, theirs):
 
 
 @every
-@settings(max_examples=80)
+@examples(40)
 @given(data=st.data())
 def test_any_split_gives_the_tokens_of_the_whole_text(name, data):
     tokenizer = real.tokenizer(name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -107,6 +108,11 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 def refused(said: str) -> Any:
     """Expects a `ValueError` that says this."""
     return pytest.raises(ValueError, match=re.escape(said))
+
+
+def examples(count: int) -> Any:
+    """So many examples of a property, or in proportion where hypothesis' profile has not 100."""
+    return settings(max_examples=count * settings().max_examples // 100)
 
 
 def load_golden(path: Path) -> tuple[cometlm.CometForCausalLM, dict[str, Tensor], dict[str, Any]]:

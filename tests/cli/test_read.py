@@ -81,8 +81,7 @@ def interrupt_at(monkeypatch, chunk, times=1):
     return seen
 
 
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("chunk", [1, 2, 5, 30])
+@pytest.mark.parametrize(("chunk", "times"), [(1, 1), (5, 1), (30, 1), (2, 2)])
 def test_ctrl_c_keeps_what_was_read_and_resume_goes_on(
     command, monkeypatch, model, text_file, chunk, times
 ):
@@ -172,15 +171,15 @@ def test_a_session_is_kept_while_reading(command, monkeypatch, model, text_file,
 
 def test_what_was_read_before_a_bad_byte_is_kept(command, model, text_file):
     """The file is repaired, and reading goes on."""
-    raw = (TEXT * 8).encode()
-    text_file.write_bytes(raw[:20_000] + b"\xff" + raw[20_000:])
+    raw = (TEXT * 3).encode()
+    text_file.write_bytes(raw[:9_000] + b"\xff" + raw[9_000:])
     code, _, err = command("read", "tiny", text_file, "--save", "s")
     assert code == 1
     assert f"{text_file} is not UTF-8" in one_line(err)
-    assert 10_000 < kept("s", model).characters <= 20_000  # files are decoded 8192 bytes at a time
+    assert 4_000 < kept("s", model).characters <= 9_000  # files are decoded 8192 bytes at a time
     text_file.write_bytes(raw)
     assert command("read", "tiny", text_file, "--save", "s", "--resume")[0] == 0
-    assert_same(kept("s", model), new_session(model, TEXT * 8))
+    assert_same(kept("s", model), new_session(model, TEXT * 3))
 
 
 def test_a_bad_byte_at_the_start_leaves_an_older_session(command, model, text_file):

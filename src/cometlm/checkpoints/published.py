@@ -138,7 +138,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _backbone(
     state_dict: Mapping[str, Tensor], fields: Mapping[str, Any], embedding: Tensor
 ) -> PreTrainedModel:
-    family = fields.get("family") or fields.get("model_type")
+    family = str(fields.get("family") or fields.get("model_type"))
     if family not in FAMILIES:
         family = "qwen3"  # published ones have a type of their own
     own = {k: v for k, v in fields.items() if k not in _OURS and k not in _THEIRS}
