@@ -56,7 +56,7 @@ class Mirror:
         self.began = True
 
     def ask_in_one_chunk(self, ids):
-        """As `Session.ask_in_one_chunk` promises: the open chunk ends where ids and an eighth do not fit."""
+        """As the session promises: the open chunk ends where ids and an eighth do not fit."""
         size = SIZES["chunk_size"]
         read, ends = self.read_with_overlaps()
         left = len(read) - (ends[-1] if ends else 0)
