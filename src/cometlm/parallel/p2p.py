@@ -162,7 +162,7 @@ def join(value: Tensor, ties: Sequence[Tensor], reached: Sequence[Tensor] = ()) 
     """
     if not torch.is_grad_enabled() or not (ties or reached):
         return value
-    joined: Tensor = _Join.apply(value, len(reached), *reached, *ties)
+    joined: Tensor = _Tie.apply(value, len(reached), *reached, *ties)
     return joined
 
 
@@ -195,7 +195,7 @@ class _Receive(torch.autograd.Function):
         return None, None, None, None
 
 
-class _Join(torch.autograd.Function):
+class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, reached: int, *tensors: Tensor) -> Tensor:
         ctx.specs = [TensorSpec(tuple(x.shape), x.dtype, x.device) for x in tensors[:reached]]
