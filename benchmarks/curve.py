@@ -1,11 +1,10 @@
-"""The curve of a training run: loss and share of right tokens step after step.
+"""The curve of a training run: its losses and the share of right tokens, step after step.
 
     python benchmarks/curve.py out/smollm2 [--output out/smollm2.png]
     python benchmarks/curve.py out/first out/second    # runs that went on from one another
 
-Reads the newest whole checkpoint of each run. Faint: each logged mean; strong: their running
-median. Dotted lines are where a stage of the recipe ends; the loss there jumps since the task got
-harder.
+Reads the newest whole checkpoint of each run. Faint: each logged value; strong: their running
+median. Dotted lines are where the next run begins.
 """
 
 from __future__ import annotations
@@ -13,48 +12,40 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from cometlm.train.trainer import STATE, last_checkpoint
 from common import OUT, argument_parser
 
-PLAIN = {"loss": "loss", "mean_token_accuracy": "right tokens"}
-ON_THE_WAY = {  # of runs that ask on the way
+LABELS = {
+    "loss": "loss",
+    "text_loss": "loss of the text",
     "answer_loss": "loss of answers",
     "answers_right": "right answer tokens",
-    "text_loss": "loss of the text",
-    "told_loss": "loss of what\nreadout tokens say",
+    "mean_token_accuracy": "right tokens",
+    "eval_loss": "loss of records held out",
 }
 NEAR = 4  # logged values on each side that a median is taken of
 
 
 def logged(run: Path) -> tuple[list[dict[str, Any]], int]:
-    """What a run logged of its training steps, in order, and how many steps those were."""
+    """What a run logged of its steps, in order, and how many steps those were."""
     checkpoint = last_checkpoint(run)
     if checkpoint is None:
         raise SystemExit(f"{run} holds no whole checkpoint")
     state = json.loads((checkpoint / STATE).read_text())
-    return [row for row in state["log_history"] if "loss" in row], state["global_step"]
-
-
-def stage_ends(run: Path, steps: int) -> list[int]:
-    """The last step of each stage that ended before the run's last step, if it had stages."""
-    generated = json.loads((run / "train.json").read_text())["generated"] or {"stages": []}
-    ends = accumulate(stage["steps"] for stage in generated["stages"])
-    return [end for end in ends if end < steps]
+    return state["log_history"], state["global_step"]
 
 
 def one_after_the_other(runs: Sequence[Path]) -> tuple[list[dict[str, Any]], list[int]]:
-    """What several runs logged, as one, and where their stages end."""
+    """What several runs logged, as one, and the last step of each but the last."""
     rows: list[dict[str, Any]] = []
     ends: list[int] = []
     before = 0
     for run in runs:
         own, steps = logged(run)
         rows += [row | {"step": row["step"] + before} for row in own]
-        ends += [before + end for end in stage_ends(run, steps)]
         before += steps
         ends.append(before)
     return rows, ends[:-1]
@@ -72,12 +63,14 @@ def picture(runs: Sequence[Path], path: Path) -> None:
 
     rows, ends = one_after_the_other(runs)
     found = {name for row in rows for name in row}
-    shown = {name: label for name, label in ON_THE_WAY.items() if name in found} or PLAIN
+    shown = {name: label for name, label in LABELS.items() if name in found}
+    if not shown:
+        raise SystemExit("the runs have logged no loss yet: see trainer.logging_steps")
     figure, panels = plt.subplots(
-        len(shown), 1, figsize=(8, 2.5 * len(shown)), sharex=True, layout="constrained"
+        len(shown), 1, figsize=(8, 2 * len(shown)), sharex=True, layout="constrained", squeeze=False
     )
-    for axes, (name, label) in zip(panels, shown.items(), strict=True):
-        # Batches without a key have no answers.
+    for axes, (name, label) in zip(panels[:, 0], shown.items(), strict=True):
+        # Batches without a question have no answers.
         values = [float(row[name]) for row in rows if name in row]
         steps = [row["step"] for row in rows if name in row]
         axes.plot(steps, values, color="C0", alpha=0.3, lw=0.8)
@@ -86,7 +79,7 @@ def picture(runs: Sequence[Path], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         for end in ends:
             axes.axvline(end, color="grey", lw=0.6, ls=":")
-    panels[-1].set(xlabel="steps")
+    panels[-1, 0].set(xlabel="steps")
     figure.savefig(path, dpi=120)
 
 
