@@ -60,7 +60,7 @@ class CometTrainer(SFTTrainer):
         answer_weight: what the answers' loss counts beside the text's, where batches have probes.
         in_order: take the samples in their order.
         whole: save the backbone too, since it is trained.
-        chunk_parallel: ranks that share each sample (`torchrun`), see `train.together`.
+        chunk_parallel: ranks that share each sample (`torchrun`), see `train.chunk_parallel`.
         shard_weights: shard weights, gradients and the optimiser's state over the others (FSDP2).
         alike: what all ranks must have the same, by name.
         others: `SFTTrainer`'s own.
