@@ -48,8 +48,11 @@ class MixtureBatches:
     def __len__(self) -> int:
         return self._settings.steps * self._per_step
 
-    def check(self) -> None:
-        """Draw a shortest sample of each task, so that what is too short is known at once.
+    def check(self, chunk_size: int) -> None:
+        """Draw a shortest sample of each task, so that what does not fit is known at once.
+
+        Args:
+            chunk_size: of the memory, which a probe has to fit into.
 
         Raises:
             ValueError: names the task.
@@ -57,7 +60,10 @@ class MixtureBatches:
         shortest = self._settings.tokens[0]
         for name, task in zip(self._settings.tasks, self._tasks, strict=True):
             try:
-                self._row(task.sample(0, shortest), random.Random(0))
+                sample = task.sample(0, shortest)
+                self._row(sample, random.Random(0))
+                if self._settings.ask == "probes" and sample.questions:
+                    _check_fits(self._probes([sample]), chunk_size)
             except ValueError as error:
                 raise ValueError(f"mixture.tasks.{name}: {error}") from error
 
@@ -124,6 +130,15 @@ class MixtureBatches:
 
     def _turn(self, question: Question, first: bool) -> tuple[list[int], list[int]]:
         return turn_ids(self._tokenizer, question.text, question.answers[0], first=first)
+
+
+def _check_fits(probes: dict[str, Any], chunk_size: int) -> None:
+    longest = len(probes["probe_ids"][0][0])
+    if longest > chunk_size:
+        raise ValueError(
+            f"ask: probes needs a chunk_size of at least {longest}, the tokens of a question and "
+            f"its answer, got {chunk_size}"
+        )
 
 
 def _task(name: str, settings: Mixture, tokenizer: Any, seed: int) -> Task:

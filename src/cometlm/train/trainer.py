@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -44,7 +44,7 @@ from cometlm.train.chunk_parallel import (
 )
 from cometlm.train.chunk_plans import Chunking
 from cometlm.train.mixture import probes_of
-from cometlm.train.probes import ANSWERS, Questions
+from cometlm.train.probes import ANSWERS, Probe, Questions, Together
 from cometlm.train.trainable import parameter_groups
 
 STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
@@ -223,11 +223,10 @@ class CometTrainer(SFTTrainer):
         mode = "train" if model.training else "eval"
         inputs = dict(inputs)
         probes = probes_of(inputs)
-        self._plan(observer=Questions(probes) if probes else None)
         if probes:
             inputs["close_last"] = True  # so that they are asked at the end of the text too
         together = nullcontext() if mode == "train" else alone(self._comet)
-        with together:
+        with together, self._asking(probes):
             out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
         loss = out.loss
         sharing = self._sharing if mode == "train" else 1
@@ -240,10 +239,13 @@ class CometTrainer(SFTTrainer):
             # A text's loss is a part of the whole step's then; answers' are means of their batch.
             shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
             self._metrics[mode]["text_loss"].append(float(loss.detach()) * shares)
-            answers = out.observed[ANSWERS]
-            self._metrics[mode][ANSWERS].append(float(answers.mean.detach()) * sharing)
-            self._metrics[mode]["answers_right"].append(float(answers.accuracy.detach()) * sharing)
-            loss = loss + self._answer_weight * answers.mean * sharing / shares
+            for name, score in out.observed.items():
+                self._metrics[mode][name].append(float(score.mean.detach()) * sharing)
+                weight = self._answer_weight if name == ANSWERS else 1.0
+                loss = loss + weight * score.mean * sharing / shares
+            if ANSWERS in out.observed:
+                right = float(out.observed[ANSWERS].accuracy.detach()) * sharing
+                self._metrics[mode]["answers_right"].append(right)
         counted = (inputs["labels"][:, 1:] != -100).sum()
         right, counted = self.accelerator.gather_for_metrics(
             torch.stack([out.num_correct.to(counted.device) * sharing, counted])[None]
@@ -256,6 +258,18 @@ class CometTrainer(SFTTrainer):
             self._total_train_tokens += int(read.sum()) // sharing
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return (loss, out) if return_outputs else loss
+
+    @contextlib.contextmanager
+    def _asking(self, probes: Sequence[Probe]) -> Iterator[None]:
+        """Ask a batch's questions beside what the plan's own observer does."""
+        plan = self._comet.training_plan
+        own = [plan.observer] if plan.observer is not None else []
+        observers = [*own, *([Questions(probes)] if probes else [])]
+        self._plan(observer=Together(observers) if observers else None)
+        try:
+            yield
+        finally:
+            self._comet.training_plan = plan
 
     def _where(self) -> str:
         """The step and the beginnings of the batch's samples, for a person to find them by."""
