@@ -29,13 +29,14 @@ def models(tmp_path_factory):
 def run(script, folder, *arguments):
     paths = os.pathsep.join([str(Path(cometlm.__file__).parents[1]), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
         cwd=folder,
         env=environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
