@@ -30,7 +30,10 @@ CORE = {
 
 
 # Files that take longest, longest first: one of them begun last would be waited for.
-FIRST = ["test_train_together", "test_train_resume", "test_train", "test_reading_together"]
+FIRST = [
+    "test_train_together", "test_train_sharded", "test_train_resume", "test_train",
+    "test_reading_together",
+]  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)

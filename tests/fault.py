@@ -2,7 +2,7 @@
 
     python -m tests.fault RANK MOMENT train CONFIG …
 
-MOMENT is forward, backward, saving, or hang; of rank RANK, in the sixth step.
+MOMENT is forward, backward, saving, or hang; of rank RANK, in the fourth step.
 """
 
 import os
@@ -14,7 +14,7 @@ from cometlm.core.cell import Cell
 from cometlm.parallel import p2p
 from cometlm.train.trainer import CometTrainer
 
-STEP = 5
+STEP = 3
 late = False
 
 

@@ -64,6 +64,6 @@ def run(program, *arguments, stdin="", **environment):
         env={**os.environ, **environment},
         input=stdin.encode(),
         capture_output=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )

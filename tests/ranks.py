@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import tempfile
 import traceback
@@ -17,11 +18,20 @@ import torch.multiprocessing as mp
 # Where processes can be forked, ranks come from one that has imported this and run nothing. A rank
 # that imports it itself takes seconds, and does so where a platform has no such server.
 _START = "spawn" if sys.platform == "win32" else "forkserver"
-_PRELOAD = ["cometlm", "cometlm.parallel.shard", "pytest", "hypothesis", "peft"]
+_PRELOAD = [
+    "cometlm",
+    "cometlm.train.run",
+    "cometlm.parallel.shard",
+    "pytest",
+    "hypothesis",
+    "peft",
+]
 
 
 def run_ranks(count: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """`work(*args)` on each of `count` ranks; what they return, in order.
+
+    Each has the environment that `torchrun` gives, so that a Trainer takes it for a rank.
 
     Raises:
         AssertionError: one of them failed; with its traceback.
@@ -40,6 +50,8 @@ def _rank(
     rank: int, count: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
     try:
         result = (False, work(*args))

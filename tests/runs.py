@@ -25,10 +25,15 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def settings(start, tmp_path):
-    """A run of eight steps on samples of a task."""
+    """A run of four steps on samples of a task, with a checkpoint after each second."""
+    return settings_of(start, tmp_path / "out")
+
+
+def settings_of(start, output):
+    """The same in another folder, for runs that several tests share."""
     return {
         "model": str(start),
-        "output": str(tmp_path / "out"),
+        "output": str(output),
         "mode": "lora",
         "lora": {"r": 2},
         "learning_rate": 1e-3,
@@ -37,7 +42,7 @@ def settings(start, tmp_path):
         "mixture": {
             "tasks": {"passkey": 1.0},
             "options": {"passkey": {"corpora": [str(start / "text.txt")]}},
-            "steps": 8,
+            "steps": 4,
             "tokens": [60, 80],
             "batch_tokens": 240,
             "text_share": 0.5,

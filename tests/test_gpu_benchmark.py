@@ -309,7 +309,7 @@ def test_a_killed_run_leaves_whole_json_and_goes_on(tmp_path, uncompiled):
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr

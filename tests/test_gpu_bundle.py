@@ -329,7 +329,7 @@ def run(root, *arguments):
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

@@ -16,7 +16,22 @@ from tests.sessions import tokenizer_of
 from tests.tiny import tiny_backbone
 
 SOURCE = Path(__file__).parents[1] / "src"
-COMMAND = "from cometlm.cli.main import run; run()"
+# Several command lines in one process, each as if alone: exit code, standard output and error.
+COMMANDS = """
+import contextlib, io, json, sys
+from cometlm.cli.main import run
+
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    sys.argv[1:] = arguments
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run()
+        except SystemExit as stop:
+            code = stop.code or 0
+    with open(f"{number}.json", "w", encoding="utf-8") as file:
+        json.dump([code, out.getvalue(), err.getvalue()], file)
+"""
 FILES = {
     "toy_task.py": '''
 """Which word does the text begin with?"""
@@ -141,58 +156,17 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def command(toy, tmp_path):
-    """Run `cometlm ARGUMENTS` in a process of its own that can import the other package."""
-
-    def run(*arguments):
-        paths = [str(toy), str(SOURCE)]
-        more = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-        return subprocess.run(
-            [sys.executable, "-c", COMMAND, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=300,
-            check=False,
-            cwd=tmp_path,
-            env={**os.environ, **more},
-        )
-
-    return run
-
-
-def test_a_task_a_corpus_and_a_method(command, model, tmp_path):
+def evaluation(model, task, *options):
     sizes = ["--chunk-size", "24", "--readout-tokens", "3", "--stride", "4", "--capacity", "5"]
-    arguments = ["eval", model, "--task", "first-word", "--method", "beginning", "--method"]
-    arguments += ["comet", "--tokens", "40", "--samples", "2", "--out", "rows.jsonl", *sizes]
-    arguments += ["--device", "cpu", "--by", "corpus", "--max-new-tokens", "3"]
-    done = command(*arguments, "--option", "corpus=toy-letters-test")
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["settings"]["method"] for row in rows] == ["beginning"] * 2 + ["comet"] * 2
-    first, second, *_ = (row["answer"] for row in rows)
-    assert (first["said"], second["said"]) == ("Dear", "Basil,")
-    assert first["scores"] == {"exact": 1.0}
-    assert first["meta"] == {"corpus": "toy-letters-test"}
-    assert "1.00 0.34–1.00" in done.stdout
-    again = command(*arguments, "--option", "corpus=toy-letters-test")
-    assert again.returncode == 0, again.stderr
-    assert "2 answers are known already" in again.stderr
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+    common = ["--tokens", "40", "--samples", "2", "--device", "cpu", "--max-new-tokens", "3"]
+    return ["eval", str(model), "--task", task, *common, *sizes, *options]
 
 
-def test_a_package_that_cannot_be_imported_is_one_line(command, model):
-    done = command("eval", model, "--task", "broken", "--method", "comet", "--tokens", "40")
-    assert done.returncode == 1
-    assert "task 'broken' cannot be imported from toy_missing:Nothing" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_chunk_plan_a_task_and_a_corpus_train(command, model, tmp_path):
+def training(model, folder, plan):
+    """A run with a chunk plan; its configuration is written to a file."""
     settings = {
         "model": str(model),
-        "output": "out",
+        "output": plan,
         "mode": "memory",
         "comet": {"chunk_size": 24, "readout_tokens": 3, "stride": 4, "capacity": 5},
         "mixture": {
@@ -202,16 +176,77 @@ def test_a_chunk_plan_a_task_and_a_corpus_train(command, model, tmp_path):
             "tokens": [60, 60],
             "batch_tokens": 120,
         },
-        "chunks": {"plans": {"alternating": 1}},
+        "chunks": {"plans": {plan: 1}},
         "trainer": {"logging_steps": 1},
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    done = command("train", "run.yaml", "--device", "cpu")
+    (folder / f"{plan}.yaml").write_text(yaml.safe_dump(settings))
+    return ["train", f"{plan}.yaml", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(toy, model, tmp_path_factory):
+    """Where a process that can import the other package has run all commands, one by one."""
+    folder = tmp_path_factory.mktemp("commands")
+    both = ["--method", "beginning", "--method", "comet", "--out", "rows.jsonl", "--by", "corpus"]
+    both += ["--option", "corpus=toy-letters-test"]
+    commands = [
+        evaluation(model, "first-word", *both),
+        evaluation(model, "first-word", *both),
+        evaluation(model, "broken", "--method", "comet"),
+        training(model, folder, "alternating"),
+        training(model, folder, "alternatin"),
+    ]
+    paths = os.pathsep.join([str(toy), str(SOURCE)])
+    more = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=600,
+        check=False,
+        cwd=folder,
+        env={**os.environ, **more},
+    )
     assert done.returncode == 0, done.stderr
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    return folder
+
+
+def said(folder, number):
+    """Exit code, standard output and standard error of a command."""
+    return json.loads((folder / f"{number}.json").read_text(encoding="utf-8"))
+
+
+def test_a_task_a_corpus_and_a_method(folder):
+    code, out, err = said(folder, 0)
+    assert code == 0, err
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [row["settings"]["method"] for row in rows] == ["beginning"] * 2 + ["comet"] * 2
+    first, second, *_ = (row["answer"] for row in rows)
+    assert (first["said"], second["said"]) == ("Dear", "Basil,")
+    assert first["scores"] == {"exact": 1.0}
+    assert first["meta"] == {"corpus": "toy-letters-test"}
+    assert "1.00 0.34–1.00" in out
+    code, _, err = said(folder, 1)
+    assert code == 0, err
+    assert "2 answers are known already" in err  # and so no row more than four
+    assert len(rows) == 4
+
+
+def test_a_package_that_cannot_be_imported_is_one_line(folder):
+    code, _, err = said(folder, 2)
+    assert code == 1
+    assert "'broken'" in err
+    assert "toy_missing:Nothing" in err
+    assert "Traceback" not in err
+
+
+def test_a_chunk_plan_a_task_and_a_corpus_train(folder):
+    code, _, err = said(folder, 3)
+    assert code == 0, err
+    state = json.loads((folder / "alternating" / "trainer_state.json").read_text())
     assert [row["step"] for row in state["log_history"] if "loss" in row] == [1, 2]
-    settings["chunks"] = {"plans": {"alternatin": 1}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    done = command("train", "run.yaml", "--device", "cpu")
-    assert "unknown chunk plan 'alternatin'" in done.stderr
-    assert "alternating" in done.stderr
+    code, _, err = said(folder, 4)
+    assert code == 1
+    assert "'alternatin'" in err
+    assert "alternating" in err.replace("'alternatin'", "")

@@ -98,7 +98,7 @@ def test_the_command_under_torchrun_writes_one_session(tmp_path):
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stderr.count("saved ") == 1

@@ -28,7 +28,7 @@ def test_it_resolves_beside(tmp_path, beside, override):
         (tmp_path / "override.txt").write_text(override)
         command += ["--override", tmp_path / "override.txt"]
     done = subprocess.run(
-        [*command, tmp_path / "wanted.in"], capture_output=True, text=True, timeout=300, check=False
+        [*command, tmp_path / "wanted.in"], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     found = "\n" + done.stdout

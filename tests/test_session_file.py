@@ -101,7 +101,7 @@ def test_another_process_goes_on(tmp_path):
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

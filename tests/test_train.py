@@ -34,7 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_m
 
 @pytest.mark.parametrize("mode", ["memory", "lora", "full"])
 def test_a_run_trains_what_its_mode_says_and_saves_it(settings, start, tmp_path, mode):
-    config = read_config(as_config(settings, tmp_path, mode=mode))
+    mixture = {**settings["mixture"], "steps": 2}
+    config = read_config(as_config(settings, tmp_path, mode=mode, mixture=mixture))
     before = dict(cometlm.load(str(start), device="cpu", dtype=torch.float32)[0].named_parameters())
     trained = quietly(config).eval()
     saved, _ = cometlm.load(config.output, device="cpu", dtype=trained.dtype, merge=False)
@@ -85,14 +86,14 @@ def test_a_reporter_hears_every_step(settings, tmp_path):
     reporting = {**settings["trainer"], "report_to": "tensorboard"}
     config = read_config(as_config(settings, tmp_path, trainer=reporting))
     quietly(config)
-    (Path(config.output) / "checkpoint-8" / "trainer_state.json").unlink()  # stopped at step 6
+    (Path(config.output) / "checkpoint-4" / "trainer_state.json").unlink()  # stopped at step 2
     quietly(config)
     heard_of = []
     for events in sorted(Path(config.output, "runs").rglob("events.out.tfevents.*")):
         reader = EventAccumulator(str(events)).Reload()
         assert "train/num_tokens" in reader.Tags()["scalars"]
         heard_of.append({e.step: e.value for e in reader.Scalars("train/loss")})
-    assert [sorted(steps) for steps in heard_of] == [list(range(1, 9)), [7, 8]]
+    assert [sorted(steps) for steps in heard_of] == [[1, 2, 3, 4], [3, 4]]
     for steps in heard_of:
         for step, value in steps.items():
             assert value == pytest.approx(losses(config.output)[step][0], rel=1e-6)
@@ -203,12 +204,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, tmp_path, monkeypatch
 
     def poison(self):
         place(self)
-        if self.state.global_step == 5:
+        if self.state.global_step == 3:
             with torch.no_grad():
                 self._comet.model.comet.readout.fill_(float("nan"))
 
     monkeypatch.setattr(running.CometTrainer, "_place_chunking", poison)
-    with pytest.raises(FloatingPointError, match=r"step 6, .* checkpoint is .*checkpoint-4"):
+    with pytest.raises(FloatingPointError, match=r"step 4, .* checkpoint is .*checkpoint-2"):
         quietly(config)
     monkeypatch.undo()
     model, _ = cometlm.load(str(last_checkpoint(config.output)), device="cpu")
@@ -225,17 +226,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_checkpoint(
 
     def poison(self, *args):
         loss = own(self, *args)
-        if self.state.global_step == 5:
+        if self.state.global_step == 3:
             self._comet.model.comet.readout.grad.fill_(float("inf"))
         return loss
 
     monkeypatch.setattr(running.CometTrainer, "training_step", poison)
-    said = r"gradient's norm is (inf|nan); step 6, .* checkpoint is .*checkpoint-4"
+    said = r"gradient's norm is (inf|nan); step 4, .* checkpoint is .*checkpoint-2"
     with pytest.raises(FloatingPointError, match=said):
         quietly(config)
     monkeypatch.undo()
     quietly(config)
-    assert sorted(losses(config.output)) == list(range(1, 9))
+    assert sorted(losses(config.output)) == [1, 2, 3, 4]
 
 
 def test_a_full_disk_while_saving_loses_nothing(settings, tmp_path, monkeypatch):
@@ -243,15 +244,15 @@ def test_a_full_disk_while_saving_loses_nothing(settings, tmp_path, monkeypatch)
     save = torch.save
 
     def full(value, path, *args, **options):
-        if "checkpoint-6" in str(path):
+        if "checkpoint-4" in str(path):
             Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device")
         return save(value, path, *args, **options)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"step 6 cannot be written \(.*the last one is .*-4"):
+    with pytest.raises(OSError, match=r"step 4 cannot be written \(.*the last one is .*-2"):
         quietly(config)
-    assert last_checkpoint(config.output) == Path(config.output, "checkpoint-4")
+    assert last_checkpoint(config.output) == Path(config.output, "checkpoint-2")
     monkeypatch.undo()
     quietly(config)
-    assert sorted(losses(config.output)) == list(range(1, 9))
+    assert sorted(losses(config.output)) == [1, 2, 3, 4]

@@ -2,10 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,49 +19,76 @@ from cometlm.train.config_file import read_config
 from cometlm.train.run import train
 from cometlm.train.trainer import last_checkpoint
 from tests.real import tokenizer
-from tests.runs import WORDS, as_config, heard, losses, quietly, records_run, settings, start
+from tests.runs import (
+    WORDS,
+    as_config,
+    heard,
+    losses,
+    quietly,
+    records_run,
+    settings,
+    settings_of,
+    start,
+)
 
 __all__ = ["settings", "start"]  # fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
 
 
+@pytest.fixture(scope="module")
+def done_once(start, tmp_path_factory):
+    """Where the run of `settings` was done; only to be copied."""
+    folder = tmp_path_factory.mktemp("done")
+    quietly(read_config(as_config(settings_of(start, folder / "out"), folder)))
+    return folder / "out"
+
+
+@pytest.fixture
+def done(done_once, settings, tmp_path):
+    """The configuration of `settings`, and its run is done."""
+    config = read_config(as_config(settings, tmp_path))
+    shutil.copytree(done_once, config.output)
+    return config
+
+
 def test_killed_and_resumed_is_the_run_that_was_not(settings, tmp_path):
-    """SIGKILL in the middle, then the same command again; dropout and moments are alike."""
+    """SIGKILL in the fourth step, then the same command again; dropout and moments are alike."""
     settings["lora"] = {"r": 2, "dropout": 0.3}
     whole = read_config(as_config(settings, tmp_path))
     quietly(whole)
     path = as_config(settings, tmp_path, output=str(tmp_path / "killed"))
-    command = [sys.executable, "-c", "from cometlm.cli.main import run; run()", "train", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--device", "cpu"], env=environment)
-    deadline = time.monotonic() + 120
-    while last_checkpoint(tmp_path / "killed") is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-m", "tests.fault", "0", "forward", "train", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0"}
+    killed = subprocess.run(
+        [*command, "--device", "cpu"],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        timeout=600,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
     stopped = last_checkpoint(tmp_path / "killed")
-    assert stopped is not None
+    assert stopped == tmp_path / "killed" / "checkpoint-2"
     assert not (tmp_path / "killed" / "trainer_state.json").exists()
     said = heard(read_config(path))
-    assert said[0].startswith("going on from ")
+    assert said[0] == f"going on from {stopped}"
     got, wanted = losses(tmp_path / "killed"), losses(whole.output)
-    assert sorted(wanted) == list(range(1, 9))
+    assert sorted(wanted) == [1, 2, 3, 4]
     assert got == wanted
 
 
-def test_a_checkpoint_that_a_crash_cut_short_is_passed_over(settings, tmp_path):
-    config = read_config(as_config(settings, tmp_path))
-    quietly(config)
-    newest, older = Path(config.output, "checkpoint-8"), Path(config.output, "checkpoint-6")
-    assert last_checkpoint(config.output) == newest
+def test_a_checkpoint_that_a_crash_cut_short_is_passed_over(done):
+    newest, older = Path(done.output, "checkpoint-4"), Path(done.output, "checkpoint-2")
+    assert last_checkpoint(done.output) == newest
     (newest / "trainer_state.json").write_text('{"epoch": 1, "glob')
-    assert last_checkpoint(config.output) == older
+    assert last_checkpoint(done.output) == older
 
 
 def test_a_run_from_before_lora_could_be_left_out(settings, tmp_path):
     """Its settings name what is now the default; adapters that nobody trains do not matter."""
     del settings["lora"]
+    settings["mixture"]["steps"] = 2
     config = read_config(as_config(settings, tmp_path))
     quietly(config)
     path = Path(config.output, "train.json")
@@ -71,38 +98,30 @@ def test_a_run_from_before_lora_could_be_left_out(settings, tmp_path):
         quietly(replace(config, lora=LoraSettings(r=3)))
 
 
-def test_another_configuration_is_not_resumed(settings, tmp_path):
-    config = read_config(as_config(settings, tmp_path))
-    quietly(config)
-    changed = read_config(as_config(settings, tmp_path, learning_rate=2e-3, seed=1))
+def test_another_configuration_is_not_resumed(done):
     with pytest.raises(ValueError, match=r"learning_rate: was 0\.001, is 0\.002"):
-        quietly(changed)
-    quietly(changed, restart=True)
+        quietly(replace(done, learning_rate=2e-3, seed=1))
 
 
-def test_a_run_that_was_stopped_after_a_restart_goes_on_from_itself(settings, tmp_path):
+def test_a_run_that_was_stopped_after_a_restart_goes_on_from_itself(done, settings, tmp_path):
     """And what stood there before is kept, an adapter too, where it is in nobody's way."""
-    first = read_config(as_config(settings, tmp_path, mode="lora"))
-    quietly(first)
-    output = Path(first.output)
+    output = Path(done.output)
     second = read_config(as_config(settings, tmp_path, mode="memory", learning_rate=5e-4))
     said = heard(second, restart=True)
     assert any("earlier-1" in line for line in said)
     assert (output / "earlier-1" / "lora").is_dir()
-    assert last_checkpoint(output / "earlier-1").name == "checkpoint-8"
+    assert last_checkpoint(output / "earlier-1").name == "checkpoint-4"
     assert not (output / "lora").exists()
-    (output / "checkpoint-8" / "trainer_state.json").unlink()  # as if stopped before
+    (output / "checkpoint-4" / "trainer_state.json").unlink()  # as if stopped before
     train(second, device="cpu", log=said.append)
-    assert any(line == f"going on from {output / 'checkpoint-6'}" for line in said)
+    assert any(line == f"going on from {output / 'checkpoint-2'}" for line in said)
     model, _ = cometlm.load(str(output), device="cpu", merge=False)
     assert not any(".lora_" in name for name, _ in model.named_parameters())
     with pytest.raises(ValueError, match="which a restart clears"):
         quietly(read_config(as_config(settings, tmp_path, model=str(output))), restart=True)
 
 
-def test_what_changes_learning_in_trl_or_recomputation_is_not_resumed(settings, tmp_path):
-    config = read_config(as_config(settings, tmp_path))
-    quietly(config)
+def test_what_changes_learning_in_trl_or_recomputation_is_not_resumed(done, settings, tmp_path):
     for changes, said in (
         ({"trainer": {**settings["trainer"], "weight_decay": 0.1}}, "trainer: was"),
         ({"recompute": {"truncate_after": 2}}, "recompute: was 0, is 2"),
@@ -111,20 +130,17 @@ def test_what_changes_learning_in_trl_or_recomputation_is_not_resumed(settings, 
             quietly(read_config(as_config(settings, tmp_path, **changes)))
     free = {"trainer": {**settings["trainer"], "logging_steps": 3}, "recompute": {"every": 2}}
     quietly(read_config(as_config(settings, tmp_path, **free)))
-    Path(config.output, "train.json").unlink()
-    with pytest.raises(ValueError, match=r"holds checkpoint-8 but no train\.json"):
-        quietly(config)
+    Path(done.output, "train.json").unlink()
+    with pytest.raises(ValueError, match=r"holds checkpoint-4 but no train\.json"):
+        quietly(done)
 
 
-def test_a_run_that_is_done_stays_as_it_is(settings, tmp_path):
-    rows = [{"text": WORDS * n} for n in (2, 3, 4, 5)]
-    config = records_run(settings, tmp_path, rows)
-    quietly(config)
-    before = (Path(config.output) / "model.safetensors").read_bytes()
-    said = heard(config)
-    assert any("all 2 steps are done" in line for line in said)
-    assert (Path(config.output) / "model.safetensors").read_bytes() == before
-    assert sorted(losses(config.output)) == [1, 2]
+def test_a_run_that_is_done_stays_as_it_is(done):
+    before = (Path(done.output) / "model.safetensors").read_bytes()
+    said = heard(done)
+    assert any("all 4 steps are done" in line for line in said)
+    assert (Path(done.output) / "model.safetensors").read_bytes() == before
+    assert sorted(losses(done.output)) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -134,7 +150,7 @@ def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path, monkeypatch, mo
 
     monkeypatch.setattr(running.CometTrainer, "evaluate", worse_and_worse)
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": WORDS * 3}) + "\n")
-    trainer = {**settings["trainer"], "max_steps": 3, "load_best_model_at_end": True}
+    trainer = {**settings["trainer"], "max_steps": 2, "load_best_model_at_end": True}
     changes = {"evaluate": str(tmp_path / "held.jsonl"), "save_steps": 1, "mode": mode}
     rows = [{"text": WORDS * 3}] * 4
     config = records_run(settings, tmp_path, rows, **changes, trainer=trainer, learning_rate=1e-2)
@@ -147,15 +163,12 @@ def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path, monkeypatch, mo
     assert float((got - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 
-def test_a_run_may_have_more_steps_and_no_other_samples(settings, tmp_path):
-    config = read_config(as_config(settings, tmp_path))
-    quietly(config)
-
+def test_a_run_may_have_more_steps_and_no_other_samples(done, settings, tmp_path):
     def changed(**changes):
         mixture = {**settings["mixture"], **changes}
         return read_config(as_config(settings, tmp_path, mixture=mixture))
 
     with pytest.raises(ValueError, match="mixture: was"):
         quietly(changed(text_share=0.25))
-    quietly(changed(steps=10))
-    assert sorted(losses(config.output)) == list(range(1, 11))
+    quietly(changed(steps=6))
+    assert sorted(losses(done.output)) == list(range(1, 7))

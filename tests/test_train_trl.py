@@ -1,10 +1,6 @@
 """Trainers that people have already: trl's `SFTTrainer` and transformers' `Trainer`, unmodified."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +14,7 @@ from cometlm.compat import ACTIVATION_CHECKPOINTING
 from cometlm.core.cell import Cell
 from cometlm.core.training_plan import TrainingPlan
 from cometlm.train.templates import TEMPLATES
+from tests.ranks import run_ranks
 from tests.real import tiny_comet, tokenizer
 from tests.tiny import error
 
@@ -90,8 +87,15 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("form", ROWS)
-@pytest.mark.parametrize(("packing", "bf16"), [(False, False), (True, False), (False, True)])
+PLAIN, PACKED, BF16 = (False, False), (True, False), (False, True)
+COMBINATIONS = [(form, *how) for form in ROWS for how in (PLAIN, PACKED, BF16)]
+FAST = {(form, *PLAIN) for form in ROWS} | {("prompt", *PACKED), ("text", *BF16)}
+
+
+@pytest.mark.parametrize(
+    ("form", "packing", "bf16"),
+    [pytest.param(*c, marks=[pytest.mark.slow] * (c not in FAST)) for c in COMBINATIONS],
+)
 def test_sft_trainer_reads_through_the_memory(model, tmp_path, folds, form, packing, bf16):
     """A wrong `base_model` would train with no memory and a loss that looks normal."""
     before = weights(model)
@@ -131,13 +135,13 @@ def test_activation_checkpointing_changes_no_number(tmp_path):
             model,
             ROWS["text"],
             tmp_path,
-            max_steps=4,
+            max_steps=2,
             max_length=None,
             **{ACTIVATION_CHECKPOINTING: on},
         )
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-    assert len(losses[0]) == 4
+    assert len(losses[0]) == 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -218,46 +222,22 @@ def test_transformers_trainer(model, tmp_path, folds):
     assert any("comet" in name for name in moved(model, before))
 
 
-PARALLEL = """
-import sys, torch
-from datasets import Dataset
-from tests.real import tiny_comet, tokenizer
-from tests.test_train_trl import ROWS, sft
-
-model = tiny_comet().float().train()
-# Ranks get samples of different lengths: one of them fits into a chunk and folds nothing.
-rows = {"text": ["The ship left the harbour. " * n for n in (1, 9, 1, 9, 1, 9, 1, 9)]}
-trainer = sft(
-    model, rows, sys.argv[1], max_length=None, per_device_train_batch_size=1, max_steps=3,
-    shuffle_dataset=False, train_sampling_strategy="sequential",
-)
-trainer.train()
-torch.save(model.model.comet.state_dict(), f"{sys.argv[1]}/{trainer.args.process_index}.pt")
-trainer.accelerator.end_training()  # a rank that stays in its job is aborted now and then
-"""
+def trained_in_parallel(folder):
+    """The memory's weights after three steps on this rank."""
+    model = tiny_comet().float().train()
+    # Ranks get samples of different lengths: one of them fits into a chunk and folds nothing.
+    rows = {"text": ["The ship left the harbour. " * n for n in (1, 9, 1, 9, 1, 9, 1, 9)]}
+    options = {"max_length": None, "per_device_train_batch_size": 1, "max_steps": 3}
+    options |= {"shuffle_dataset": False, "train_sampling_strategy": "sequential"}
+    trainer = sft(model, rows, folder, **options)
+    trainer.train()
+    return trainer.args.process_index, model.model.comet.state_dict()
 
 
 def test_data_parallel(tmp_path):
     """Two processes stay alike, also when a rank's sample folds no chunk."""
-    script = tmp_path / "parallel.py"
-    script.write_text(PARALLEL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]), name
-    assert not torch.equal(first["readout"], tiny_comet().float().model.comet.readout)
+    (first, ours), (second, theirs) = run_ranks(2, trained_in_parallel, tmp_path)
+    assert (first, second) == (0, 1)
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+    assert not torch.equal(ours["readout"], tiny_comet().float().model.comet.readout)

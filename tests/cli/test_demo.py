@@ -27,7 +27,7 @@ def table(out):
 
 def test_demo_prints_memory_at_every_tenth(command, tmp_path):
     path = tmp_path / "long.txt"
-    path.write_text(TEXT * 40, encoding="utf-8")
+    path.write_text(TEXT * 16, encoding="utf-8")
     code, out, _ = command("demo", "--file", str(path), "--tokens", "1000")
     assert code == 0
     assert re.search("tokens +tokens/s +memory held +peak memory", out)
@@ -41,7 +41,7 @@ def test_demo_prints_memory_at_every_tenth(command, tmp_path):
 @pytest.mark.parametrize(("depth", "place"), [("0", 0), ("0.5", 500), ("1", 1000)])
 def test_demo_hides_a_number_where_it_is_told_to(command, monkeypatch, tmp_path, depth, place):
     path = tmp_path / "long.txt"
-    path.write_text(TEXT * 40, encoding="utf-8")
+    path.write_text(TEXT * 16, encoding="utf-8")
     monkeypatch.setattr(Session, "ask", lambda self, *args, **options: " 31415\n")
     read = []
     reading = Session.reading
@@ -53,7 +53,7 @@ def test_demo_hides_a_number_where_it_is_told_to(command, monkeypatch, tmp_path,
     assert code == 0
     text = "".join(read)
     assert text.count("The pass key is 31415.") == 1
-    assert text[: text.index("\nThe pass key")] == (TEXT * 40)[: text.index("\nThe pass key")]
+    assert text[: text.index("\nThe pass key")] == (TEXT * 16)[: text.index("\nThe pass key")]
     hidden = int(re.search(r"hidden  31415, after ([\d,]+) tokens", out)[1].replace(",", ""))
     assert place <= hidden <= place + 700
     assert "answer  31415\nfound in" in out
@@ -86,8 +86,8 @@ def test_demo_of_a_shorter_text_reads_all_of_it(command, text_file):
 
 def test_demo_hides_inside_a_text_that_is_shorter_than_asked_for(command, tmp_path):
     path = tmp_path / "long.txt"
-    path.write_text(TEXT * 40, encoding="utf-8")
-    total = len(real.tokenizer("smollm2")(TEXT * 40)["input_ids"])
+    path.write_text(TEXT * 16, encoding="utf-8")
+    total = len(real.tokenizer("smollm2")(TEXT * 16)["input_ids"])
     code, out, _ = command("demo", "--file", str(path), "--passkey", "12345", "--depth", "0.5")
     assert code == 0
     hidden = int(re.search(r"hidden  12345, after ([\d,]+) tokens\n", out)[1].replace(",", ""))

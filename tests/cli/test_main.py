@@ -241,7 +241,7 @@ def test_sigint_in_a_pipe_ends_with_a_summary():
         process.stdin.write((TEXT * 200).encode()[: 2 << 16])
         process.stdin.flush()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == INTERRUPTED, err.decode()
@@ -252,7 +252,7 @@ def test_sigint_in_a_pipe_ends_with_a_summary():
 
 def test_output_goes_into_a_pipe():
     process = subprocess_of("read", "tiny", "-", "--next", "3")
-    out, err = process.communicate(TEXT.encode(), timeout=300)
+    out, err = process.communicate(TEXT.encode(), timeout=600)
     assert process.returncode == 0, err.decode()
     assert len(out.decode()) > 1
     assert "\x1b" not in out.decode()
