@@ -115,7 +115,7 @@ def _is_wanted(answer: Answer, tokens: list[int], samples: int) -> bool:
 
 
 def _said(method: str, answer: Answer) -> str:
-    said = answer.error or f"{answer.said!r} of {answer.answers[0]!r}"
+    said = answer.error or (f"{answer.said!r} of {answer.answers[0]!r}" if answer.answers else "")
     scores = "  ".join(f"{name} {score:.2f}" for name, score in answer.scores.items())
     return f"{method}  {answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}"
 

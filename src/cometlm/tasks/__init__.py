@@ -7,9 +7,14 @@ from typing import Any
 
 from cometlm.registry import Registry
 from cometlm.tasks.base import Question, Sample, Split, Task
+from cometlm.tasks.facts import Facts
 from cometlm.tasks.passkey import Passkey
 
-TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", {"passkey": Passkey})
+_OURS: dict[str, type[Task]] = {
+    "passkey": Passkey,
+    "facts": Facts,
+}
+TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
 
 
 def make_task(

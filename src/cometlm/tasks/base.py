@@ -30,12 +30,16 @@ class Question:
         answers: each of them is right; the first one is taught.
         after: tokens of the context that have been read when it is asked; None: all of them.
         evidence: where in the context its answer stands, in tokens; empty where it is not said.
+        until: tokens of the context up to which the answers are right; None: all of them.
+        meta: what a report may group by, beside the sample's.
     """
 
     text: str
     answers: tuple[str, ...]
     after: int | None = None
     evidence: tuple[range, ...] = ()
+    until: int | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
