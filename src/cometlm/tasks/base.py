@@ -1,9 +1,10 @@
 """What a task is: samples of one shape, to train on and to measure with.
 
-A sample is a context and questions about it. A question may be asked anywhere in the context; what
-is read later plays no part then. The same sample trains a memory (`train.mixture`) and measures any
-method (`eval.runner`). To add a task, write a class with `sample` in a file of its own and put it
-into `TASKS`, or name it as an entry point of the group `cometlm.tasks`.
+A sample is a context and questions about it, or a context alone. A question may be asked anywhere
+in the context; what is read later plays no part then. The same sample trains a memory
+(`train.mixture`) and measures any method (`eval.runner`). To add a task, write a class with
+`sample` in a file of its own and put it into `TASKS`, or name it as an entry point of the group
+`cometlm.tasks`.
 """
 
 from __future__ import annotations

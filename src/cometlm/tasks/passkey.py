@@ -14,7 +14,7 @@ from typing import Any
 
 from cometlm.tasks.base import Question, Sample, Split
 from cometlm.tasks.names import PEOPLE
-from cometlm.tasks.story import DECILES, StoryTask, bounds, check_share, room_beside
+from cometlm.tasks.story import DECILES, StoryTask, bounds, capital, check_share, room_beside
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Passkey(StoryTask):
         return {"owner": owner, "what": rng.choice(self.templates.whats), "key": key}
 
     def _needle(self, rng: random.Random, fields: dict[str, str]) -> list[int]:
-        return self.needle(rng, _fitting(rng, self.templates.hidden, fields))
+        return self.needle(rng, capital(_fitting(rng, self.templates.hidden, fields)))
 
     def _asked(self, rng: random.Random, fields: dict[str, str]) -> str:
         return _fitting(rng, self.templates.asked, fields)

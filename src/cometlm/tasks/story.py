@@ -49,7 +49,7 @@ class StoryTask(Task):
 
     def needle(self, rng: random.Random, sentence: str) -> list[int]:
         """Ids of a sentence, as a paragraph or a line of its own, or within one."""
-        return self.encode(rng.choice(_FRAMES).format(_capital(sentence)))
+        return self.encode(rng.choice(_FRAMES).format(sentence))
 
     def tell(
         self,
@@ -107,7 +107,7 @@ def in_order(rng: random.Random, count: int) -> list[float]:
 
 def filled(rng: random.Random, templates: Sequence[str], fields: Mapping[str, str]) -> str:
     """One of some templates, with its fields filled in; it begins with a capital letter."""
-    return _capital(rng.choice(templates).format(**fields))
+    return capital(rng.choice(templates).format(**fields))
 
 
 def bounds(name: str, value: int | Sequence[int], most: int, least: int = 1) -> tuple[int, int]:
@@ -135,5 +135,6 @@ def check_share(name: str, value: float) -> float:
     return value
 
 
-def _capital(sentence: str) -> str:
+def capital(sentence: str) -> str:
+    """A sentence that begins with a capital letter."""
     return sentence[:1].upper() + sentence[1:]
