@@ -9,10 +9,12 @@ from cometlm.registry import Registry
 from cometlm.tasks.base import Question, Sample, Split, Task
 from cometlm.tasks.facts import Facts
 from cometlm.tasks.passkey import Passkey
+from cometlm.tasks.tracking import Tracking
 
 _OURS: dict[str, type[Task]] = {
     "passkey": Passkey,
     "facts": Facts,
+    "tracking": Tracking,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
 
