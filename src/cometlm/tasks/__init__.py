@@ -8,6 +8,7 @@ from typing import Any
 from cometlm.registry import Registry
 from cometlm.tasks.base import Question, Sample, Split, Task
 from cometlm.tasks.facts import Facts
+from cometlm.tasks.keys import Keys
 from cometlm.tasks.passkey import Passkey
 from cometlm.tasks.tracking import Tracking
 
@@ -15,6 +16,7 @@ _OURS: dict[str, type[Task]] = {
     "passkey": Passkey,
     "facts": Facts,
     "tracking": Tracking,
+    "keys": Keys,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
 
