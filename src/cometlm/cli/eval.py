@@ -23,7 +23,12 @@ from cometlm.tasks import TASKS, make_task
 def eval_(
     model: options.Model,
     loading: options.LoadOptions,
-    task: Annotated[str, typer.Option(help="What is asked: passkey, or another package's task.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="What is asked: passkey, facts, tracking, keys, continue, or another package's."
+        ),
+    ],
     method: Annotated[
         list[str], typer.Option(help="How it is read: comet, full, truncate, window; repeatable.")
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 from cometlm.registry import Registry
 from cometlm.tasks.base import Question, Sample, Split, Task
+from cometlm.tasks.continuation import Continuation
 from cometlm.tasks.facts import Facts
 from cometlm.tasks.keys import Keys
 from cometlm.tasks.passkey import Passkey
@@ -17,6 +18,7 @@ _OURS: dict[str, type[Task]] = {
     "facts": Facts,
     "tracking": Tracking,
     "keys": Keys,
+    "continue": Continuation,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
 
