@@ -41,7 +41,8 @@ from cometlm.eval.runner import answer_to
 from cometlm.methods.comet import CometReader
 from cometlm.session.session import Session
 from cometlm.tasks import Question, Sample
-from cometlm.tasks.passkey import DECILES, Passkey
+from cometlm.tasks.passkey import Passkey
+from cometlm.tasks.story import DECILES
 from common import OUT, argument_parser, machine
 
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -69,6 +69,15 @@ def test_the_end_of_the_text_is_asked():
     assert error(got.mean, torch.stack(by_hand).mean()) < 1e-9
 
 
+@pytest.mark.parametrize(("until", "after"), [(3, []), (CHUNK, [1]), (3 * CHUNK, [1, 3])])
+def test_nobody_is_asked_for_what_holds_no_longer(until, after):
+    ids, beside, labels = asked()
+    rows = len(beside)
+    observer = Questions([Probe(beside, labels, (0,) * rows, (10**6,) * (rows - 1) + (until,))])
+    got = watched(tiny_comet("llama").train(), observer)(ids, labels=ids).observed[ANSWERS]
+    assert int(got.count) == 8 * len(after)
+
+
 def test_nobody_is_asked_outside_training():
     ids, beside, labels = asked()
     model = watched(tiny_comet("llama").eval(), questions(beside, labels))

@@ -10,6 +10,7 @@ In a program or a notebook, `TASKS.add("riddles", Riddles)` does the same until 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -52,10 +53,13 @@ class Registry(Mapping[str, T], Generic[T]):
         """The thing of a name.
 
         Raises:
-            ValueError: there is none; says which there are. Or a package's cannot be imported.
+            ValueError: there is none; says which there are, and which is nearest. Or a package's
+                cannot be imported.
         """
         if name not in self:
-            raise ValueError(f"unknown {self._kind} {name!r}; there are {', '.join(self)}")
+            close = difflib.get_close_matches(name, list(self), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"unknown {self._kind} {name!r}; there are {', '.join(self)}{hint}")
         return self[name]
 
     def __getitem__(self, name: str) -> T:

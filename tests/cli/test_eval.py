@@ -67,6 +67,15 @@ def test_the_same_command_goes_on(run, monkeypatch):
     assert len(rows()) == 6  # another seed has rows of its own
 
 
+def test_a_text_without_questions(run):
+    code, out, err = run("--task", "continue", "--tokens", "90", methods=["full"])
+    assert code == 0, err
+    assert "nats" in out
+    mean = float(next(line for line in out.splitlines() if line.startswith("full ")).split()[3])
+    assert mean > 1  # an untrained model foresees little; the figure is not cut off at 1
+    assert "nats" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -46,7 +46,7 @@ class Counter(Reader):
         self.ids = [*self.ids, *ids]
 
     def fork(self):
-        fork = Counter(self.tokenizer, self.limit)
+        fork = type(self)(self.tokenizer, self.limit)
         fork.ids, fork.asked = self.ids, self.asked
         return fork
 
@@ -94,13 +94,44 @@ def test_what_is_too_long_is_a_row_without_scores(words):
     assert (late.scores, late.error) == ({}, "at most 25")
 
 
-def test_a_task_without_questions(words):
-    class Silent(Counting):
-        def sample(self, index, tokens):
-            return Sample([1] * tokens)
+class Silent(Counting):
+    """Asks nothing."""
 
-    with refused("Silent must ask questions"):
-        list(evaluate(Counter(words), Silent(words), [10], 1))
+    def sample(self, index, tokens):
+        return Sample(list(range(tokens)), meta={"haystack": "numbers"})
+
+
+class Guessing(Counter):
+    """Foresees a token by its number, if all before it were read."""
+
+    def loglikelihood(self, ids):
+        assert ids[0] == len(self.ids)
+        return [-float(id_) for id_ in ids]
+
+
+def test_a_text_without_questions_is_foreseen(words):
+    answers = list(evaluate(Guessing(words), Silent(words), [600], 2))
+    assert [answer.place for answer in answers] == [(600, 0, 0), (600, 1, 0)]
+    assert answers[0].scores == {"nats": 300.0}  # the mean of 1 … 599
+    assert (answers[0].nbytes, answers[0].meta) == (600, {"haystack": "numbers"})
+    (line,) = summarize(answers)
+    assert line.scores["nats"] == (300.0, 300.0, 300.0)
+    assert not list(evaluate(Guessing(words), Silent(words), [600], 1, done={(600, 0, 0)}))
+    (late,) = evaluate(Guessing(words, 400), Silent(words), [600], 1)
+    assert (late.scores, late.error) == ({}, "at most 400")
+    with refused("tokens of a text must be at least 2, got 1"):
+        list(evaluate(Guessing(words), Silent(words), [1], 1))
+
+
+def test_a_report_groups_by_what_a_question_says_of_itself(words):
+    class Labelled(Counting):
+        def sample(self, index, tokens):
+            kinds = [Question("?", ("x",), meta={"kind": kind}) for kind in "ab"]
+            return Sample([1] * tokens, tuple(kinds), {"decile": 3})
+
+    answers = list(evaluate(Counter(words), Labelled(words), [10], 2))
+    assert answers[0].meta == {"decile": 3, "kind": "a"}
+    assert [line.group for line in summarize(answers, "kind")] == ["a", "b"]
 
 
 def test_answers_may_be_longer_if_told(words):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from cometlm.tasks import make_task
 from cometlm.tasks.base import turn_ids
-from cometlm.tasks.passkey import CORPORA_OF, TEMPLATES, Passkey
+from cometlm.tasks.passkey import TEMPLATES, Passkey
+from cometlm.tasks.story import CORPORA_OF
 from tests.real import tokenizer
 from tests.tiny import refused
 
@@ -139,8 +140,10 @@ def test_options_out_of_bounds(words, option, value, bound):
 
 
 def test_unknown_tasks_and_options(words):
-    with refused("unknown task 'riddle'; there are passkey"):
+    with refused("unknown task 'riddle'; there are passkey, facts"):
         make_task("riddle", words)
+    with refused("did you mean passkey?"):
+        make_task("pass-key", words)
     with refused("got colour"):
         make_task("passkey", words, colour="red")
     with refused("split must be one of train, test, got 'dev'"):

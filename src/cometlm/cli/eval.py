@@ -23,7 +23,12 @@ from cometlm.tasks import TASKS, make_task
 def eval_(
     model: options.Model,
     loading: options.LoadOptions,
-    task: Annotated[str, typer.Option(help="What is asked: passkey, or another package's task.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="What is asked: passkey, facts, tracking, keys, continue, or another package's."
+        ),
+    ],
     method: Annotated[
         list[str], typer.Option(help="How it is read: comet, full, truncate, window; repeatable.")
     ],
@@ -115,7 +120,7 @@ def _is_wanted(answer: Answer, tokens: list[int], samples: int) -> bool:
 
 
 def _said(method: str, answer: Answer) -> str:
-    said = answer.error or f"{answer.said!r} of {answer.answers[0]!r}"
+    said = answer.error or (f"{answer.said!r} of {answer.answers[0]!r}" if answer.answers else "")
     scores = "  ".join(f"{name} {score:.2f}" for name, score in answer.scores.items())
     return f"{method}  {answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}"
 

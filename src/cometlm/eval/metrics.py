@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 Z = 1.96  # standard deviations that hold 95%
+NATS = "nats"  # the one figure that is not between 0 and 1
 
 
 def interval(hits: int, total: int, z: float = Z) -> tuple[float, float]:
@@ -24,11 +25,11 @@ def interval(hits: int, total: int, z: float = Z) -> tuple[float, float]:
     return max(0.0, min(low, share)), min(1.0, max(high, share))  # rounding aside
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of figures between 0 and 1, and the interval of it that holds 95%.
+def mean_interval(values: Sequence[float], most: float = 1.0) -> tuple[float, float, float]:
+    """The mean of figures between 0 and `most`, and the interval of it that holds 95%.
 
     Wilson's where all figures are 0 or 1, else that of a normal distribution, which is too narrow
-    for few figures; of one it is 0 … 1.
+    for few figures; of one it is 0 … `most`.
 
     Returns:
         Mean, low, high.
@@ -39,9 +40,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     if not values:
         raise ValueError("values must be at least 1, got none")
     mean = statistics.fmean(values)
-    if all(value in (0, 1) for value in values):
+    if most == 1 and all(value in (0, 1) for value in values):
         return (mean, *interval(round(sum(values)), len(values)))
     if len(values) == 1:
-        return mean, 0.0, 1.0
+        return mean, 0.0, most
     spread = Z * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, max(0.0, mean - spread), min(1.0, mean + spread)
+    return mean, max(0.0, mean - spread), min(most, mean + spread)

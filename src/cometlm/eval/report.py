@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cometlm.eval.metrics import mean_interval
+from cometlm.eval.metrics import NATS, mean_interval
 from cometlm.eval.runner import Answer
 
 
@@ -61,7 +62,10 @@ def _line(tokens: int, group: Any, answers: list[Answer]) -> Line:
     right = [answer for answer in answers if not answer.error]
     names = dict.fromkeys(name for answer in right for name in answer.scores)
     scores = {
-        name: mean_interval([a.scores[name] for a in right if name in a.scores]) for name in names
+        name: mean_interval(
+            [a.scores[name] for a in right if name in a.scores], math.inf if name == NATS else 1.0
+        )
+        for name in names
     }
     seconds = [answer.read_seconds + answer.answer_seconds for answer in right]
     return Line(

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cometlm.eval.metrics import NATS
 from cometlm.methods.base import Reader, TooLongError
 from cometlm.tasks.base import Question, Sample, Task, turn_ids
 
 _SPARE = 16  # tokens that an answer may be longer than what it should be
+_PIECE = 256  # tokens of a text that are foreseen before they are read
 
 Place = tuple[int, int, int]
 
@@ -32,11 +34,12 @@ class Answer:
         question: as it was asked.
         answers: each of them is right.
         said: what was answered.
-        scores: figures between 0 and 1 by name; none if there is an error.
+        scores: figures between 0 and 1 by name, and `nats` of a text without questions; none if
+            there is an error.
         nbytes: bytes that were held of the text when it was asked.
         read_seconds: to read up to the question.
         answer_seconds: to read the question and answer.
-        meta: the sample's.
+        meta: the sample's and the question's.
         error: why there is no answer, "" if there is one.
     """
 
@@ -78,16 +81,19 @@ def evaluate(
         done: places of answers that are known already.
         max_new_tokens: of an answer. Default: what the longest right one takes, and 16 more.
 
+    A sample without questions is one row: how well its text is foreseen (`nats` per token).
+
     Raises:
-        ValueError: a bound of the task's; a sample without questions; a tokenizer without a chat
-            template.
+        ValueError: a bound of the task's; a tokenizer without a chat template.
         OSError: as the task raises.
     """
     for length in tokens:
         for index in range(samples):
             sample = task.sample(index, length)
             if not sample.questions:
-                raise ValueError(f"{type(task).__name__} must ask questions, got none in {index}")
+                if (length, index, 0) not in done:
+                    yield _foreseen(empty.fork(), sample, length, index)
+                continue
             numbers = range(len(sample.questions))
             missing = [n for n in numbers if (length, index, n) not in done]
             missing.sort(key=lambda n: _place_of(sample, sample.questions[n]))
@@ -114,7 +120,8 @@ def _asked(
         question = sample.questions[number]
         place = _place_of(sample, question)
         known: dict[str, Any] = {"question": question.text, "answers": list(question.answers)}
-        known |= {"tokens": tokens, "index": index, "number": number, "meta": dict(sample.meta)}
+        known |= {"tokens": tokens, "index": index, "number": number}
+        known["meta"] = {**sample.meta, **question.meta}
         start = time.perf_counter()
         try:
             reader.read(sample.context[read:place])
@@ -136,6 +143,35 @@ def _asked(
             read_seconds=seconds,
             answer_seconds=took,
         )
+
+
+def _foreseen(reader: Reader, sample: Sample, tokens: int, index: int) -> Answer:
+    """Mean nats per token of a text, each token after all that stand before it.
+
+    The first token follows nothing, so it is only read.
+    """
+    context = sample.context
+    known: dict[str, Any] = {"tokens": tokens, "index": index, "number": 0}
+    known |= {"question": "", "answers": [], "meta": dict(sample.meta)}
+    start = time.perf_counter()
+    found: list[float] = []
+    try:
+        reader.read(context[:1])
+        for begin in range(1, len(context), _PIECE):
+            piece = context[begin : begin + _PIECE]
+            found += reader.loglikelihood(piece)
+            reader.read(piece)
+        nbytes = reader.nbytes
+    except TooLongError as error:
+        return Answer(**known, error=str(error))
+    if not found:
+        raise ValueError(f"tokens of a text must be at least 2, got {len(context)}")
+    return Answer(
+        **known,
+        scores={NATS: -sum(found) / len(found)},
+        nbytes=nbytes,
+        read_seconds=time.perf_counter() - start,
+    )
 
 
 def answer_to(reader: Reader, question: Question, max_new_tokens: int | None = None) -> str:

@@ -7,9 +7,20 @@ from typing import Any
 
 from cometlm.registry import Registry
 from cometlm.tasks.base import Question, Sample, Split, Task
+from cometlm.tasks.continuation import Continuation
+from cometlm.tasks.facts import Facts
+from cometlm.tasks.keys import Keys
 from cometlm.tasks.passkey import Passkey
+from cometlm.tasks.tracking import Tracking
 
-TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", {"passkey": Passkey})
+_OURS: dict[str, type[Task]] = {
+    "passkey": Passkey,
+    "facts": Facts,
+    "tracking": Tracking,
+    "keys": Keys,
+    "continue": Continuation,
+}
+TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
 
 
 def make_task(

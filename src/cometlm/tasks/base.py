@@ -1,9 +1,10 @@
 """What a task is: samples of one shape, to train on and to measure with.
 
-A sample is a context and questions about it. A question may be asked anywhere in the context; what
-is read later plays no part then. The same sample trains a memory (`train.mixture`) and measures any
-method (`eval.runner`). To add a task, write a class with `sample` in a file of its own and put it
-into `TASKS`, or name it as an entry point of the group `cometlm.tasks`.
+A sample is a context and questions about it, or a context alone. A question may be asked anywhere
+in the context; what is read later plays no part then. The same sample trains a memory
+(`train.mixture`) and measures any method (`eval.runner`). To add a task, write a class with
+`sample` in a file of its own and put it into `TASKS`, or name it as an entry point of the group
+`cometlm.tasks`.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ class Question:
         answers: each of them is right; the first one is taught.
         after: tokens of the context that have been read when it is asked; None: all of them.
         evidence: where in the context its answer stands, in tokens; empty where it is not said.
+        until: tokens of the context up to which the answers are right; None: all of them.
+        meta: what a report may group by, beside the sample's.
     """
 
     text: str
     answers: tuple[str, ...]
     after: int | None = None
     evidence: tuple[range, ...] = ()
+    until: int | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

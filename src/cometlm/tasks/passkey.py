@@ -10,14 +10,11 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from cometlm.data.corpora import corpus_files
-from cometlm.tasks.base import Question, Sample, Split, Task
-from cometlm.tasks.haystack import Haystack, hide
-
-DECILES = 10
+from cometlm.tasks.base import Question, Sample, Split
+from cometlm.tasks.names import PEOPLE
+from cometlm.tasks.story import DECILES, StoryTask, bounds, capital, check_share, room_beside
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Templates:
     whats: tuple[str, ...] = ("number",)
 
 
-class Passkey(Task):
+class Passkey(StoryTask):
     """A number hidden in real text.
 
     Args:
@@ -70,20 +67,16 @@ class Passkey(Task):
         corpora: str | Sequence[str] | None = None,
         samples_per_text: int = 1,
     ) -> None:
-        super().__init__(tokenizer, split=split, seed=seed)
+        super().__init__(tokenizer, split=split, seed=seed, corpora=corpora)
         self.templates = TEMPLATES[split]
-        self.digits = _bounds("digits", digits, 100)
-        self.keys = _bounds("keys", keys, len(self.templates.owners))
+        self.digits = bounds("digits", digits, 100)
+        self.keys = bounds("keys", keys, len(self.templates.owners))
         for name, value in (("questions", questions), ("samples_per_text", samples_per_text)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if depth is not None and not 0 <= depth <= 1:
-            raise ValueError(f"depth must lie in 0 … 1, got {depth}")
         self.questions = questions
-        self.depth = depth
-        self.corpora = [corpora] if isinstance(corpora, str) else list(corpora or CORPORA_OF[split])
+        self.depth = None if depth is None else check_share("depth", depth)
         self.samples_per_text = samples_per_text
-        self._haystack = cache(lambda name: Haystack(tokenizer, corpus_files(name)))
 
     def sample(self, index: int, tokens: int) -> Sample:
         """A sample with a context of exactly `tokens` tokens; see `Task.sample`.
@@ -99,14 +92,12 @@ class Passkey(Task):
         depths[0] = (part + depths[0]) / self.samples_per_text if self.depth is None else self.depth
         hidden = [self._hidden(rng, owner) for owner in owners]
         needles = [self._needle(rng, fields) for fields in hidden]
-        left = tokens - sum(map(len, needles))
-        if left < 0:
-            raise ValueError(f"tokens must be at least {tokens - left}, got {tokens}")
-        name = self.corpora[text % len(self.corpora)]
+        room_beside(needles, tokens)
+        name, haystack = self.haystack(text)
         # All samples of a text draw it with the same generator, and as long.
         text_rng = random.Random(f"text/{self.split}/{self.seed}/{text}")
-        running = self._haystack(name).draw(text_rng, tokens)
-        context, ranges = hide(self.tokenizer, running[:left], needles, depths)
+        running = haystack.draw(text_rng, tokens)
+        context, ranges = self.tell(running, needles, depths, tokens)
         questions = tuple(
             Question(self._asked(rng, fields), (fields["key"],), evidence=(where,))
             for fields, where in list(zip(hidden, ranges, strict=True))[: self.questions]
@@ -142,9 +133,7 @@ class Passkey(Task):
         return {"owner": owner, "what": rng.choice(self.templates.whats), "key": key}
 
     def _needle(self, rng: random.Random, fields: dict[str, str]) -> list[int]:
-        sentence = _fitting(rng, self.templates.hidden, fields)
-        frame = rng.choice(("\n\n{}\n\n", " {} ", "\n{}\n"))
-        return self.encode(frame.format(sentence[0].upper() + sentence[1:]))
+        return self.needle(rng, capital(_fitting(rng, self.templates.hidden, fields)))
 
     def _asked(self, rng: random.Random, fields: dict[str, str]) -> str:
         return _fitting(rng, self.templates.asked, fields)
@@ -156,32 +145,16 @@ def _fitting(rng: random.Random, templates: Sequence[str], fields: dict[str, str
     return rng.choice([t for t in templates if ("{owner}" in t) == has_owner]).format(**fields)
 
 
-def _bounds(name: str, value: int | Sequence[int], most: int) -> tuple[int, int]:
-    """The fewest and the most."""
-    low, high = (value, value) if isinstance(value, int) else value
-    if not 1 <= low <= high <= most:
-        raise ValueError(f"{name} must be one or two numbers in 1 … {most}, in order, got {value}")
-    return low, high
-
-
 # --- what is said -------------------------------------------------------------------------------
-
-CORPORA_OF: dict[Split, tuple[str, ...]] = {
-    "train": ("anarchism", "austen", "perl"),
-    "test": ("austen-test", "bible", "python"),
-}
 
 # fmt: off
 _TRAIN_OWNERS = (
-    "Ada", "Basil", "Clara", "Dmitri", "Elif", "Farid", "Greta", "Hugo", "Imani", "Jonas", "Keiko",
-    "Luca", "Mira", "Nadia", "Omar", "Priya", "Quinn", "Rosa", "Stefan", "Tomas", "Uma", "Viktor",
-    "Wanda", "Xenia", "Yusuf", "Zoe", "the archive", "the boiler room", "the north gate",
+    *PEOPLE["train"], "the archive", "the boiler room", "the north gate",
     "the safe", "the library", "the vault", "the greenhouse", "the server", "the old cabin",
     "the ferry", "the laboratory", "the museum", "the garage", "the attic", "the school",
 )
 _TEST_OWNERS = (
-    "Alma", "Bruno", "Chiara", "Dagny", "Emeka", "Fatima", "Gustav", "Hana", "Igor", "Joanna",
-    "Kofi", "Leila", "Magnus", "Noor", "Oskar", "Paula", "Rafael", "Sunita", "Theo", "Vera",
+    *PEOPLE["test"],
     "the lighthouse", "the bakery", "the chapel", "the wine cellar", "the observatory",
     "the stables", "the post office", "the theatre", "the mill", "the harbour office",
 )

@@ -1,14 +1,52 @@
-"""How good an answer is: whether it is the same, and how many words it shares."""
+"""How good an answer is: whether it is the same, whether it holds it, how many words it shares."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+# How one may say that a text does not answer; the first is taught.
+NOT_SAID = (
+    "Not said",
+    "It is not said",
+    "It's not said",
+    "This is not said",
+    "That is not said",
+    "The text does not say",
+    "The text doesn't say",
+    "It does not say",
+    "It doesn't say",
+    "Not stated",
+    "Not mentioned",
+    "It is not mentioned",
+    "Not in the text",
+    "Not known",
+    "Unknown",
+    "I do not know",
+    "I don't know",
+)
 
 
 def exact(said: str, answers: Iterable[str]) -> float:
     """1 if one of the answers was said, whatever the case, the spaces and what stands around it."""
     return float(any(_plain(said) == _plain(answer) for answer in answers))
+
+
+def found(said: str, answers: Iterable[str]) -> float:
+    """1 if one of the answers was said, maybe in a sentence, as whole words."""
+    words = f" {_plain(said)} "
+    return float(any(f" {_plain(answer)} " in words for answer in answers))
+
+
+def share_found(said: str, parts: Sequence[str]) -> float:
+    """The share of the parts of an answer that were said, in any order, 0 … 1.
+
+    Raises:
+        ValueError: no parts.
+    """
+    if not parts:
+        raise ValueError("parts must be at least 1, got none")
+    return sum(found(said, [part]) for part in parts) / len(parts)
 
 
 def f1(said: str, answers: Iterable[str]) -> float:
@@ -28,5 +66,5 @@ def _f1(ours: list[str], theirs: list[str]) -> float:
 
 def _plain(text: str) -> str:
     """Text without case, punctuation around its words and white space."""
-    words = (word.strip(" .,;:!?\"'()") for word in text.casefold().split())
+    words = (word.strip(" .,;:!?\"'()") for word in text.casefold().replace("’", "'").split())
     return " ".join(filter(None, words))

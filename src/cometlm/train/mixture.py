@@ -21,7 +21,7 @@ from cometlm.train.config import Mixture
 from cometlm.train.probes import Probe
 
 _ROWS = 1 << 12  # more than any batch has
-PROBES = ("probe_ids", "probe_labels", "probe_since")
+PROBES = ("probe_ids", "probe_labels", "probe_since", "probe_until")
 
 
 class MixtureBatches:
@@ -126,6 +126,9 @@ class MixtureBatches:
             "probe_since": [
                 [_since(sample.questions[i], sample) for sample in samples] for i in range(count)
             ],
+            "probe_until": [
+                [_until(sample.questions[i], sample) for sample in samples] for i in range(count)
+            ],
         }
 
     def _turn(self, question: Question, first: bool) -> tuple[list[int], list[int]]:
@@ -154,6 +157,11 @@ def _since(question: Question, sample: Sample) -> int:
     read = [place.stop for place in question.evidence]
     asked = len(sample.context) if question.after is None and not read else question.after or 0
     return max([asked, *read])
+
+
+def _until(question: Question, sample: Sample) -> int:
+    """Tokens up to which a question may be asked."""
+    return len(sample.context) if question.until is None else question.until
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -188,11 +196,12 @@ def probes_of(inputs: dict[str, Tensor]) -> list[Probe]:
     parts = [inputs.pop(name, None) for name in PROBES]
     if parts[0] is None:
         return []
-    ids, labels, since = parts
+    ids, labels, since, until = parts
     assert ids is not None
     assert labels is not None
     assert since is not None
+    assert until is not None
     return [
-        Probe(q, wanted, tuple(rows))
-        for q, wanted, rows in zip(ids, labels, since.tolist(), strict=True)
+        Probe(q, wanted, tuple(rows), tuple(ends))
+        for q, wanted, rows, ends in zip(ids, labels, since.tolist(), until.tolist(), strict=True)
     ]

@@ -28,11 +28,13 @@ class Probe:
         ids: [B, A] the question, the answer, and filling where a row has less.
         labels: [B, A] the answer's ids where it stands, -100 elsewhere.
         since: for each row, tokens of the text by which the answer was said.
+        until: for each row, tokens of the text up to which the answer is right; None: all of them.
     """
 
     ids: Tensor
     labels: Tensor
     since: tuple[int, ...]
+    until: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.since)
@@ -41,6 +43,8 @@ class Probe:
                 f"ids and labels of a probe must be [{rows}, A] for {rows} since, got shapes "
                 f"{tuple(self.ids.shape)} and {tuple(self.labels.shape)}"
             )
+        if self.until is not None and len(self.until) != rows:
+            raise ValueError(f"until of a probe must have {rows} places, got {len(self.until)}")
 
 
 class Questions(ChunkObserver):
@@ -48,7 +52,8 @@ class Questions(ChunkObserver):
 
     A question is asked at the first chunk's end by which every row has read its answer, again each
     time that the distance has about doubled, and at the end of the text: many answers for one
-    reading, from one border away to as many as the text has.
+    reading, from one border away to as many as the text has. Where a row has read something that
+    changes the answer, it is asked no more.
 
     Args:
         probes: the questions.
@@ -64,7 +69,7 @@ class Questions(ChunkObserver):
         scores = [
             chunk.read(probe.ids, probe.labels)
             for probe in self._probes
-            if _is_due(chunk, probe.since)
+            if _is_due(chunk, probe.since) and _still_holds(chunk, probe.until)
         ]
         return {ANSWERS: _sum(scores)} if scores else {}
 
@@ -77,6 +82,13 @@ def _is_due(chunk: ClosedChunk, since: Sequence[int]) -> bool:
     if now < 0:
         return False
     return chunk.is_last or before < 0 or _octave(now, size) > _octave(before, size)
+
+
+def _still_holds(chunk: ClosedChunk, until: Sequence[int] | None) -> bool:
+    """Whether no row has read on to where its answer changes."""
+    if until is None:
+        return True
+    return all(row.tokens <= place for row, place in zip(chunk.rows, until, strict=True))
 
 
 def _octave(distance: int, size: int) -> int:
