@@ -83,7 +83,7 @@ def evaluate(
             template.
         OSError: as the task raises.
     """
-    for length in tokens:
+    for length in dict.fromkeys(tokens):
         for index in range(samples):
             sample = task.sample(index, length)
             if not sample.questions:

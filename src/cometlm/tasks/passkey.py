@@ -75,10 +75,10 @@ class Passkey(Task):
         self.digits = _bounds("digits", digits, 100)
         self.keys = _bounds("keys", keys, len(self.templates.owners))
         for name, value in (("questions", questions), ("samples_per_text", samples_per_text)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if depth is not None and not 0 <= depth <= 1:
-            raise ValueError(f"depth must lie in 0 … 1, got {depth}")
+            if not _is_whole(value) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if depth is not None and not (isinstance(depth, int | float) and 0 <= depth <= 1):
+            raise ValueError(f"depth must lie in 0 … 1, got {depth!r}")
         self.questions = questions
         self.depth = depth
         self.corpora = [corpora] if isinstance(corpora, str) else list(corpora or CORPORA_OF[split])
@@ -158,10 +158,17 @@ def _fitting(rng: random.Random, templates: Sequence[str], fields: dict[str, str
 
 def _bounds(name: str, value: int | Sequence[int], most: int) -> tuple[int, int]:
     """The fewest and the most."""
-    low, high = (value, value) if isinstance(value, int) else value
-    if not 1 <= low <= high <= most:
-        raise ValueError(f"{name} must be one or two numbers in 1 … {most}, in order, got {value}")
-    return low, high
+    bounds: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
+    whole = len(bounds) == 2 and all(map(_is_whole, bounds))
+    if not whole or not 1 <= bounds[0] <= bounds[1] <= most:
+        raise ValueError(
+            f"{name} must be one or two numbers in 1 … {most}, in order, got {value!r}"
+        )
+    return bounds[0], bounds[1]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # --- what is said -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -44,7 +44,7 @@ from cometlm.train.chunk_parallel import (
 )
 from cometlm.train.chunk_plans import Chunking
 from cometlm.train.mixture import probes_of
-from cometlm.train.probes import ANSWERS, Questions
+from cometlm.train.probes import ANSWERS, Probe, Questions, Together
 from cometlm.train.trainable import parameter_groups
 
 STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
@@ -60,7 +60,7 @@ class CometTrainer(SFTTrainer):
         answer_weight: what the answers' loss counts beside the text's, where batches have probes.
         in_order: take the samples in their order.
         whole: save the backbone too, since it is trained.
-        chunk_parallel: ranks that share each sample (`torchrun`), see `train.together`.
+        chunk_parallel: ranks that share each sample (`torchrun`), see `train.chunk_parallel`.
         shard_weights: shard weights, gradients and the optimiser's state over the others (FSDP2).
         alike: what all ranks must have the same, by name.
         others: `SFTTrainer`'s own.
@@ -142,6 +142,7 @@ class CometTrainer(SFTTrainer):
             FloatingPointError: a loss or gradient is not finite; the weights have not moved then.
             PipelineError: another rank does not answer; names it, the cell and the step.
         """
+        chunking = self._comet.training_plan.chunking
         try:
             with answering("a call of all ranks") if self._mesh else nullcontext():
                 return super().train(*args, **options)
@@ -149,6 +150,8 @@ class CometTrainer(SFTTrainer):
             saved = last_checkpoint(self.args.output_dir)
             where = f"step {self.state.global_step + 1}, the last checkpoint is {saved or 'none'}"
             raise PipelineError(f"{error}; {where}") from error
+        finally:
+            self._plan(chunking=chunking)
 
     # --- one step ---------------------------------------------------------------------------
 
@@ -223,11 +226,10 @@ class CometTrainer(SFTTrainer):
         mode = "train" if model.training else "eval"
         inputs = dict(inputs)
         probes = probes_of(inputs)
-        self._plan(observer=Questions(probes) if probes else None)
         if probes:
             inputs["close_last"] = True  # so that they are asked at the end of the text too
         together = nullcontext() if mode == "train" else alone(self._comet)
-        with together:
+        with together, self._asking(probes):
             out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
         loss = out.loss
         sharing = self._sharing if mode == "train" else 1
@@ -236,7 +238,7 @@ class CometTrainer(SFTTrainer):
         loss = loss * sharing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
-        if out.observed:
+        if probes and out.observed:
             # A text's loss is a part of the whole step's then; answers' are means of their batch.
             shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
             self._metrics[mode]["text_loss"].append(float(loss.detach()) * shares)
@@ -256,6 +258,20 @@ class CometTrainer(SFTTrainer):
             self._total_train_tokens += int(read.sum()) // sharing
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return (loss, out) if return_outputs else loss
+
+    @contextlib.contextmanager
+    def _asking(self, probes: Sequence[Probe]) -> Iterator[None]:
+        """Ask these questions while the context is open, beside an observer that is there."""
+        plan = self._comet.training_plan
+        if probes:
+            observers = [one for one in (plan.observer, Questions(probes)) if one is not None]
+            # Only chunks of given lengths are closed, and their questions asked, where a text ends.
+            chunking = plan.chunking or Chunking.of({"fixed": 1.0})
+            self._plan(observer=Together(observers), chunking=chunking)
+        try:
+            yield
+        finally:
+            self._comet.training_plan = plan
 
     def _where(self) -> str:
         """The step and the beginnings of the batch's samples, for a person to find them by."""
