@@ -108,3 +108,10 @@ def test_logits_to_keep():
             out = model(ids, labels=ids, logits_to_keep=keep)
             assert error(out.logits, whole[:, where]) < 1e-12
             assert out.loss is not None
+
+
+def test_a_batch_without_a_label_may_be_counted_as_such():
+    ids = batch_of(1, 9)
+    labels = torch.full_like(ids, -100)
+    for none in (0, torch.tensor(0)):
+        assert tiny_comet("llama")(ids, labels=labels, num_items_in_batch=none).loss == 0

@@ -228,3 +228,13 @@ def test_an_error_leaves_the_cache_as_it_was(family):
     again = model(ids[:, 30:], past_key_values=cache)
     assert torch.equal(again.logits, want.logits)
     assert cache.rows[0].tokens == 30
+
+
+def test_a_calls_chunks_may_be_shorter_than_a_sessions_overlap():
+    """Only sessions read twice."""
+    ids = batch_of(1, 30)
+    plain, overlapping = (tiny_comet("llama", overlap=overlap) for overlap in (0, 8))
+    got = overlapping(ids, chunk_size=6).logits
+    assert torch.equal(got, plain(ids, chunk_size=6).logits)
+    with refused("chunk_size must be at least 1, got 0"):
+        overlapping(ids, chunk_size=0)

@@ -241,3 +241,21 @@ def test_a_training_plan_is_a_value():
     assert plan.truncate_after == 0
     with pytest.raises(ValueError, match="truncate_after must be at least 0, got -1"):
         TrainingPlan(truncate_after=-1)
+
+
+def open_where_a_row_ends():
+    """What a wave says of questions to a row that ended before others, with an open chunk."""
+    ids, beside, labels = asked()
+    mask = torch.ones_like(ids)
+    mask[0, CHUNK + 3 :] = 0
+    model = watched(tiny_comet("llama").train(), questions(beside, labels))
+    model.training_plan = replace(model.training_plan, pipeline=Pipeline(_world()))
+    lengths = [[CHUNK, 3], [CHUNK] * (ids.shape[1] // CHUNK)]
+    batch = {"attention_mask": mask, "labels": ids, "use_cache": False, "chunk_lengths": lengths}
+    with pytest.raises(ValueError, match="close_last=True"):
+        model(ids, **batch)
+    return model(ids, **batch, close_last=True).observed[ANSWERS].count.item()
+
+
+def test_the_wave_refuses_questions_to_open_chunks_that_stay_behind():
+    assert len(set(run_ranks(2, open_where_a_row_ends))) == 1

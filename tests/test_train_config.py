@@ -27,13 +27,6 @@ def test_samples_that_are_too_short_are_known_before_the_run(settings, tmp_path)
     assert last_checkpoint(settings["output"]) is None
 
 
-def test_probes_that_fit_no_chunk_are_known_before_the_run(settings, tmp_path):
-    mixture = {**settings["mixture"], "ask": "probes"}
-    said = r"mixture\.tasks\.passkey: ask: probes needs a chunk_size of at least \d+.* got 12"
-    with pytest.raises(ValueError, match=said):
-        quietly(read_config(as_config(settings, tmp_path, mixture=mixture)))
-
-
 def test_a_mixture_is_not_evaluated(settings, tmp_path):
     with pytest.raises(ValueError, match="evaluate measures records: not with a mixture"):
         read_config(as_config(settings, tmp_path, evaluate="held-out.jsonl"))

@@ -241,3 +241,20 @@ def test_data_parallel(tmp_path):
     for name, weight in ours.items():
         assert torch.equal(weight, theirs[name]), name
     assert not torch.equal(ours["readout"], tiny_comet().float().model.comet.readout)
+
+
+def test_transformers_trainer_evaluates(model, tmp_path):
+    """It gets the loss, and nothing in place of logits, which a loss does without."""
+    ids = tokenizer("smollm2")("The ship left the harbour and came back again. " * 5).input_ids
+    rows = [{"input_ids": ids, "labels": ids}] * 4
+    args = TrainingArguments(str(tmp_path), report_to="none", per_device_eval_batch_size=2)
+    given = []
+
+    def count(prediction):
+        given.append(prediction.predictions)
+        return {"given": 1.0}
+
+    found = Trainer(model=model, args=args, eval_dataset=rows, compute_metrics=count).evaluate()
+    wanted = float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
+    assert found["eval_loss"] == pytest.approx(wanted, rel=1e-4)
+    assert given == [()]

@@ -175,6 +175,8 @@ class CometModelConfig(PreTrainedConfig):
 
     model_type = "cometlm"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers' own form)
+    # What a Trainer that evaluates must not take for logits.
+    keys_to_ignore_at_inference = ["past_key_values", "num_correct", "observed"]  # noqa: RUF012
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     backbone: str = ""

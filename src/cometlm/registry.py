@@ -70,7 +70,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def _load(self, point: EntryPoint) -> T:
         try:
             loaded: Any = point.load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever the package does when it is imported
             raise ValueError(
                 f"{self._kind} {point.name!r} cannot be imported from {point.value}: {error}"
             ) from error

@@ -64,7 +64,7 @@ class Counter(Reader):
 
 def test_every_question_is_asked_where_it_stands(words):
     reader = Counter(words)
-    answers = list(evaluate(reader, Counting(words), [40, 10], 3))
+    answers = list(evaluate(reader, Counting(words), [40, 10, 40], 3))  # one length, said twice
     places = [(t, i, n) for t in (40, 10) for i in range(3) for n in (1, 0)]
     assert [answer.place for answer in answers] == places  # the first question comes last
     assert all(answer.scores == {"exact": 1.0} for answer in answers)

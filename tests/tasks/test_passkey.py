@@ -1,6 +1,7 @@
 """Passkeys: exact lengths, numbers where they belong, and nothing of the training in the test."""
 
 import itertools
+import re
 
 import pytest
 from hypothesis import given
@@ -148,3 +149,21 @@ def test_unknown_tasks_and_options(words):
         make_task("passkey", words, colour="red")
     with refused("split must be one of train, test, got 'dev'"):
         make_task("passkey", words, split="dev")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("digits", "x"),
+        ("digits", [1, 2, 3]),
+        ("keys", True),
+        ("keys", 1.5),
+        ("depth", "deep"),
+        ("questions", 2.5),
+        ("samples_per_text", "2"),
+    ],
+)
+def test_values_of_another_type_are_named(words, option, value):
+    """They come from a command line or a file."""
+    with pytest.raises(ValueError, match=rf"^{option} must .* got {re.escape(repr(value))}$"):
+        make_task("passkey", words, **{option: value})

@@ -217,7 +217,7 @@ def _items(labels: Tensor, given: Tensor | int | None) -> Tensor | int:
     """What a summed loss is divided by."""
     if given is None:
         return (labels != -100).sum().clamp(min=1)
-    return given if isinstance(given, int) else given.clamp(min=1)  # a batch may have none
+    return max(1, given) if isinstance(given, int) else given.clamp(min=1)  # a batch may have none
 
 
 def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:

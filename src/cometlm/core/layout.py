@@ -1,6 +1,6 @@
 """Where everything of one chunk stands: every index, position and mask, computed once per step.
 
-A *step* feeds each row of the batch one `Piece` of its open chunk. `plan` cuts new tokens into
+A *step* feeds each row of the batch one `Piece` of its open chunk. `core.plan` cuts new tokens into
 steps; `ChunkLayout` says for one step how items are ordered, at which positions they and the
 memory stand, and who sees whom. All counting is done in Python integers, so nothing here waits for
 a device. If every row of the batch stands at the same place (the usual case) the layout is

@@ -294,6 +294,10 @@ class CometModel(CometPreTrainedModel):
         changed = {name: value for name, value in given.items() if value is not None}
         if not changed:
             return sizes
+        if chunk_size is not None and 1 <= chunk_size <= sizes.overlap:
+            changed["overlap"] = (
+                chunk_size - 1
+            )  # only sessions overlap chunks, and of their own size
         sizes = sizes.replace(**changed)
         sizes.check_positions(position_limit(self.config.text_config))
         return sizes

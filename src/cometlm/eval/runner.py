@@ -87,7 +87,7 @@ def evaluate(
         ValueError: a bound of the task's; a tokenizer without a chat template.
         OSError: as the task raises.
     """
-    for length in tokens:
+    for length in dict.fromkeys(tokens):
         for index in range(samples):
             sample = task.sample(index, length)
             if not sample.questions:

@@ -137,7 +137,8 @@ class Pipeline:
 
         Raises:
             ValueError: a call that wants hidden states or a cache; sharded weights with fewer
-                chunks than ranks, or with an observer.
+                chunks than ranks, or with an observer; an observer, and a row that ends before
+                others with an open chunk.
             PipelineError: another rank is lost.
         """
         if call.scored is None or call.use_cache:
@@ -153,6 +154,12 @@ class Pipeline:
             )
         self.flush()  # what the last call sent is there, or this says who is lost
         layouts = list(call.layouts())
+        last = [row for layout in layouts[1:][-1:] for row in layout.rows]
+        if call.observer is not None and any(row.items for row in last):
+            raise ValueError(
+                "an observer needs rows whose chunks are closed where they end, since open ones do "
+                "not travel: give chunk_lengths and close_last=True"
+            )
         block, onward = self._block(layouts, sharded)
         reads_on = bool(block) and block.start > 0
         first = layouts[block.start if block else 0]

@@ -14,7 +14,15 @@ from typing import Any
 
 from cometlm.tasks.base import Question, Sample, Split
 from cometlm.tasks.names import PEOPLE
-from cometlm.tasks.story import DECILES, StoryTask, bounds, capital, check_share, room_beside
+from cometlm.tasks.story import (
+    DECILES,
+    StoryTask,
+    bounds,
+    capital,
+    check_share,
+    is_whole,
+    room_beside,
+)
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,8 @@ class Passkey(StoryTask):
         self.digits = bounds("digits", digits, 100)
         self.keys = bounds("keys", keys, len(self.templates.owners))
         for name, value in (("questions", questions), ("samples_per_text", samples_per_text)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not is_whole(value) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         self.questions = questions
         self.depth = None if depth is None else check_share("depth", depth)
         self.samples_per_text = samples_per_text

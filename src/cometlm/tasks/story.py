@@ -116,12 +116,18 @@ def bounds(name: str, value: int | Sequence[int], most: int, least: int = 1) -> 
     Raises:
         ValueError: names the option and its bounds.
     """
-    low, high = (value, value) if isinstance(value, int) else value
-    if not least <= low <= high <= most:
+    given: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
+    whole = len(given) == 2 and all(map(is_whole, given))
+    if not whole or not least <= given[0] <= given[1] <= most:
         raise ValueError(
-            f"{name} must be one or two numbers in {least} … {most}, in order, got {value}"
+            f"{name} must be one or two numbers in {least} … {most}, in order, got {value!r}"
         )
-    return low, high
+    return given[0], given[1]
+
+
+def is_whole(value: object) -> bool:
+    """Whether an option's value is a whole number, and not yes or no."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_share(name: str, value: float) -> float:
@@ -130,8 +136,8 @@ def check_share(name: str, value: float) -> float:
     Raises:
         ValueError: names the option and its bounds.
     """
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in 0 … 1, got {value}")
+    if not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise ValueError(f"{name} must lie in 0 … 1, got {value!r}")
     return value
 
 

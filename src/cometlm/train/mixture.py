@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from cometlm.tasks import TASKS
-from cometlm.tasks.base import Question, Sample, Task, turn_ids
+from cometlm.tasks.base import Question, Sample, Task, asked_at_the_end, turn_ids
 from cometlm.train.config import Mixture
 from cometlm.train.probes import Probe
 
 _ROWS = 1 << 12  # more than any batch has
 PROBES = ("probe_ids", "probe_labels", "probe_since", "probe_until")
+_CHECKED = 16  # samples of each task that are drawn before a run
 
 
 class MixtureBatches:
@@ -49,32 +50,48 @@ class MixtureBatches:
         return self._settings.steps * self._per_step
 
     def check(self, chunk_size: int) -> None:
-        """Draw a shortest sample of each task, so that what does not fit is known at once.
+        """Draw some shortest samples of each task, so that most of what is wrong is known at once.
 
         Args:
-            chunk_size: of the memory, which a probe has to fit into.
+            chunk_size: the model's, which is what a fork has room for.
 
         Raises:
             ValueError: names the task.
         """
         shortest = self._settings.tokens[0]
         for name, task in zip(self._settings.tasks, self._tasks, strict=True):
-            try:
-                sample = task.sample(0, shortest)
-                self._row(sample, random.Random(0))
-                if self._settings.ask == "probes" and sample.questions:
-                    _check_fits(self._probes([sample]), chunk_size)
-            except ValueError as error:
-                raise ValueError(f"mixture.tasks.{name}: {error}") from error
+            for index in range(_CHECKED):
+                sample = self._sample(name, task, index, shortest)
+                _, labels = self._row(sample, random.Random(0))
+                probes = self._probes([sample]) if self._settings.ask == "probes" else {}
+                width = max((len(ids) for (ids,) in probes.get("probe_ids", [])), default=0)
+                if width > chunk_size:
+                    raise ValueError(
+                        f"mixture.tasks.{name}: a probe must fit into a chunk of {chunk_size} "
+                        f"tokens, got {width} for a question and its answer"
+                    )
+                if not probes and all(label == -100 for label in labels):
+                    raise ValueError(
+                        f'mixture.tasks.{name}: nothing is learned of sample {index}: ask "end" '
+                        "leaves out questions that belong on the way, and text_share is 0"
+                    )
+
+    def _sample(self, name: str, task: Task, index: int, tokens: int) -> Sample:
+        try:
+            return task.sample(index, tokens)
+        except ValueError as error:
+            raise ValueError(f"mixture.tasks.{name}: {error}") from error
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Batch `number`: `input_ids` and `labels` of its rows, and with probes `PROBES`."""
         rng = random.Random(f"{self._seed}/{number}")
-        (task,) = rng.choices(self._tasks, self._weights)
+        tasks = list(zip(self._settings.tasks, self._tasks, strict=True))
+        ((name, task),) = rng.choices(tasks, self._weights)
         shortest, longest = self._settings.tokens
         length = round(shortest * (longest / shortest) ** rng.random())  # octaves alike
         rows = max(1, self._settings.batch_tokens // length)
-        samples = [task.sample(number * _ROWS + row, length) for row in range(rows)]
+        first = number * _ROWS
+        samples = [self._sample(name, task, first + row, length) for row in range(rows)]
         pairs = [self._row(sample, rng) for sample in samples]
         batch: dict[str, Any] = {
             "input_ids": [ids for ids, _ in pairs],
@@ -88,7 +105,7 @@ class MixtureBatches:
         """Ids and labels of one sample."""
         ids, labels = list(sample.context), self._learned(sample, rng)
         if self._settings.ask == "end":
-            for i, question in enumerate(q for q in sample.questions if q.after is None):
+            for i, question in enumerate(asked_at_the_end(sample.questions)):
                 asked, answer = self._turn(question, first=i == 0)
                 ids += asked + answer
                 labels += [-100] * len(asked) + answer
@@ -104,14 +121,14 @@ class MixtureBatches:
         return [-100] * start + context[start:end] + [-100] * (len(context) - end)
 
     def _probes(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Questions of all rows, the first of each row together, then the second, and so on."""
-        count = min(len(sample.questions) for sample in samples)
+        """Questions of all rows, the first of each row together, then the second, and so on.
+
+        A row that has no more questions stands there without labels.
+        """
+        count = max(len(sample.questions) for sample in samples)
         if not count:
             return {}
-        turns = [
-            [self._turn(sample.questions[i], first=True) for sample in samples]
-            for i in range(count)
-        ]
+        turns = [[self._asked(sample, i) for sample in samples] for i in range(count)]
         width = max(len(asked) + len(answer) for rows in turns for asked, answer in rows)
         filling = self._tokenizer.eos_token_id or 0
 
@@ -123,25 +140,17 @@ class MixtureBatches:
             "probe_labels": [
                 [padded([-100] * len(q) + a, -100) for q, a in rows] for rows in turns
             ],
-            "probe_since": [
-                [_since(sample.questions[i], sample) for sample in samples] for i in range(count)
-            ],
-            "probe_until": [
-                [_until(sample.questions[i], sample) for sample in samples] for i in range(count)
-            ],
+            "probe_since": [[_since(sample, i) for sample in samples] for i in range(count)],
+            "probe_until": [[_until(sample, i) for sample in samples] for i in range(count)],
         }
+
+    def _asked(self, sample: Sample, number: int) -> tuple[list[int], list[int]]:
+        if number >= len(sample.questions):
+            return [], []
+        return self._turn(sample.questions[number], first=True)
 
     def _turn(self, question: Question, first: bool) -> tuple[list[int], list[int]]:
         return turn_ids(self._tokenizer, question.text, question.answers[0], first=first)
-
-
-def _check_fits(probes: dict[str, Any], chunk_size: int) -> None:
-    longest = len(probes["probe_ids"][0][0])
-    if longest > chunk_size:
-        raise ValueError(
-            f"ask: probes needs a chunk_size of at least {longest}, the tokens of a question and "
-            f"its answer, got {chunk_size}"
-        )
 
 
 def _task(name: str, settings: Mixture, tokenizer: Any, seed: int) -> Task:
@@ -152,16 +161,20 @@ def _task(name: str, settings: Mixture, tokenizer: Any, seed: int) -> Task:
         raise ValueError(f"mixture.options.{name}: {error}") from error
 
 
-def _since(question: Question, sample: Sample) -> int:
+def _since(sample: Sample, number: int) -> int:
     """Tokens by which a question may be asked: its evidence is read, or it says so itself."""
+    if number >= len(sample.questions):
+        return 0
+    question = sample.questions[number]
     read = [place.stop for place in question.evidence]
     asked = len(sample.context) if question.after is None and not read else question.after or 0
     return max([asked, *read])
 
 
-def _until(question: Question, sample: Sample) -> int:
+def _until(sample: Sample, number: int) -> int:
     """Tokens up to which a question may be asked."""
-    return len(sample.context) if question.until is None else question.until
+    until = sample.questions[number].until if number < len(sample.questions) else None
+    return len(sample.context) if until is None else until
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -135,6 +135,11 @@ def make_trainer(
         groups = max(1, arguments.world_size // config.chunk_parallel)
         per_step = arguments.gradient_accumulation_steps * groups
         batches = MixtureBatches(mixture, tokenizer, config.seed, per_step)
+        if not 0 < arguments.max_steps <= mixture.steps:
+            raise ValueError(
+                f"trainer.max_steps must lie in 1 … mixture.steps={mixture.steps}, got "
+                f"{arguments.max_steps}: there are no more batches"
+            )
         batches.check(model.config.comet_config.chunk_size)
         warn_of_single_chunks(mixture.tokens[1], config, model, log)
         return CometTrainer(

@@ -142,6 +142,7 @@ class CometTrainer(SFTTrainer):
             FloatingPointError: a loss or gradient is not finite; the weights have not moved then.
             PipelineError: another rank does not answer; names it, the cell and the step.
         """
+        chunking = self._comet.training_plan.chunking
         try:
             with answering("a call of all ranks") if self._mesh else nullcontext():
                 return super().train(*args, **options)
@@ -149,6 +150,8 @@ class CometTrainer(SFTTrainer):
             saved = last_checkpoint(self.args.output_dir)
             where = f"step {self.state.global_step + 1}, the last checkpoint is {saved or 'none'}"
             raise PipelineError(f"{error}; {where}") from error
+        finally:
+            self._plan(chunking=chunking)
 
     # --- one step ---------------------------------------------------------------------------
 
@@ -235,7 +238,7 @@ class CometTrainer(SFTTrainer):
         loss = loss * sharing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
-        if out.observed:
+        if probes and out.observed:
             # A text's loss is a part of the whole step's then; answers' are means of their batch.
             shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
             self._metrics[mode]["text_loss"].append(float(loss.detach()) * shares)
@@ -261,11 +264,13 @@ class CometTrainer(SFTTrainer):
 
     @contextlib.contextmanager
     def _asking(self, probes: Sequence[Probe]) -> Iterator[None]:
-        """Ask a batch's questions beside what the plan's own observer does."""
+        """Ask these questions while the context is open, beside an observer that is there."""
         plan = self._comet.training_plan
-        own = [plan.observer] if plan.observer is not None else []
-        observers = [*own, *([Questions(probes)] if probes else [])]
-        self._plan(observer=Together(observers) if observers else None)
+        if probes:
+            observers = [one for one in (plan.observer, Questions(probes)) if one is not None]
+            # Only chunks of given lengths are closed, and their questions asked, where a text ends.
+            chunking = plan.chunking or Chunking.of({"fixed": 1.0})
+            self._plan(observer=Together(observers), chunking=chunking)
         try:
             yield
         finally:
