@@ -105,7 +105,7 @@ def test_questions_on_the_way_weigh_in_the_loss(settings, tmp_path, accumulate):
     mixture = {**settings["mixture"], "tokens": [150, 200], "batch_tokens": 400, "steps": 2}
     mixture |= {"ask": "probes", "answer_weight": 2.0}
     trainer = {**settings["trainer"], "gradient_accumulation_steps": accumulate}
-    changes = {"mixture": mixture, "sizes": {"chunk_size": 48}, "chunks": {}, "trainer": trainer}
+    changes = {"mixture": mixture, "sizes": {"chunk_size": 56}, "chunks": {}, "trainer": trainer}
     config = read_config(as_config(settings, tmp_path, **changes))
     quietly(config)
     for row in logged(config.output):
@@ -118,7 +118,7 @@ def test_questions_on_the_way_weigh_in_the_loss(settings, tmp_path, accumulate):
 def test_a_texts_loss_may_be_left_out(settings, tmp_path):
     """Then the answers on the way are all that is learned."""
     mixture = {**settings["mixture"], "ask": "probes", "text_share": 0.0, "steps": 1}
-    changes = {"mixture": mixture, "sizes": {"chunk_size": 48}, "chunks": {}}
+    changes = {"mixture": mixture, "sizes": {"chunk_size": 56}, "chunks": {}}
     config = read_config(as_config(settings, tmp_path, **changes))
     quietly(config)
     (row,) = logged(config.output)
