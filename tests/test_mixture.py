@@ -63,7 +63,7 @@ def test_what_no_batch_could_learn_is_known_before(uneven, changes, said):
 def test_a_run_has_no_more_steps_than_batches(settings, tmp_path):  # noqa: F811
     trainer = {**settings["trainer"], "max_steps": 9}
     config = read_config(as_config(settings, tmp_path, trainer=trainer))
-    with refused("trainer.max_steps must lie in 1 … mixture.steps=8, got 9"):
+    with refused("trainer.max_steps must lie in 1 … mixture.steps=4, got 9"):
         make_trainer(config, tiny_comet().float(), tokenizer("smollm2"))
 
 
@@ -87,7 +87,8 @@ def test_questions_leave_the_plan_of_a_model_alone(uneven, settings, tmp_path): 
     model.training_plan = plan = replace(model.training_plan, observer=own)
     ids = torch.randint(300, 400, (1, 20))
     asked = {"probe_ids": ids[None, :, :4], "probe_labels": ids[None, :, :4]}
-    batch = {"input_ids": ids, "labels": ids, **asked, "probe_since": torch.tensor([[20]])}
+    places = {"probe_since": torch.tensor([[20]]), "probe_until": torch.tensor([[20]])}
+    batch = {"input_ids": ids, "labels": ids, **asked, **places}
     _, out = trainer.compute_loss(model, batch, return_outputs=True)
     assert int(out.observed["answer_loss"].count) == 3  # the first of four is no label
     assert own.seen

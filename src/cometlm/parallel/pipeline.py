@@ -188,7 +188,9 @@ class Pipeline:
             )
         wide = torch.promote_types(model.dtype, torch.float32)
         names = call.observer.losses if call.observer else ()
-        nothing = torch.zeros(2 + 3 * len(names), dtype=wide, requires_grad=True)
+        nothing = torch.zeros(
+            2 + 3 * len(names), dtype=wide, device=model.device, requires_grad=True
+        )
         total = torch.stack(scores).sum(0) if scores else nothing
         reached = _trained([*model.parameters(), *call.scored.parameters])
         total = join(total, wave.ties, reached)
