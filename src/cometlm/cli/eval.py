@@ -15,7 +15,7 @@ from cometlm.cli.console import UNTRAINED, err, is_untrained, out, resolve_quiet
 from cometlm.device import as_dtype, readable_bytes
 from cometlm.eval.report import Line, summarize
 from cometlm.eval.runner import Answer, ResultsFile, evaluate
-from cometlm.methods import METHODS, Loader
+from cometlm.methods import METHODS, Budget, Loader
 from cometlm.methods.comet import CometReader
 from cometlm.tasks import TASKS, make_task
 
@@ -33,8 +33,8 @@ def eval_(
         list[str] | None, typer.Option(help="Of the task: key=value; repeatable.")
     ] = None,
     budget: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens that full, truncate and window may hold."),
+        str | None,
+        typer.Option(help="What a method may hold: tokens (512), or bytes (3MB) for comet too."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -49,6 +49,7 @@ def eval_(
     seed: Annotated[int, typer.Option(help="Of what the task draws.")] = 0,
 ) -> None:
     """Ask a model about long texts, read in one way or another, and count what it gets right."""
+    allowed = None if budget is None else Budget.parse(budget)
     chosen = dict(_key_and_value(text) for text in option or [])
     for registry, names in ((TASKS, [task]), (METHODS, method)):
         for name in names:
@@ -65,7 +66,7 @@ def eval_(
         "task": task,
         "options": chosen,
         "seed": seed,
-        "budget": budget,
+        "budget": _plain_budget(allowed),
         "max_new_tokens": max_new_tokens,
     }
     results = ResultsFile(output)
@@ -73,7 +74,7 @@ def eval_(
     try:
         for name in dict.fromkeys(method):
             err.print(f"loading {model} for {name} …", highlight=False, soft_wrap=True)
-            reader = METHODS[name].open(loader, budget)
+            reader = METHODS[name].open(loader, allowed)
             if isinstance(reader, CometReader) and is_untrained(reader.session.model):
                 err.print(UNTRAINED, style="yellow")
             own = {**settings, "method": name, "weights": loader.weights}
@@ -108,6 +109,13 @@ def _key_and_value(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ValueError(f"option {key} must be a YAML value, got {value!r}") from error
+
+
+def _plain_budget(budget: Budget | None) -> int | str | None:
+    """A budget as rows keep it."""
+    if budget is None:
+        return None
+    return budget.amount if budget.unit == "tokens" else f"{budget.amount} bytes"
 
 
 def _is_wanted(answer: Answer, tokens: list[int], samples: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cometlm.methods.base import Method, Reader, TooLongError
+from cometlm.methods.base import Budget, Method, Reader, TooLongError
 from cometlm.methods.comet import Comet
 from cometlm.methods.full import Full
 from cometlm.methods.loader import Loader
@@ -16,4 +16,4 @@ METHODS: Registry[type[Method]] = Registry(
     {"comet": Comet, "full": Full, "truncate": Truncate, "window": Window},
 )
 
-__all__ = ["METHODS", "Loader", "Method", "Reader", "TooLongError"]
+__all__ = ["METHODS", "Budget", "Loader", "Method", "Reader", "TooLongError"]
