@@ -8,6 +8,7 @@ from cometlm import Session
 from cometlm.methods import METHODS, Budget, Loader, TooLongError
 from cometlm.methods.comet import CometReader
 from cometlm.methods.full import CacheReader, bytes_per_token
+from cometlm.methods.retrieve import RetrieveReader
 from cometlm.methods.truncate import TruncateReader
 from cometlm.methods.window import SINKS, WindowReader
 from tests.sessions import going_on, tokenizer_of
@@ -38,13 +39,14 @@ def model(words):
     return cometlm.attach(tiny_backbone("llama", vocab_size=len(words)), **sizes)
 
 
-@pytest.fixture(params=["comet", "full", "truncate", "window"])
+@pytest.fixture(params=["comet", "full", "retrieve", "truncate", "window"])
 def empty(request, model, backbone, words):
     """A reader of each kind that has read nothing."""
     full = CacheReader(backbone, words, 250)
     return {
         "comet": lambda: CometReader(Session(model, words)),
         "full": lambda: full,
+        "retrieve": lambda: RetrieveReader(CacheReader(backbone, words, 250)),
         "truncate": lambda: TruncateReader(CacheReader(backbone, words, 48)),
         "window": lambda: WindowReader(backbone, words, 24),
     }[request.param]()
@@ -95,6 +97,7 @@ def test_all_agree_where_everything_fits(model, backbone, words):
     readers = [
         CometReader(Session(model, words)),
         CacheReader(backbone, words, 250),
+        RetrieveReader(CacheReader(backbone, words, 250)),
         TruncateReader(CacheReader(backbone, words, 250)),
         WindowReader(backbone, words, 60),
     ]

@@ -25,7 +25,7 @@ def eval_(
     loading: options.LoadOptions,
     task: Annotated[str, typer.Option(help="What is asked: passkey, or another package's task.")],
     method: Annotated[
-        list[str], typer.Option(help="How it is read: comet, full, truncate, window; repeatable.")
+        list[str], typer.Option(help="How it is read: comet, full, retrieve, …; repeatable.")
     ],
     tokens: Annotated[list[int], typer.Option(min=1, help="Length of a text; repeatable.")],
     samples: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 20,

@@ -6,6 +6,7 @@ from cometlm.methods.base import Budget, Method, Reader, TooLongError
 from cometlm.methods.comet import Comet
 from cometlm.methods.full import Full
 from cometlm.methods.loader import Loader
+from cometlm.methods.retrieve import Retrieve
 from cometlm.methods.truncate import Truncate
 from cometlm.methods.window import Window
 from cometlm.registry import Registry
@@ -13,7 +14,13 @@ from cometlm.registry import Registry
 METHODS: Registry[type[Method]] = Registry(
     "method",
     "cometlm.methods",
-    {"comet": Comet, "full": Full, "truncate": Truncate, "window": Window},
+    {
+        "comet": Comet,
+        "full": Full,
+        "retrieve": Retrieve,
+        "truncate": Truncate,
+        "window": Window,
+    },
 )
 
 __all__ = ["METHODS", "Budget", "Loader", "Method", "Reader", "TooLongError"]
