@@ -9,6 +9,7 @@ from cometlm.methods import METHODS, Budget, Loader, TooLongError
 from cometlm.methods.comet import CometReader
 from cometlm.methods.full import CacheReader, bytes_per_token
 from cometlm.methods.retrieve import RetrieveReader
+from cometlm.methods.summary import SummaryReader
 from cometlm.methods.truncate import TruncateReader
 from cometlm.methods.window import SINKS, WindowReader
 from tests.sessions import going_on, tokenizer_of
@@ -39,7 +40,7 @@ def model(words):
     return cometlm.attach(tiny_backbone("llama", vocab_size=len(words)), **sizes)
 
 
-@pytest.fixture(params=["comet", "full", "retrieve", "truncate", "window"])
+@pytest.fixture(params=["comet", "full", "retrieve", "summary", "truncate", "window"])
 def empty(request, model, backbone, words):
     """A reader of each kind that has read nothing."""
     full = CacheReader(backbone, words, 250)
@@ -47,6 +48,7 @@ def empty(request, model, backbone, words):
         "comet": lambda: CometReader(Session(model, words)),
         "full": lambda: full,
         "retrieve": lambda: RetrieveReader(CacheReader(backbone, words, 250)),
+        "summary": lambda: SummaryReader(CacheReader(backbone, words, 250)),
         "truncate": lambda: TruncateReader(CacheReader(backbone, words, 48)),
         "window": lambda: WindowReader(backbone, words, 24),
     }[request.param]()
@@ -98,6 +100,7 @@ def test_all_agree_where_everything_fits(model, backbone, words):
         CometReader(Session(model, words)),
         CacheReader(backbone, words, 250),
         RetrieveReader(CacheReader(backbone, words, 250)),
+        SummaryReader(CacheReader(backbone, words, 250)),
         TruncateReader(CacheReader(backbone, words, 250)),
         WindowReader(backbone, words, 60),
     ]
@@ -211,7 +214,7 @@ def test_methods_open_on_a_backbone_and_on_a_checkpoint(method, named, tmp_path)
     found = set()
     for name, own in ((named, sizes), (tmp_path / "beside", {}), (tmp_path / "with", {})):
         loader = Loader(str(name), "cpu", torch.float32, sizes=own)
-        reader = METHODS[method].open(loader, Budget(100))
+        reader = METHODS[method].open(loader, Budget(150))
         reader.read(ids_of(60))
         found.add(tuple(reader.loglikelihood(ids_of(3))))
         assert len(loader.weights) == 32

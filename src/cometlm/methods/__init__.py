@@ -7,6 +7,7 @@ from cometlm.methods.comet import Comet
 from cometlm.methods.full import Full
 from cometlm.methods.loader import Loader
 from cometlm.methods.retrieve import Retrieve
+from cometlm.methods.summary import Summary
 from cometlm.methods.truncate import Truncate
 from cometlm.methods.window import Window
 from cometlm.registry import Registry
@@ -18,6 +19,7 @@ METHODS: Registry[type[Method]] = Registry(
         "comet": Comet,
         "full": Full,
         "retrieve": Retrieve,
+        "summary": Summary,
         "truncate": Truncate,
         "window": Window,
     },
