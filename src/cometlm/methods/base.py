@@ -119,6 +119,16 @@ class Reader(ABC):
         """
         self.read(ids)
 
+    def check_room(self, tokens: int) -> None:  # noqa: B027 (most methods have room for any text)
+        """Say before anything is read whether so many more tokens can be.
+
+        Args:
+            tokens: of text, question and answer together.
+
+        Raises:
+            TooLongError: they cannot.
+        """
+
     @abstractmethod
     def fork(self) -> Reader:
         """A reader that goes its own way from here; this one stays as it is."""

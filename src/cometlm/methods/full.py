@@ -58,7 +58,7 @@ class CacheReader(Reader):
 
     def read(self, ids: Sequence[int]) -> None:
         """See `Reader.read`."""
-        self._check_room(len(ids))
+        self.check_room(len(ids))
         self._waiting += ids
         while len(self._waiting) > 1:
             piece = self._waiting[: min(self.piece, len(self._waiting) - 1)]
@@ -76,7 +76,7 @@ class CacheReader(Reader):
         """See `Reader.answer`."""
         options = generation_options(generation)
         asked = self.fork()
-        asked._check_room(len(ids) + options["max_new_tokens"])
+        asked.check_room(len(ids) + options["max_new_tokens"])
         asked.read_question(ids)
         asked._check_begun()
         prompt = asked._tensor([*asked._cached, *asked._waiting])
@@ -96,7 +96,7 @@ class CacheReader(Reader):
     def loglikelihood(self, ids: Sequence[int]) -> list[float]:
         """See `Reader.loglikelihood`."""
         self._check_begun()
-        self._check_room(len(ids))
+        self.check_room(len(ids))
         fork = self.fork()
         given = [*fork._waiting, *ids[:-1]]
         found: list[float] = []
@@ -136,8 +136,9 @@ class CacheReader(Reader):
         """`position_ids` of what is in the cache and what waits, likewise."""
         return {}
 
-    def _check_room(self, more: int) -> None:
-        wanted = len(self._cached) + len(self._waiting) + more
+    def check_room(self, tokens: int) -> None:
+        """See `Reader.check_room`."""
+        wanted = len(self._cached) + len(self._waiting) + tokens
         if self.limit is not None and wanted > self.limit:
             raise TooLongError(
                 f"tokens of text, question and answer must be at most {self.limit}, got {wanted}"

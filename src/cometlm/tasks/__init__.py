@@ -7,6 +7,7 @@ from typing import Any
 
 from cometlm.registry import Registry
 from cometlm.tasks.base import Question, Sample, Split, Task
+from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
 
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", {"passkey": Passkey})
@@ -37,4 +38,4 @@ def make_task(
     return kind(tokenizer, split=split, seed=seed, **options)
 
 
-__all__ = ["TASKS", "Question", "Sample", "Task", "make_task"]
+__all__ = ["TASKS", "Own", "Question", "Sample", "Task", "make_task"]

@@ -1,4 +1,4 @@
-"""How good an answer is: whether it is the same, and how many words it shares."""
+"""How good an answer is: is it the same, was it said at all, how many words does it share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from collections.abc import Iterable
 def exact(said: str, answers: Iterable[str]) -> float:
     """1 if one of the answers was said, whatever the case, the spaces and what stands around it."""
     return float(any(_plain(said) == _plain(answer) for answer in answers))
+
+
+def found(said: str, answers: Iterable[str]) -> float:
+    """1 if one of the answers was said, maybe in a sentence, whatever the case.
+
+    It is easily had by saying much; look at `f1` too.
+    """
+    words = f" {_plain(said)} "
+    return float(any(f" {_plain(answer)} " in words for answer in answers))
 
 
 def f1(said: str, answers: Iterable[str]) -> float:
