@@ -79,6 +79,7 @@ def test_scores(made):
         ([{**ROW, "answer": 5}], "no string and no list of them: line 1"),
         ([{**ROW, "answer": []}], "no string and no list of them: line 1"),
         ([{**ROW, "answer": ["x", ""]}], "no string and no list of them: line 1"),
+        ([ROW, r'{"context": "\ud800", "question": "x", "answer": "y"}'], "Unicode text: line 2"),
         ([{"question": "x", "answer": "y"}], "one of context and context_file: line 1"),
         ([{**ROW, "context_file": "x"}], "one of context and context_file: line 1"),
         ([{**ROW, "context": ["x"]}], "a context that is no string: line 1"),

@@ -13,7 +13,7 @@ question, what follows the end of the text is asked for, and the end stands in t
 Held are the ids of all that was read and the index; both grow with the text, whatever the budget,
 and are all that `nbytes` counts: keys and values are made for one question and let go. The index is
 built when it is asked for and anew when more was read, since what a word weighs depends on all
-passages; that takes some seconds for a million tokens.
+passages; that takes about a second for a million tokens.
 """
 
 from __future__ import annotations

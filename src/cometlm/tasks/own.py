@@ -110,6 +110,7 @@ def _texts(path: Path) -> list[_Text]:
             raise ValueError(f"{path}: {len(bad)} of {len(rows)} rows {what}: {shown}")
 
     refuse(lambda row: not isinstance(row, dict), "are no objects")
+    refuse(_is_no_unicode, "hold half of a surrogate pair, which is no Unicode text")
     refuse(lambda row: not _is_text(row.get("question")), "have no question")
     refuse(lambda row: "answer" not in row, "have no answer")
     refuse(lambda row: not _answers(row), "have an answer that is no string and no list of them")
@@ -139,6 +140,14 @@ def _texts(path: Path) -> list[_Text]:
         text = texts.setdefault((text.context, json.dumps(meta, sort_keys=True)), text)
         text.questions.append(Question(row["question"], _answers(row)))
     return list(texts.values())
+
+
+def _is_no_unicode(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _is_text(value: Any) -> bool:
