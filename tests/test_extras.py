@@ -10,6 +10,7 @@ import cometlm
 from cometlm import extras
 from cometlm.cli.train import _NEEDS
 from cometlm.data.records import read_records
+from cometlm.methods.retrieve import Retrieve
 from cometlm.planner.timeline import draw
 from tests.test_package import PROJECT
 
@@ -41,7 +42,7 @@ def test_what_is_missing_is_named_with_the_command(hide):
     assert extras.lacks("this", ["peft"], "make it").endswith("needs peft; run: make it")
 
 
-@pytest.mark.parametrize("command", [extras.PLOT, extras.TRAIN])
+@pytest.mark.parametrize("command", [extras.EVAL, extras.PLOT, extras.TRAIN])
 def test_commands_name_extras_that_are_declared(command):
     extra = re.fullmatch(r'pip install "cometlm\[(\w+)\]"', command)[1]
     assert extra in PROJECT["optional-dependencies"]
@@ -57,6 +58,7 @@ def test_training_looks_for_all_of_its_extra():
     [
         ("peft", "train", lambda path: cometlm.lora_config()),
         ("datasets", "train", read_records),
+        ("bm25s", "eval", lambda path: Retrieve.open(None)),
         ("matplotlib", "plot", lambda path: draw([], 1, path)),
     ],
 )

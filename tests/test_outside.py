@@ -79,7 +79,7 @@ from cometlm.methods import Method, Reader
 class Beginning(Method):
     @classmethod
     def open(cls, loader, budget=None):
-        return BeginningReader(loader.tokenizer, budget or 8)
+        return BeginningReader(loader.tokenizer, 8)
 
 
 class BeginningReader(Reader):

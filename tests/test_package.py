@@ -137,7 +137,7 @@ def bare(tmp_path_factory):
 def test_extras_are_hidden_and_requirements_are_not():
     """Else the tests below say nothing."""
     hidden = hidden_modules()
-    assert {"gguf", "hypothesis", "pytest", "matplotlib", "accelerate"} <= hidden
+    assert {"bm25s", "gguf", "hypothesis", "pytest", "matplotlib", "accelerate"} <= hidden
     assert not {"torch", "transformers", "safetensors", "typer", "rich", "tokenizers"} & hidden
     done = run_bare("import gguf")
     assert "No module named 'gguf'" in done.stderr

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
 # Double quotes: cmd.exe on Windows passes single ones on to pip.
+EVAL = 'pip install "cometlm[eval]"'
 PLOT = 'pip install "cometlm[plot]"'
 TRAIN = 'pip install "cometlm[train]"'
 

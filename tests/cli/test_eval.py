@@ -15,6 +15,13 @@ OPTIONS += ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "3"]
 TASK = ["--task", "passkey", "--option", "corpora=text.txt", "--samples", "2"]
 
 
+OWN = [
+    {"context": "Ada paid for the lamp. " * 9, "question": "Who paid?", "answer": "Ada"},
+    {"context": "Ada paid for the lamp. " * 9, "question": "For what?", "answer": ["lamp", "it"]},
+    {"context_file": "text.txt", "question": "Who wrote?", "answer": "the keeper"},
+]
+
+
 @pytest.fixture
 def run(command, on_disk, text_file):
     def run(*arguments, methods=("comet", "full")):
@@ -32,11 +39,14 @@ def test_methods_side_by_side(run):
     code, out, err = run("--tokens", "90", "--tokens", "300", "--out", "rows.jsonl")
     assert code == 0, err
     assert "untrained" in err
+    first, second = out.split("\n\n")
     for method in ("comet", "full"):
-        lines = [line for line in out.splitlines() if line.startswith(f"{method} ")]
+        lines = [line for line in first.splitlines() if line.startswith(f"{method} ")]
         assert len(lines) == 2
         assert all("KiB" in line or "–" in line for line in lines)
     assert "full, 2 ×: tokens of text, question and answer must be at most 256" in out
+    assert "differences from comet on the same questions" in second
+    assert len([line for line in second.splitlines() if line.startswith("full − comet")]) == 1
     assert len(rows()) == 8
     answer = rows()[0]["answer"]
     assert {"depth", "decile", "haystack"} == set(answer["meta"])
@@ -76,6 +86,59 @@ def test_a_text_without_questions(run):
     assert "nats" in err
 
 
+@pytest.fixture
+def run_own(command, on_disk, text_file):
+    Path("mine.jsonl").write_text("\n".join(map(json.dumps, OWN)))
+
+    def run(*arguments):
+        return command("eval", on_disk, *OPTIONS, "--method", "truncate", *arguments)
+
+    return run
+
+
+def test_data_of_ones_own(run_own):
+    code, out, err = run_own("--data", "mine.jsonl", "--out", "rows.jsonl")
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.startswith("truncate ")]
+    assert line.split()[2] == "3"
+    assert [row["answer"]["index"] for row in rows()] == [0, 0, 1]
+    assert set(rows()[0]["answer"]["scores"]) == {"exact", "found", "f1"}
+    Path("mine.jsonl").rename("other.jsonl")
+    code, _, err = run_own("--data", "other.jsonl", "--out", "rows.jsonl")
+    assert "truncate: 3 answers are known already" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "what is asked must be a --task or --data, got neither"),
+        (["--data", "mine.jsonl", "--task", "passkey"], "--task or --data, got both"),
+        (["--data", "mine.jsonl", "--tokens", "9"], "--tokens goes with --task"),
+        (["--data", "mine.jsonl", "--option", "a=1"], "--option goes with --task, got 'a=1'"),
+        (["--task", "passkey"], "--tokens must be given with --task passkey"),
+        (["--data", "gone.jsonl"], "there is no file gone.jsonl"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_must_be_clear(run_own, arguments, said):
+    code, _, err = run_own(*arguments)
+    assert code == 1
+    assert said in one_line(err)
+
+
+def test_a_method_that_cannot_be_opened_leaves_the_others(run):
+    code, out, err = run("--tokens", "90", "--budget", "4", methods=("window", "comet"))
+    assert code == 0, err
+    assert "window: budget of a window must be more than 4, got 4" in out
+    assert any(line.split()[:3] == ["window", "–", "0"] for line in out.splitlines())
+
+
+def test_nothing_measured_is_an_error(run):
+    code, out, _ = run("--tokens", "300", methods=["full"])
+    assert code == 1
+    assert "full, 2 ×: tokens of text, question and answer must be at most 256" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -86,6 +149,7 @@ def test_a_text_without_questions(run):
         (["--option", "digits=["], "option digits must be a YAML value, got '['"),
         (["--tokens", "3"], "tokens must be at least"),
         (["--by", "colour"], "by must be one of depth, decile, haystack, got 'colour'"),
+        (["--budget", "many"], "budget must be tokens like 512, or bytes like 3MB"),
         (["--budget", "4"], "budget of a window must be more than 4, got 4"),
     ],
     ids=str,

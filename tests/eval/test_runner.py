@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from cometlm.eval.report import summarize
-from cometlm.eval.runner import Answer, ResultsFile, answer_to, evaluate
+from cometlm.eval.report import differences, summarize
+from cometlm.eval.runner import OUT_OF_MEMORY, Answer, ResultsFile, answer_to, evaluate
 from cometlm.methods import Reader, TooLongError
 from cometlm.tasks import Question, Sample, Task
 from cometlm.tasks.base import turn_ids
@@ -92,6 +93,49 @@ def test_what_is_too_long_is_a_row_without_scores(words):
     assert early.scores
     assert not early.error
     assert (late.scores, late.error) == ({}, "at most 25")
+
+
+def test_what_has_no_room_is_not_read(words):
+    class Careful(Counter):
+        def check_room(self, tokens):
+            wanted.append(len(self.ids) + tokens)
+            if wanted[-1] >= 45 + len(asked):
+                raise TooLongError("no room")
+
+        def fork(self):
+            fork = Careful(self.tokenizer, self.limit)
+            fork.ids, fork.asked = self.ids, self.asked
+            return fork
+
+    wanted = []
+    asked, _ = turn_ids(words, "How many?", "40")
+    early, late = evaluate(Careful(words), Counting(words), [40], 1, max_new_tokens=5)
+    assert wanted == [20 + len(asked) + 5, 40 + len(asked) + 5]
+    assert (early.error, late.error) == ("", "no room")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried\nmuch"), MemoryError()])
+def test_what_takes_too_much_memory_ends_its_length(words, error):
+    class Greedy(Counter):
+        def read(self, ids):
+            if len(ids) > 10:
+                raise error
+            super().read(ids)
+
+        def fork(self):
+            return Greedy(self.tokenizer)
+
+    answers = list(evaluate(Greedy(words), Counting(words), [40, 20], 3))
+    assert [answer.place for answer in answers if answer.error] == [(40, 0, 1)]
+    assert answers[0].error.startswith(OUT_OF_MEMORY)
+    assert len(answers) == 1 + 6
+
+
+def test_the_peak_is_measured_where_a_device_is_named(words):
+    (first, *_) = evaluate(Counter(words), Counting(words), [40], 1, device=torch.device("cpu"))
+    assert first.peak_bytes is None or first.peak_bytes > 1 << 20
+    (first, *_) = evaluate(Counter(words), Counting(words), [40], 1)
+    assert first.peak_bytes is None
 
 
 class Silent(Counting):
@@ -213,3 +257,21 @@ def test_lines(words):
     with refused("by must be one of decile, got 'depth'"):
         summarize(answers, "depth")
     assert summarize([]) == []
+
+
+def test_differences_are_of_questions_that_both_have_answered():
+    def answers(scores, **more):
+        return [
+            dataclasses.replace(ONE, index=i, scores={"exact": score}, **more)
+            for i, score in enumerate(scores)
+        ]
+
+    ours = answers([1.0, 1.0, 0.0, 1.0])
+    theirs = answers([0.0, 1.0, 0.0])
+    theirs[2] = dataclasses.replace(theirs[2], scores={}, error="too long")
+    (one,) = differences(ours, theirs)
+    assert (one.tokens, one.count) == (10, 2)
+    mean, low, high = one.scores["exact"]
+    assert (mean, low, high) == (0.5, 0, 1)
+    assert differences(ours, theirs, "depth")[0].group == 0.5
+    assert differences(ours, []) == []

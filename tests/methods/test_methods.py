@@ -5,9 +5,11 @@ import torch
 
 import cometlm
 from cometlm import Session
-from cometlm.methods import METHODS, Loader, TooLongError
+from cometlm.methods import METHODS, Budget, Loader, TooLongError
 from cometlm.methods.comet import CometReader
-from cometlm.methods.full import CacheReader
+from cometlm.methods.full import CacheReader, bytes_per_token
+from cometlm.methods.retrieve import RetrieveReader
+from cometlm.methods.summary import SummaryReader
 from cometlm.methods.truncate import TruncateReader
 from cometlm.methods.window import SINKS, WindowReader
 from tests.sessions import going_on, tokenizer_of
@@ -38,13 +40,15 @@ def model(words):
     return cometlm.attach(tiny_backbone("llama", vocab_size=len(words)), **sizes)
 
 
-@pytest.fixture(params=["comet", "full", "truncate", "window"])
+@pytest.fixture(params=["comet", "full", "retrieve", "summary", "truncate", "window"])
 def empty(request, model, backbone, words):
     """A reader of each kind that has read nothing."""
     full = CacheReader(backbone, words, 250)
     return {
         "comet": lambda: CometReader(Session(model, words)),
         "full": lambda: full,
+        "retrieve": lambda: RetrieveReader(CacheReader(backbone, words, 250)),
+        "summary": lambda: SummaryReader(CacheReader(backbone, words, 250)),
         "truncate": lambda: TruncateReader(CacheReader(backbone, words, 48)),
         "window": lambda: WindowReader(backbone, words, 24),
     }[request.param]()
@@ -95,6 +99,8 @@ def test_all_agree_where_everything_fits(model, backbone, words):
     readers = [
         CometReader(Session(model, words)),
         CacheReader(backbone, words, 250),
+        RetrieveReader(CacheReader(backbone, words, 250)),
+        SummaryReader(CacheReader(backbone, words, 250)),
         TruncateReader(CacheReader(backbone, words, 250)),
         WindowReader(backbone, words, 60),
     ]
@@ -208,7 +214,7 @@ def test_methods_open_on_a_backbone_and_on_a_checkpoint(method, named, tmp_path)
     found = set()
     for name, own in ((named, sizes), (tmp_path / "beside", {}), (tmp_path / "with", {})):
         loader = Loader(str(name), "cpu", torch.float32, sizes=own)
-        reader = METHODS[method].open(loader, 100)
+        reader = METHODS[method].open(loader, Budget(150))
         reader.read(ids_of(60))
         found.add(tuple(reader.loglikelihood(ids_of(3))))
         assert len(loader.weights) == 32
@@ -223,6 +229,71 @@ def test_a_loader_loads_once(named):
     assert loader.with_memory() is loader.with_memory()
 
 
+# --- budgets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"),
+    [
+        ("512", 512, "tokens"),
+        ("3MB", 3_000_000, "bytes"),
+        ("1.5 GiB", 3 << 29, "bytes"),
+        ("700b", 700, "bytes"),
+        ("2kib", 2048, "bytes"),
+    ],
+)
+def test_budgets_as_people_write_them(text, amount, unit):
+    assert Budget.parse(text) == Budget(amount, unit)
+
+
+@pytest.mark.parametrize("text", ["", "many", "1.5", "3XB", "MB", "3 M", "nanMB", "infGB"])
+def test_what_is_no_budget(text):
+    with refused(f"or bytes like 3MB or 1.5GiB, got {text!r}"):
+        Budget.parse(text)
+
+
 def test_budgets_out_of_bounds(named):
-    with refused("budget must be at least 1, got 0"):
-        METHODS["full"].open(Loader(str(named), "cpu"), 0)
+    for text in ("0", "0MB", "-3"):
+        with pytest.raises(ValueError, match="budget must be at least 1, got"):
+            Budget.parse(text)
+    for method in ("full", "truncate", "window"):
+        with refused("budget must be at least 192 bytes, the keys and values of a token, got 191"):
+            METHODS[method].open(Loader(str(named), "cpu", torch.float32), Budget(191, "bytes"))
+
+
+@pytest.mark.parametrize("method", ["full", "truncate", "window"])
+def test_keys_and_values_stay_within_bytes(method, named):
+    """A token has 192: 3 layers, one head of 8, keys and values, 4 bytes each."""
+    loader = Loader(str(named), "cpu", torch.float32)
+    token = bytes_per_token(loader.backbone())
+    reader = METHODS[method].open(loader, Budget(token * 50 + token // 2, "bytes"))
+    reader.read(ids_of(50 if method == "full" else 120))
+    assert reader.nbytes in (token * 50, token * 49, token * 43)  # the last waits; room for answers
+    same = METHODS[method].open(loader, Budget(50))
+    same.read(ids_of(50 if method == "full" else 120))
+    assert same.nbytes == reader.nbytes
+
+
+def test_comet_has_the_capacity_that_fits(named):
+    sizes = {"chunk_size": 12, "readout_tokens": 3, "stride": 4}
+    loader = Loader(str(named), "cpu", torch.float32, sizes=sizes | {"capacity": 1})
+    one = METHODS["comet"].open(loader)
+    one.read(ids_of(100))
+    loader = Loader(str(named), "cpu", torch.float32, sizes=sizes | {"capacity": 2})
+    two = METHODS["comet"].open(loader)
+    two.read(ids_of(100))
+    entry = two.nbytes - one.nbytes
+    loader = Loader(str(named), "cpu", torch.float32, sizes=sizes)
+    reader = METHODS["comet"].open(loader, Budget(one.nbytes + 6 * entry + 1, "bytes"))
+    reader.read(ids_of(100))
+    assert reader.nbytes == one.nbytes + 6 * entry
+    assert reader.session.model.config.comet_config.capacity == 7
+    with refused(f"budget of comet must be at least {one.nbytes} bytes"):
+        METHODS["comet"].open(loader, Budget(one.nbytes - 1, "bytes"))
+    most = METHODS["comet"].open(loader, Budget(1 << 30, "bytes"))  # more than there are positions
+    assert most.session.model.config.comet_config.row_length == 256
+    fixed = Loader(str(named), "cpu", torch.float32, sizes=sizes | {"capacity": 2})
+    with refused(f"budget of comet must be at least {two.nbytes} bytes"):
+        METHODS["comet"].open(fixed, Budget(one.nbytes, "bytes"))
+    kept = METHODS["comet"].open(fixed, Budget(1 << 30, "bytes"))
+    assert kept.session.model.config.comet_config.capacity == 2

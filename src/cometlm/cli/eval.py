@@ -1,10 +1,11 @@
-"""`cometlm eval MODEL --task NAME --method NAME`: measure methods side by side."""
+"""`cometlm eval MODEL --task NAME | --data FILE --method NAME`: measure methods side by side."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 import yaml
 from rich.table import Table
@@ -13,33 +14,41 @@ from rich.text import Text
 from cometlm.cli import options
 from cometlm.cli.console import UNTRAINED, err, is_untrained, out, resolve_quietly
 from cometlm.device import as_dtype, readable_bytes
-from cometlm.eval.report import Line, summarize
-from cometlm.eval.runner import Answer, ResultsFile, evaluate
-from cometlm.methods import METHODS, Loader
+from cometlm.eval.report import differences, summarize
+from cometlm.eval.runner import OUT_OF_MEMORY, Answer, ResultsFile, evaluate
+from cometlm.methods import METHODS, Budget, Loader
 from cometlm.methods.comet import CometReader
-from cometlm.tasks import TASKS, make_task
+from cometlm.tasks import TASKS, Own, Task, make_task
 
 
 def eval_(
     model: options.Model,
     loading: options.LoadOptions,
-    task: Annotated[
-        str,
-        typer.Option(
-            help="What is asked: passkey, facts, tracking, keys, continue, or another package's."
-        ),
-    ],
     method: Annotated[
-        list[str], typer.Option(help="How it is read: comet, full, truncate, window; repeatable.")
+        list[str], typer.Option(help=f"How it is read: {', '.join(METHODS)}; repeatable.")
     ],
-    tokens: Annotated[list[int], typer.Option(min=1, help="Length of a text; repeatable.")],
-    samples: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 20,
+    task: Annotated[
+        str | None, typer.Option(help=f"What is asked: {', '.join(TASKS)}.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Or JSON lines of your own: context or context_file, question, answer.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Length of a task's text; repeatable.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Texts of each length. Default: 20, or all of --data.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Of the task: key=value; repeatable.")
     ] = None,
     budget: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens that full, truncate and window may hold."),
+        str | None,
+        typer.Option(help="What a method may hold: tokens (512), or bytes (3MB) for comet too."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -54,42 +63,59 @@ def eval_(
     seed: Annotated[int, typer.Option(help="Of what the task draws.")] = 0,
 ) -> None:
     """Ask a model about long texts, read in one way or another, and count what it gets right."""
+    _check_what(task, data, tokens, option)
+    allowed = None if budget is None else Budget.parse(budget)
     chosen = dict(_key_and_value(text) for text in option or [])
-    for registry, names in ((TASKS, [task]), (METHODS, method)):
+    for registry, names in ((TASKS, [task] if task else []), (METHODS, method)):
         for name in names:
             registry.find(name)  # before anything is loaded
     sizes = loading.sizes()
     bits: Any = loading.quantization
     loader = Loader(resolve_quietly(model), loading.device, as_dtype(loading.dtype), bits, sizes)
-    made = make_task(task, loader.tokenizer, split="test", seed=seed, **chosen)
+    made: Task
+    if data is not None:
+        own_data = made = Own(loader.tokenizer, path=data, seed=seed)
+        chosen = {"digest": own_data.digest}
+    else:
+        made = make_task(str(task), loader.tokenizer, split="test", seed=seed, **chosen)
+    lengths = tokens or ([] if made.longest is None else [made.longest])
+    if not lengths:
+        raise ValueError(f"--tokens must be given with --task {task}: how long a text is")
+    count = samples or made.num_samples or 20
+    count = min(count, made.num_samples or count)
     settings: dict[str, Any] = {
         "model": model,
         "sizes": sizes,
         "dtype": str(loader.dtype),
         "quantization": bits,
-        "task": task,
+        "task": task or "own",
         "options": chosen,
         "seed": seed,
-        "budget": budget,
+        "budget": _plain_budget(allowed),
         "max_new_tokens": max_new_tokens,
     }
     results = ResultsFile(output)
     found: dict[str, list[Answer]] = {}
+    refused: dict[str, Exception] = {}
     try:
         for name in dict.fromkeys(method):
             err.print(f"loading {model} for {name} …", highlight=False, soft_wrap=True)
-            reader = METHODS[name].open(loader, budget)
+            try:
+                reader = METHODS[name].open(loader, allowed)
+            except (ValueError, ImportError, torch.OutOfMemoryError) as error:
+                refused[name] = error  # the others may be measured all the same
+                err.print(f"{name}: {error}", style="yellow", highlight=False, soft_wrap=True)
+                continue
             if isinstance(reader, CometReader) and is_untrained(reader.session.model):
                 err.print(UNTRAINED, style="yellow")
             own = {**settings, "method": name, "weights": loader.weights}
-            wanted = [one for one in results.answers(own) if _is_wanted(one, tokens, samples)]
+            wanted = [one for one in results.answers(own) if _is_wanted(one, lengths, count)]
             found[name] = wanted
             done = {one.place for one in wanted}
             if done:
                 err.print(f"{name}: {len(done)} answers are known already", highlight=False)
-            for answer in evaluate(
-                reader, made, tokens, samples, done=done, max_new_tokens=max_new_tokens
-            ):
+            limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "device": loader.device}
+            for answer in evaluate(reader, made, lengths, count, done=done, **limits):
                 results.append(own, answer)
                 summarize([answer], by)  # refuse a field that is not there before hours have passed
                 wanted.append(answer)
@@ -98,11 +124,28 @@ def eval_(
     except KeyboardInterrupt:
         kept = "the same command goes on" if output else "--out keeps answers, to go on from"
         err.print(f"\ninterrupted; {kept}")
-        out.print(_table(found, by))
+        _print_tables(found, refused, by)
         raise typer.Exit(130) from None
     finally:
         results.close()
-    out.print(_table(found, by))
+    if refused and not found:
+        raise next(iter(refused.values()))
+    _print_tables(found, refused, by)
+    if not any(not answer.error for answers in found.values() for answer in answers):
+        raise typer.Exit(1)
+
+
+def _check_what(
+    task: str | None, data: Path | None, tokens: list[int] | None, option: list[str] | None
+) -> None:
+    """Refuse options that do not go together."""
+    if (task is None) == (data is None):
+        given = "neither" if task is None else "both"
+        raise ValueError(f"what is asked must be a --task or --data, got {given}")
+    if data is not None and tokens:
+        raise ValueError(f"--tokens goes with --task: the texts of {data} have their own lengths")
+    if data is not None and option:
+        raise ValueError(f"--option goes with --task, got {option[0]!r} for {data}")
 
 
 def _key_and_value(text: str) -> tuple[str, Any]:
@@ -115,8 +158,19 @@ def _key_and_value(text: str) -> tuple[str, Any]:
         raise ValueError(f"option {key} must be a YAML value, got {value!r}") from error
 
 
+def _plain_budget(budget: Budget | None) -> int | str | None:
+    """A budget as rows keep it."""
+    if budget is None:
+        return None
+    return budget.amount if budget.unit == "tokens" else f"{budget.amount} bytes"
+
+
 def _is_wanted(answer: Answer, tokens: list[int], samples: int) -> bool:
-    return answer.tokens in tokens and answer.index < samples
+    return (
+        answer.tokens in tokens
+        and answer.index < samples
+        and not answer.error.startswith(OUT_OF_MEMORY)  # another machine may have enough
+    )
 
 
 def _said(method: str, answer: Answer) -> str:
@@ -125,32 +179,55 @@ def _said(method: str, answer: Answer) -> str:
     return f"{method}  {answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}"
 
 
-def _table(found: dict[str, list[Answer]], by: str | None) -> Table:
+def _print_tables(
+    found: dict[str, list[Answer]], refused: dict[str, Exception], by: str | None
+) -> None:
+    """Each method's figures, what went wrong, and how methods differ from the first one."""
     lines = [(name, line) for name, answers in found.items() for line in summarize(answers, by)]
     names = list(dict.fromkeys(score for _, line in lines for score in line.scores))
-    title = "means and 95% intervals"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("method", "tokens", *([by] if by else []), "n", *names, "held", "seconds"):
-        justify: Literal["left", "right"] = "left" if column == "method" else "right"
-        least = len(_score_text(1, 1, 1).split()[-1]) if column in names else None
-        table.add_column(column, justify=justify, no_wrap=column not in names, min_width=least)
+    table = _new_table("means and 95% intervals", names, by, ["held", "peak", "seconds"])
     for name, line in lines:
         group = [str(line.group)] if by else []
-        scores = [_score(line, score) for score in names]
-        rest = [readable_bytes(line.nbytes), f"{line.seconds:,.1f}"] if line.count else ["–", "–"]
+        scores = [_interval(line.scores.get(score)) for score in names]
+        rest = ["–", "–", "–"]
+        if line.count:
+            held = [readable_bytes(count) for count in (line.nbytes, line.peak_bytes)]
+            rest = [*held, f"{line.seconds:,.1f}"]
         table.add_row(name, f"{line.tokens:,}", *group, str(line.count), *scores, *rest)
+    for name in refused:
+        table.add_row(name, "–", *(["–"] if by else []), "0", *["–"] * (len(names) + 3))
     errors = [f"{name}, {line.num_errors} ×: {line.error}" for name, line in lines if line.error]
-    if errors:
-        table.caption = Text("\n".join(errors))
-        table.caption_justify = "left"
+    errors += [f"{name}: {error}" for name, error in refused.items()]
+    out.print(table)
+    for error in errors:
+        out.print(Text(error), highlight=False, soft_wrap=True)
+    first, *others = found
+    rows = [(name, one) for name in others for one in differences(found[name], found[first], by)]
+    if not rows:
+        return
+    title = f"differences from {first} on the same questions, 95% intervals"
+    table = _new_table(title, names, by, [])
+    for name, one in rows:
+        group = [str(one.group)] if by else []
+        scores = [_interval(one.scores.get(score), "+") for score in names]
+        table.add_row(f"{name} − {first}", f"{one.tokens:,}", *group, str(one.count), *scores)
+    out.print()
+    out.print(table)
+
+
+def _new_table(title: str, scores: list[str], by: str | None, more: list[str]) -> Table:
+    """A table with a column for each score."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("method", "tokens", *([by] if by else []), "n", *scores, *more):
+        justify: Literal["left", "right"] = "left" if column == "method" else "right"
+        least = len("0.00–1.00") if column in scores else None
+        table.add_column(column, justify=justify, no_wrap=column not in scores, min_width=least)
     return table
 
 
-def _score(line: Line, name: str) -> str:
-    if name not in line.scores:
+def _interval(figures: tuple[float, float, float] | None, sign: Literal["", "+"] = "") -> str:
+    """A mean and its interval; "+" gives figures their sign."""
+    if figures is None:
         return "–"
-    return _score_text(*line.scores[name])
-
-
-def _score_text(mean: float, low: float, high: float) -> str:
-    return f"{mean:.2f} {low:.2f}–{high:.2f}"
+    mean, low, high = (f"{0.0 if abs(figure) < 0.005 else figure:{sign}.2f}" for figure in figures)
+    return f"{mean} {low}{'…' if sign else '–'}{high}"

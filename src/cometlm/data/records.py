@@ -74,11 +74,16 @@ def _placed(source: str | Path) -> Iterator[tuple[str, Any]]:
         if path.suffix in _ENDINGS:
             raise FileNotFoundError(f"there is no file {source}")
         return _read_dataset(str(source))
-    return (pair for file in files for pair in _read_file(file))
+    return (pair for file in files for pair in read_json_file(file))
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """What a file of JSON lines, or of one JSON list, holds."""
+def read_json_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """What a file of JSON lines, or of one JSON list, holds: where each row stands, and the row.
+
+    Raises:
+        ValueError: text that is not JSON or not UTF-8; says where.
+        OSError: the file cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What answers come to: means with intervals, bytes and seconds, for every length."""
+"""What answers come to, for every length: means with intervals, bytes, seconds, differences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cometlm.eval.metrics import NATS, mean_interval
+from cometlm.eval.metrics import NATS, difference_interval, mean_interval
 from cometlm.eval.runner import Answer
 
 
@@ -22,6 +22,7 @@ class Line:
         count: how many there are.
         scores: mean, low and high of each score.
         nbytes: most bytes held.
+        peak_bytes: most bytes in use; None where nothing says.
         seconds: mean of reading and answering together.
         error: what was said of those that the method could not answer, "" if there are none.
         num_errors: how many these are; they are not in `count`.
@@ -32,9 +33,26 @@ class Line:
     count: int
     scores: dict[str, tuple[float, float, float]]
     nbytes: int
+    peak_bytes: int | None
     seconds: float
     error: str
     num_errors: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one method is than another, over the questions that both have answered.
+
+    Attributes:
+        tokens, group: see `Line`.
+        count: how many these are.
+        scores: mean, low and high of each score's difference.
+    """
+
+    tokens: int
+    group: Any
+    count: int
+    scores: dict[str, tuple[float, float, float]]
 
 
 def summarize(answers: Iterable[Answer], by: str | None = None) -> list[Line]:
@@ -46,6 +64,41 @@ def summarize(answers: Iterable[Answer], by: str | None = None) -> list[Line]:
     Raises:
         ValueError: an answer has no such field.
     """
+    return [_line(tokens, value, own) for tokens, value, own in _grouped(answers, by)]
+
+
+def differences(
+    ours: Iterable[Answer], theirs: Iterable[Answer], by: str | None = None
+) -> list[Difference]:
+    """A difference for every length at which both have answered something, in order.
+
+    Args:
+        ours: answers of the method that counts positively.
+        theirs: those of the other one, to the same task.
+        by: see `summarize`.
+
+    Raises:
+        ValueError: as `summarize`.
+    """
+    others = {answer.place: answer for answer in theirs if not answer.error}
+    found = []
+    for tokens, value, own in _grouped(ours, by):
+        pairs = [(a, others[a.place]) for a in own if not a.error and a.place in others]
+        if not pairs:
+            continue
+        names = dict.fromkeys(name for pair in pairs for name in pair[0].scores)
+        scores = {}
+        for name in names:
+            both = [(a, b) for a, b in pairs if name in a.scores and name in b.scores]
+            if both:
+                less = [(a.index, a.scores[name] - b.scores[name]) for a, b in both]
+                scores[name] = difference_interval(_of_texts(less), most_of(name))
+        found.append(Difference(tokens, value, len(pairs), scores))
+    return found
+
+
+def _grouped(answers: Iterable[Answer], by: str | None) -> list[tuple[int, Any, list[Answer]]]:
+    """Answers by the length of their contexts and a field of `meta`."""
     groups: dict[tuple[int, Any], list[Answer]] = {}
     for answer in answers:
         if by is not None and by not in answer.meta:
@@ -54,7 +107,15 @@ def summarize(answers: Iterable[Answer], by: str | None = None) -> list[Line]:
         value = None if by is None else answer.meta[by]
         groups.setdefault((answer.tokens, value), []).append(answer)
     ordered = sorted(groups.items(), key=lambda item: (item[0][0], _sortable(item[0][1])))
-    return [_line(tokens, value, own) for (tokens, value), own in ordered]
+    return [(tokens, value, own) for (tokens, value), own in ordered]
+
+
+def _of_texts(values: Iterable[tuple[int, float]]) -> list[list[float]]:
+    """Figures by the index of their sample."""
+    texts: dict[int, list[float]] = {}
+    for index, value in values:
+        texts.setdefault(index, []).append(value)
+    return list(texts.values())
 
 
 def _line(tokens: int, group: Any, answers: list[Answer]) -> Line:
@@ -63,10 +124,11 @@ def _line(tokens: int, group: Any, answers: list[Answer]) -> Line:
     names = dict.fromkeys(name for answer in right for name in answer.scores)
     scores = {
         name: mean_interval(
-            [a.scores[name] for a in right if name in a.scores], math.inf if name == NATS else 1.0
+            _of_texts((a.index, a.scores[name]) for a in right if name in a.scores), most_of(name)
         )
         for name in names
     }
+    peaks = [answer.peak_bytes for answer in right if answer.peak_bytes is not None]
     seconds = [answer.read_seconds + answer.answer_seconds for answer in right]
     return Line(
         tokens=tokens,
@@ -74,6 +136,7 @@ def _line(tokens: int, group: Any, answers: list[Answer]) -> Line:
         count=len(right),
         scores=scores,
         nbytes=max((answer.nbytes for answer in right), default=0),
+        peak_bytes=max(peaks, default=None),
         seconds=statistics.fmean(seconds) if seconds else 0.0,
         error=errors[0] if errors else "",
         num_errors=len(errors),
@@ -84,3 +147,8 @@ def _sortable(value: Any) -> tuple[str, float, str]:
     """A key for values of any kind; numbers in their order."""
     is_number = isinstance(value, int | float)
     return type(value).__name__ * (not is_number), value if is_number else 0.0, str(value)
+
+
+def most_of(name: str) -> float:
+    """The most that a figure can be."""
+    return math.inf if name == NATS else 1.0

@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
+from cometlm.device import peak_memory, reset_peak_memory
 from cometlm.eval.metrics import NATS
 from cometlm.methods.base import Reader, TooLongError
 from cometlm.tasks.base import Question, Sample, Task, turn_ids
 
+OUT_OF_MEMORY = "out of memory"  # what an answer's error begins with, where there was too little
 _SPARE = 16  # tokens that an answer may be longer than what it should be
 _PIECE = 256  # tokens of a text that are foreseen before they are read
 
@@ -37,6 +41,8 @@ class Answer:
         scores: figures between 0 and 1 by name, and `nats` of a text without questions; none if
             there is an error.
         nbytes: bytes that were held of the text when it was asked.
+        peak_bytes: most that were in use since the sample began to be read: of the device, or of
+            the process on a CPU; None where nothing says.
         read_seconds: to read up to the question.
         answer_seconds: to read the question and answer.
         meta: the sample's and the question's.
@@ -51,6 +57,7 @@ class Answer:
     said: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     nbytes: int = 0
+    peak_bytes: int | None = None
     read_seconds: float = 0.0
     answer_seconds: float = 0.0
     meta: dict[str, Any] = field(default_factory=dict)
@@ -70,8 +77,12 @@ def evaluate(
     *,
     done: Collection[Place] = (),
     max_new_tokens: int | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Answer]:
     """Each answer as it is given.
+
+    What a method has no room for, or the machine no memory, is an answer with an error; of the
+    first it is known before anything is read; after the second no more texts of that length are.
 
     Args:
         empty: a reader that has read nothing; it stays so.
@@ -80,6 +91,7 @@ def evaluate(
         samples: of each length.
         done: places of answers that are known already.
         max_new_tokens: of an answer. Default: what the longest right one takes, and 16 more.
+        device: whose peak of memory is measured; None measures none.
 
     A sample without questions is one row: how well its text is foreseen (`nats` per token).
 
@@ -97,7 +109,16 @@ def evaluate(
             numbers = range(len(sample.questions))
             missing = [n for n in numbers if (length, index, n) not in done]
             missing.sort(key=lambda n: _place_of(sample, sample.questions[n]))
-            yield from _asked(empty.fork(), task, sample, length, index, missing, max_new_tokens)
+            if missing and device is not None:
+                reset_peak_memory(device)
+            fork = empty.fork()
+            lacks_memory = False
+            for answer in _asked(fork, task, sample, length, index, missing, max_new_tokens):
+                peak = None if device is None else peak_memory(device)
+                yield replace(answer, peak_bytes=peak)
+                lacks_memory = answer.error.startswith(OUT_OF_MEMORY)
+            if lacks_memory:
+                break
 
 
 def _place_of(sample: Sample, question: Question) -> int:
@@ -122,18 +143,24 @@ def _asked(
         known: dict[str, Any] = {"question": question.text, "answers": list(question.answers)}
         known |= {"tokens": tokens, "index": index, "number": number}
         known["meta"] = {**sample.meta, **question.meta}
+        asked = _Asked.of(reader.tokenizer, question, max_new_tokens)
         start = time.perf_counter()
         try:
+            reader.check_room(place - read + asked.num_tokens)
             reader.read(sample.context[read:place])
             seconds += time.perf_counter() - start
             read = place
-            nbytes = reader.nbytes
             start = time.perf_counter()
-            said = answer_to(reader, question, max_new_tokens)
+            said = asked.answered(reader)
+            took = time.perf_counter() - start
+            nbytes = reader.nbytes  # some methods build now what they hold, and have built it here
         except TooLongError as error:
             yield Answer(**known, error=str(error))
             continue
-        took = time.perf_counter() - start
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            why = " ".join(str(error).split())
+            yield Answer(**known, error=f"{OUT_OF_MEMORY}: {why}" if why else OUT_OF_MEMORY)
+            return  # some of the text may have been read, and the rest takes no less
         scores = task.score(question, said)
         yield Answer(
             **known,
@@ -183,17 +210,42 @@ def answer_to(reader: Reader, question: Question, max_new_tokens: int | None = N
     Raises:
         TooLongError: there is no room for the question and the answer.
     """
-    tokenizer = reader.tokenizer
-    turns = [turn_ids(tokenizer, question.text, answer) for answer in question.answers]
-    (asked, right), *_ = turns
-    end = right[-1]
-    longest = max(len(answer) for _, answer in turns)
-    said = reader.answer(
-        asked,
-        max_new_tokens=max_new_tokens or longest + _SPARE,
-        eos_token_id=sorted({end, tokenizer.eos_token_id} - {None}),
-    )
-    return said.removesuffix(tokenizer.decode([end])).strip()
+    return _Asked.of(reader.tokenizer, question, max_new_tokens).answered(reader)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question as token ids, and how its answer ends.
+
+    Attributes:
+        ids: the question in the chat template.
+        max_new_tokens: of the answer.
+        end: the token that ends an answer in the chat template.
+    """
+
+    ids: list[int]
+    max_new_tokens: int
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, question: Question, max_new_tokens: int | None) -> _Asked:
+        """How a question is asked."""
+        turns = [turn_ids(tokenizer, question.text, answer) for answer in question.answers]
+        (asked, right), *_ = turns
+        longest = max(len(answer) for _, answer in turns)
+        return cls(asked, max_new_tokens or longest + _SPARE, right[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of question and answer at most."""
+        return len(self.ids) + self.max_new_tokens
+
+    def answered(self, reader: Reader) -> str:
+        """What a reader answers."""
+        tokenizer = reader.tokenizer
+        ends = sorted({self.end, tokenizer.eos_token_id} - {None})
+        said = reader.answer(self.ids, max_new_tokens=self.max_new_tokens, eos_token_id=ends)
+        return said.removesuffix(tokenizer.decode([self.end])).strip()
 
 
 class ResultsFile:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from cometlm.methods.base import Method, Reader, TooLongError
+from cometlm.methods.base import Budget, Method, Reader, TooLongError
 from cometlm.methods.comet import Comet
 from cometlm.methods.full import Full
 from cometlm.methods.loader import Loader
+from cometlm.methods.retrieve import Retrieve
+from cometlm.methods.summary import Summary
 from cometlm.methods.truncate import Truncate
 from cometlm.methods.window import Window
 from cometlm.registry import Registry
@@ -13,7 +15,14 @@ from cometlm.registry import Registry
 METHODS: Registry[type[Method]] = Registry(
     "method",
     "cometlm.methods",
-    {"comet": Comet, "full": Full, "truncate": Truncate, "window": Window},
+    {
+        "comet": Comet,
+        "full": Full,
+        "retrieve": Retrieve,
+        "summary": Summary,
+        "truncate": Truncate,
+        "window": Window,
+    },
 )
 
-__all__ = ["METHODS", "Loader", "Method", "Reader", "TooLongError"]
+__all__ = ["METHODS", "Budget", "Loader", "Method", "Reader", "TooLongError"]

@@ -2,19 +2,96 @@
 
 To add a method, write a class with `open`, and a reader, in a file of its own and put it into
 `METHODS`, or name it as an entry point of the group `cometlm.methods`.
+
+A budget is in tokens or in bytes. In tokens it says how much of the text a backbone sees at once,
+and CoMeT, which holds no tokens, does not obey it. In bytes it says what may be held, and all
+methods obey it as far as they can; each one's docstring says what it counts. Not equal then:
+
+- A prompt's keys and values are what `full`, `window`, `truncate`, `retrieve` and `summary` count.
+  A token costs the same in all of them: what `full` holds for one.
+- `retrieve` holds an index and all token ids besides, which grow with the text; no budget bounds
+  them, `nbytes` shows them.
+- `comet` counts its memory. Its open chunk is run again for each question, and the keys and values
+  of that are not counted; nor are those of a piece of text that `window` reads, or of the prompts
+  by which `summary` rewrites: the peak of a process shows them.
+- `comet` has a trained memory's capacity changed to what fits, also beyond what it was trained at.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from cometlm.methods.loader import Loader
 
 
 class TooLongError(ValueError):
     """A text, with its question and answer, is longer than a method can read."""
+
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be held of a text.
+
+    Attributes:
+        amount: how many, at least 1.
+        unit: of what: tokens of a prompt, or bytes.
+
+    Raises:
+        ValueError: an amount below 1.
+    """
+
+    amount: int
+    unit: Literal["tokens", "bytes"] = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.amount < 1:
+            raise ValueError(f"budget must be at least 1, got {self.amount}")
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """A budget as people write it: "512" tokens, "3MB", "1.5 GiB".
+
+        Raises:
+            ValueError: something else.
+        """
+        number = text.strip().rstrip("BGIKMbgikm")
+        unit = text.strip()[len(number) :].casefold()
+        try:
+            if not unit:
+                return cls(int(number))
+            return cls(int(float(number) * _UNITS[unit]), "bytes")
+        except (KeyError, OverflowError) as error:
+            raise ValueError(_no_budget(text)) from error
+        except ValueError as error:
+            if str(error).startswith("budget"):
+                raise
+            raise ValueError(_no_budget(text)) from error
+
+    def tokens(self, bytes_per_token: int) -> int:
+        """Tokens that it allows.
+
+        Raises:
+            ValueError: not one.
+        """
+        if self.unit == "tokens":
+            return self.amount
+        if self.amount < bytes_per_token:
+            raise ValueError(
+                f"budget must be at least {bytes_per_token} bytes, the keys and values of a token, "
+                f"got {self.amount}"
+            )
+        return self.amount // bytes_per_token
+
+
+def _no_budget(text: str) -> str:
+    return f"budget must be tokens like 512, or bytes like 3MB or 1.5GiB, got {text!r}"
 
 
 class Reader(ABC):
@@ -41,6 +118,16 @@ class Reader(ABC):
             TooLongError: as `read`.
         """
         self.read(ids)
+
+    def check_room(self, tokens: int) -> None:  # noqa: B027 (most methods have room for any text)
+        """Say before anything is read whether so many more tokens can be.
+
+        Args:
+            tokens: of text, question and answer together.
+
+        Raises:
+            TooLongError: they cannot.
+        """
 
     @abstractmethod
     def fork(self) -> Reader:
@@ -80,13 +167,13 @@ class Method(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, loader: Loader, budget: int | None = None) -> Reader:
+    def open(cls, loader: Loader, budget: Budget | None = None) -> Reader:
         """A reader that has read nothing; its forks read one text each.
 
         Args:
             loader: loads the model.
-            budget: tokens whose keys and values may be held, for methods that can hold more or
-                fewer; None is as many as the model has positions.
+            budget: what may be held, in tokens or in bytes; None is as much as the model has
+                positions for. The method's docstring says how it obeys.
 
         Raises:
             ValueError: a model that the method cannot use, a budget out of its bounds.

@@ -5,18 +5,64 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cometlm.methods.base import Method, Reader, generation_options
+import torch
+
+from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.core.model import position_limit
+from cometlm.methods.base import Budget, Method, Reader, generation_options
 from cometlm.methods.loader import Loader
 from cometlm.session.session import Session
 
 
 class Comet(Method):
-    """Reads chunk by chunk into a memory; questions are not cut by a chunk's end."""
+    """Reads chunk by chunk into a memory; questions are not cut by a chunk's end.
+
+    A budget in tokens changes nothing: what is held is the memory's sizes. Under one in bytes the
+    memory has the largest `capacity` that fits, unless the loader was given one, which then has to
+    fit.
+    """
 
     @classmethod
-    def open(cls, loader: Loader, budget: int | None = None) -> CometReader:
-        """See `Method.open`; what is held is the memory's sizes, whatever the budget."""
-        return CometReader(Session(loader.with_memory(), loader.tokenizer))
+    def open(cls, loader: Loader, budget: Budget | None = None) -> CometReader:
+        """See `Method.open`."""
+        if budget is not None and budget.unit == "bytes":
+            model = _within(loader, budget.amount)
+        else:
+            model = loader.with_memory()
+        return CometReader(Session(model, loader.tokenizer))
+
+
+def _within(loader: Loader, nbytes: int) -> CometForCausalLM:
+    """The model with as much memory as so many bytes hold."""
+    is_given = "capacity" in loader.sizes
+    # The paper's own capacity may be more than the backbone has positions for.
+    model = loader.with_memory(**({} if is_given else {"capacity": 1}))
+    sizes = model.config.comet_config
+    state, entry = _bytes_of_memory(model)
+    least = state + entry * sizes.temporary_slots
+    if nbytes < least:
+        raise ValueError(
+            f"budget of comet must be at least {least} bytes, {state} of global memory and "
+            f"{least - state} of temporary memory, got {nbytes}"
+        )
+    if is_given or not sizes.temporary_memory:
+        return model
+    capacity = (nbytes - state) // entry
+    positions = position_limit(model.config.text_config)
+    if positions is not None:  # where a chunk with its memory has to fit
+        capacity = min(capacity, positions - sizes.row_length + sizes.capacity)
+    del model  # two need not fit into memory
+    return loader.with_memory(capacity=capacity)
+
+
+@torch.no_grad()
+def _bytes_of_memory(model: CometForCausalLM) -> tuple[int, int]:
+    """Bytes of global memory and of one slot of temporary memory, found by reading one token."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    out = model.model(ids, use_cache=True, chunk_lengths=[[1]], close_last=True, hidden_to_keep=1)
+    memory = [layer.memory for layer in out.past_key_values.layers]
+    state = sum(layer.state.nbytes for layer in memory if layer.state is not None)
+    return state, sum(layer.nbytes for layer in memory) - state
 
 
 class CometReader(Reader):

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cometlm.compat import CACHE
-from cometlm.methods.base import Method, Reader, TooLongError, generation_options
+from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
 from cometlm.methods.loader import Loader, max_positions
 
 _AT_A_TIME = 512  # tokens of a forward pass
@@ -20,13 +20,16 @@ _APPENDING = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class Full(Method):
-    """Holds keys and values of all that was read; an error when its positions run out."""
+    """Holds keys and values of all that was read; an error when its positions run out.
+
+    The text, the question and the answer together stay within the budget.
+    """
 
     @classmethod
-    def open(cls, loader: Loader, budget: int | None = None) -> CacheReader:
+    def open(cls, loader: Loader, budget: Budget | None = None) -> CacheReader:
         """See `Method.open`."""
         model = loader.backbone()
-        return CacheReader(model, loader.tokenizer, smallest(budget, max_positions(model)))
+        return CacheReader(model, loader.tokenizer, token_limit(model, budget))
 
 
 class CacheReader(Reader):
@@ -55,7 +58,7 @@ class CacheReader(Reader):
 
     def read(self, ids: Sequence[int]) -> None:
         """See `Reader.read`."""
-        self._check_room(len(ids))
+        self.check_room(len(ids))
         self._waiting += ids
         while len(self._waiting) > 1:
             piece = self._waiting[: min(self.piece, len(self._waiting) - 1)]
@@ -73,7 +76,7 @@ class CacheReader(Reader):
         """See `Reader.answer`."""
         options = generation_options(generation)
         asked = self.fork()
-        asked._check_room(len(ids) + options["max_new_tokens"])
+        asked.check_room(len(ids) + options["max_new_tokens"])
         asked.read_question(ids)
         asked._check_begun()
         prompt = asked._tensor([*asked._cached, *asked._waiting])
@@ -93,7 +96,7 @@ class CacheReader(Reader):
     def loglikelihood(self, ids: Sequence[int]) -> list[float]:
         """See `Reader.loglikelihood`."""
         self._check_begun()
-        self._check_room(len(ids))
+        self.check_room(len(ids))
         fork = self.fork()
         given = [*fork._waiting, *ids[:-1]]
         found: list[float] = []
@@ -133,8 +136,9 @@ class CacheReader(Reader):
         """`position_ids` of what is in the cache and what waits, likewise."""
         return {}
 
-    def _check_room(self, more: int) -> None:
-        wanted = len(self._cached) + len(self._waiting) + more
+    def check_room(self, tokens: int) -> None:
+        """See `Reader.check_room`."""
+        wanted = len(self._cached) + len(self._waiting) + tokens
         if self.limit is not None and wanted > self.limit:
             raise TooLongError(
                 f"tokens of text, question and answer must be at most {self.limit}, got {wanted}"
@@ -148,16 +152,35 @@ class CacheReader(Reader):
         return torch.tensor([list(ids)], device=self.model.device)
 
 
-def smallest(*bounds: int | None) -> int | None:
-    """The smallest of some bounds; None bounds nothing.
+def token_limit(
+    model: PreTrainedModel, budget: Budget | None, most: int | None = None
+) -> int | None:
+    """Tokens that a backbone may see at once: what the budget allows and the positions hold.
+
+    Args:
+        most: instead of the model's positions.
+
+    Returns:
+        None where nothing says.
 
     Raises:
-        ValueError: a bound is less than 1.
+        ValueError: the budget is smaller than one token.
     """
-    known = [bound for bound in bounds if bound is not None]
-    if any(bound < 1 for bound in known):
-        raise ValueError(f"budget must be at least 1, got {min(known)}")
-    return min(known, default=None)
+    bounds = [max_positions(model) if most is None else most]
+    if budget is not None:
+        in_bytes = budget.unit == "bytes"
+        bounds.append(budget.tokens(bytes_per_token(model) if in_bytes else 1))
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of a token's keys and values, found by reading one.
+
+    Layers whose window has filled hold no more than that, so a text may hold fewer bytes.
+    """
+    reader = CacheReader(model, None)
+    reader.read([0, 0])  # the last one waits
+    return reader.nbytes
 
 
 def forked(cache: DynamicCache) -> DynamicCache:

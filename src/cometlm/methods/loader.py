@@ -46,19 +46,25 @@ class Loader:
         self.sizes = dict(sizes or {})
         self.weights = ""
         self._kept: PreTrainedModel | None = None
+        self._kept_sizes: dict[str, Any] = {}
 
-    def with_memory(self) -> CometForCausalLM:
+    def with_memory(self, **sizes: Any) -> CometForCausalLM:
         """The model with its memory, a new one if it has none.
+
+        Args:
+            sizes: of the memory, in place of those that the loader was given.
 
         Raises:
             ValueError, OSError: as `cometlm.load`.
         """
-        if not isinstance(self._kept, CometForCausalLM):
+        sizes = {**self.sizes, **sizes}
+        if not isinstance(self._kept, CometForCausalLM) or self._kept_sizes != sizes:
             self._kept = None  # two models need not fit into memory
             where: Any = {"device": self.device, "dtype": self.dtype}
             where["quantization"] = self.quantization
-            model, _ = load(self.source, **where, **self.sizes)
+            model, _ = load(self.source, **where, **sizes)
             self._keep(model)
+            self._kept_sizes = sizes
         assert isinstance(self._kept, CometForCausalLM)
         return self._kept
 

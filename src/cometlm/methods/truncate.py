@@ -10,21 +10,21 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from cometlm.methods.base import Method, Reader, TooLongError, generation_options
-from cometlm.methods.full import CacheReader, smallest
-from cometlm.methods.loader import Loader, max_positions
+from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
+from cometlm.methods.full import CacheReader, token_limit
+from cometlm.methods.loader import Loader
 
 _SHARE = 8  # an eighth of the room is for question and answer
 
 
 class Truncate(Method):
-    """Keeps the last tokens."""
+    """Keeps the last tokens; with the question and the answer they stay within the budget."""
 
     @classmethod
-    def open(cls, loader: Loader, budget: int | None = None) -> TruncateReader:
+    def open(cls, loader: Loader, budget: Budget | None = None) -> TruncateReader:
         """See `Method.open`."""
         model = loader.backbone()
-        limit = smallest(budget, max_positions(model))
+        limit = token_limit(model, budget)
         return TruncateReader(CacheReader(model, loader.tokenizer, limit))
 
 

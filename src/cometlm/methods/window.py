@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cometlm.compat import CACHE
-from cometlm.methods.base import Method
-from cometlm.methods.full import CacheReader, smallest
+from cometlm.methods.base import Budget, Method
+from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader, max_positions
 
 SINKS = 4
@@ -33,8 +33,8 @@ class Window(Method):
     """Keeps the first four tokens and the last ones."""
 
     @classmethod
-    def open(cls, loader: Loader, budget: int | None = None) -> WindowReader:
-        """See `Method.open`.
+    def open(cls, loader: Loader, budget: Budget | None = None) -> WindowReader:
+        """See `Method.open`; the sinks and the window fill the budget.
 
         A budget of None is half of the model's positions, since a piece, a question and an answer
         stand behind the window.
@@ -42,7 +42,7 @@ class Window(Method):
         model = loader.backbone()
         positions = max_positions(model)
         most = None if positions is None else max(SINKS + 1, positions // 2)
-        return WindowReader(model, loader.tokenizer, smallest(budget, most) or _DEFAULT)
+        return WindowReader(model, loader.tokenizer, token_limit(model, budget, most) or _DEFAULT)
 
 
 class WindowReader(CacheReader):

@@ -10,6 +10,7 @@ from cometlm.tasks.base import Question, Sample, Split, Task
 from cometlm.tasks.continuation import Continuation
 from cometlm.tasks.facts import Facts
 from cometlm.tasks.keys import Keys
+from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
 from cometlm.tasks.tracking import Tracking
 
@@ -48,4 +49,4 @@ def make_task(
     return kind(tokenizer, split=split, seed=seed, **options)
 
 
-__all__ = ["TASKS", "Question", "Sample", "Task", "make_task"]
+__all__ = ["TASKS", "Own", "Question", "Sample", "Task", "make_task"]

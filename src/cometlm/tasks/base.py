@@ -69,9 +69,17 @@ class Task(ABC):
         split: "train" or "test".
         seed: of everything that is drawn.
 
+    Attributes:
+        num_samples: how many samples there are; None: as many as are asked for.
+        longest: tokens of the longest context, of a task whose texts have their own lengths; None:
+            they are made as long as is asked for.
+
     Raises:
         ValueError: another split.
     """
+
+    num_samples: int | None = None
+    longest: int | None = None
 
     def __init__(self, tokenizer: Any, *, split: Split = "test", seed: int = 0) -> None:
         if split not in SPLITS:

@@ -33,7 +33,10 @@ def exact(said: str, answers: Iterable[str]) -> float:
 
 
 def found(said: str, answers: Iterable[str]) -> float:
-    """1 if one of the answers was said, maybe in a sentence, as whole words."""
+    """1 if one of the answers was said, maybe in a sentence, as whole words, whatever the case.
+
+    It is easily had by saying much; look at `f1` too.
+    """
     words = f" {_plain(said)} "
     return float(any(f" {_plain(answer)} " in words for answer in answers))
 

@@ -1,0 +1,169 @@
+"""People's own questions about their own texts: JSON lines of a context, a question and its answer.
+
+    {"context": "… the whole text …", "question": "Who paid?", "answer": "Ada"}
+    {"context_file": "contract.txt", "question": "When does it end?", "answer": ["May", "in May"]}
+
+A `context_file` is UTF-8 text; its path is relative to the JSON lines. Of a list of answers each is
+right. Further fields with a word, a number, true or false are what a report may group by. Rows
+with the same context and the same further fields are one sample, so the text is read once for all
+its questions, which are asked when it has been read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cometlm.data.records import read_json_file
+from cometlm.tasks.base import Question, Sample, Split, Task
+from cometlm.tasks.scoring import exact, f1, found
+
+_FIELDS = ("context", "context_file", "question", "answer")
+_SHOWN = 5
+
+
+@dataclass
+class _Text:
+    """A context and what is asked about it."""
+
+    context: str
+    meta: dict[str, Any]
+    questions: list[Question] = field(default_factory=list)
+
+
+class Own(Task):
+    """Samples as they stand in a file; their lengths are their own.
+
+    Args:
+        path: the JSON lines, or one JSON list.
+
+    Attributes:
+        digest: of all contexts, questions and answers.
+
+    Raises:
+        ValueError: a line that is not JSON; rows without a context, a question or an answer, each
+            with where it stands.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, path: str | Path, split: Split = "test", seed: int = 0
+    ) -> None:
+        super().__init__(tokenizer, split=split, seed=seed)
+        texts = _texts(Path(path))
+        kept = [
+            (text.context, text.meta, [(one.text, one.answers) for one in text.questions])
+            for text in texts
+        ]
+        self.digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:32]
+        self._samples = [
+            Sample(self.encode(text.context), tuple(text.questions), text.meta) for text in texts
+        ]
+        self.num_samples = len(self._samples)
+        self.longest = max(len(sample.context) for sample in self._samples)
+
+    def sample(self, index: int, tokens: int) -> Sample:
+        """See `Task.sample`; a text is not cut.
+
+        Raises:
+            ValueError: the text has more tokens; there is no such sample.
+        """
+        if not 0 <= index < len(self._samples):
+            raise ValueError(f"index must lie in 0 … {len(self._samples) - 1}, got {index}")
+        sample = self._samples[index]
+        if len(sample.context) > tokens:
+            raise ValueError(f"tokens must be at least {len(sample.context)}, got {tokens}")
+        return sample
+
+    def score(self, question: Question, said: str) -> dict[str, float]:
+        """How good an answer is.
+
+        Returns:
+            `exact`: an answer was said and nothing else. `found`: it was said, maybe in a sentence.
+            `f1`: of its words.
+        """
+        return {
+            "exact": exact(said, question.answers),
+            "found": found(said, question.answers),
+            "f1": f1(said, question.answers),
+        }
+
+
+def _texts(path: Path) -> list[_Text]:
+    """What a file holds, by context, in the order in which the contexts come."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} must be a file of JSON lines, it is a directory")
+    rows = [(where.removeprefix(f"{path} "), row) for where, row in read_json_file(path)]
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+
+    def refuse(is_bad: Callable[[Any], bool], what: str) -> None:
+        bad = [where for where, row in rows if is_bad(row)]
+        if bad:
+            shown = ", ".join(bad[:_SHOWN]) + (", …" if len(bad) > _SHOWN else "")
+            raise ValueError(f"{path}: {len(bad)} of {len(rows)} rows {what}: {shown}")
+
+    refuse(lambda row: not isinstance(row, dict), "are no objects")
+    refuse(_is_no_unicode, "hold half of a surrogate pair, which is no Unicode text")
+    refuse(lambda row: not _is_text(row.get("question")), "have no question")
+    refuse(lambda row: "answer" not in row, "have no answer")
+    refuse(lambda row: not _answers(row), "have an answer that is no string and no list of them")
+    refuse(
+        lambda row: ("context" in row) == ("context_file" in row),
+        "do not have one of context and context_file",
+    )
+    refuse(
+        lambda row: not isinstance(row.get("context", row.get("context_file")), str),
+        "have a context that is no string",
+    )
+    contexts: dict[str, str] = {}
+    for where, row in rows:
+        name = row.get("context_file")
+        if name is not None and name not in contexts:
+            contexts[name] = _read(path.parent / name, f"{path} {where}")
+
+    def context_of(row: dict[str, Any]) -> str:
+        return contexts[row["context_file"]] if "context_file" in row else str(row["context"])
+
+    refuse(lambda row: not context_of(row).strip(), "have an empty context")
+    texts: dict[tuple[str, str], _Text] = {}
+    for _, row in rows:
+        more = {key: value for key, value in row.items() if key not in _FIELDS}
+        meta = {key: value for key, value in more.items() if isinstance(value, str | int | float)}
+        text = _Text(context_of(row), meta)
+        text = texts.setdefault((text.context, json.dumps(meta, sort_keys=True)), text)
+        text.questions.append(Question(row["question"], _answers(row)))
+    return list(texts.values())
+
+
+def _is_no_unicode(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _answers(row: dict[str, Any]) -> tuple[str, ...]:
+    """The answers of a row; none if one of them is no text."""
+    given = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    return tuple(given) if all(_is_text(answer) for answer in given) else ()
+
+
+def _read(path: Path, where: str) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{where}: there is no file {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: {path} is not UTF-8 text: {error.reason}") from error
