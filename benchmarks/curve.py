@@ -22,7 +22,7 @@ LABELS = {
     "loss": "loss",
     "text_loss": "loss of the text",
     "answer_loss": "loss of answers",
-    "answers_right": "right answer tokens",
+    "answer_accuracy": "right answer tokens",
     "mean_token_accuracy": "right tokens",
     "eval_loss": "loss of records held out",
 }

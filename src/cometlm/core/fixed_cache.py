@@ -333,12 +333,12 @@ def _recorded(work: Callable[[], Tensor], buffers: _Buffers) -> Callable[[], Ten
 def _on_a_stream_of_its_own(device: torch.device) -> Iterator[None]:
     """Let work run on another stream, after what the current one has begun, before what follows."""
     index = torch.accelerator.current_device_index()
-    here, aside = torch.accelerator.current_stream(device), _stream(device)
-    aside.wait_stream(here)
-    torch.accelerator.set_stream(aside)  # which makes its device the current one
+    here, own = torch.accelerator.current_stream(device), _stream(device)
+    own.wait_stream(here)
+    torch.accelerator.set_stream(own)  # which makes its device the current one
     try:
         yield
     finally:
         torch.accelerator.set_stream(here)
         torch.accelerator.set_device_index(index)
-        here.wait_stream(aside)
+        here.wait_stream(own)

@@ -120,22 +120,23 @@ def _of_texts(values: Iterable[tuple[int, float]]) -> list[list[float]]:
 
 def _line(tokens: int, group: Any, answers: list[Answer]) -> Line:
     errors = [answer.error for answer in answers if answer.error]
-    right = [answer for answer in answers if not answer.error]
-    names = dict.fromkeys(name for answer in right for name in answer.scores)
+    answered = [answer for answer in answers if not answer.error]
+    names = dict.fromkeys(name for answer in answered for name in answer.scores)
     scores = {
         name: mean_interval(
-            _of_texts((a.index, a.scores[name]) for a in right if name in a.scores), most_of(name)
+            _of_texts((a.index, a.scores[name]) for a in answered if name in a.scores),
+            most_of(name),
         )
         for name in names
     }
-    peaks = [answer.peak_bytes for answer in right if answer.peak_bytes is not None]
-    seconds = [answer.read_seconds + answer.answer_seconds for answer in right]
+    peaks = [answer.peak_bytes for answer in answered if answer.peak_bytes is not None]
+    seconds = [answer.read_seconds + answer.answer_seconds for answer in answered]
     return Line(
         tokens=tokens,
         group=group,
-        count=len(right),
+        count=len(answered),
         scores=scores,
-        nbytes=max((answer.nbytes for answer in right), default=0),
+        nbytes=max((answer.nbytes for answer in answered), default=0),
         peak_bytes=max(peaks, default=None),
         seconds=statistics.fmean(seconds) if seconds else 0.0,
         error=errors[0] if errors else "",

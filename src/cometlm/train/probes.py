@@ -27,7 +27,7 @@ class Probe:
     Attributes:
         ids: [B, A] the question, the answer, and filling where a row has less.
         labels: [B, A] the answer's ids where it stands, -100 elsewhere.
-        since: for each row, tokens of the text by which the answer was said.
+        since: for each row, tokens by which the answer was said, from where its memory began.
         until: for each row, tokens of the text up to which the answer is right; None: all of them.
     """
 

@@ -247,13 +247,13 @@ class CometTrainer(SFTTrainer):
                 weight = self._answer_weight if name == ANSWERS else 1.0
                 loss = loss + weight * score.mean * sharing / shares
             if ANSWERS in out.observed:
-                right = float(out.observed[ANSWERS].accuracy.detach()) * sharing
-                self._metrics[mode]["answers_right"].append(right)
+                accuracy = float(out.observed[ANSWERS].accuracy.detach()) * sharing
+                self._metrics[mode]["answer_accuracy"].append(accuracy)
         counted = (inputs["labels"][:, 1:] != -100).sum()
-        right, counted = self.accelerator.gather_for_metrics(
+        num_correct, counted = self.accelerator.gather_for_metrics(
             torch.stack([out.num_correct.to(counted.device) * sharing, counted])[None]
         ).sum(0)
-        self._metrics[mode]["mean_token_accuracy"].append(float(right) / max(1, int(counted)))
+        self._metrics[mode]["mean_token_accuracy"].append(float(num_correct) / max(1, int(counted)))
         if mode == "train":
             read = self.accelerator.gather_for_metrics(
                 torch.tensor([inputs["input_ids"].numel()], device=loss.device)
