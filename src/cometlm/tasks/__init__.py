@@ -7,11 +7,13 @@ from typing import Any
 
 from cometlm.registry import Registry
 from cometlm.tasks.base import Question, Sample, Split, Task
+from cometlm.tasks.behaviour import Behaviour
 from cometlm.tasks.continuation import Continuation
 from cometlm.tasks.facts import Facts
 from cometlm.tasks.keys import Keys
 from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
+from cometlm.tasks.traces import Traces
 from cometlm.tasks.tracking import Tracking
 
 _OURS: dict[str, type[Task]] = {
@@ -19,6 +21,8 @@ _OURS: dict[str, type[Task]] = {
     "facts": Facts,
     "tracking": Tracking,
     "keys": Keys,
+    "behaviour": Behaviour,
+    "traces": Traces,
     "continue": Continuation,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
