@@ -13,6 +13,7 @@ from cometlm.tasks.facts import Facts
 from cometlm.tasks.keys import Keys
 from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
+from cometlm.tasks.questions import Questions
 from cometlm.tasks.traces import Traces
 from cometlm.tasks.tracking import Tracking
 
@@ -23,6 +24,7 @@ _OURS: dict[str, type[Task]] = {
     "keys": Keys,
     "behaviour": Behaviour,
     "traces": Traces,
+    "questions": Questions,
     "continue": Continuation,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
