@@ -1,0 +1,97 @@
+"""Is this tree as fast as another commit? Reading and decoding, in pairs of processes.
+
+    python benchmarks/against.py REVISION [--model smollm2] [--pairs 5] [--tokens 6000] [--new 120]
+
+Each pair runs the other commit's sources and these, one after the other, in this environment;
+which comes first changes from pair to pair, since a machine's speed drifts. What is printed, and
+written to out/against.json, is how many times as fast these are: the median of the pairs' ratios,
+and all of them. 1.00 is alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import argument_parser, machine, write
+
+ROOT = Path(__file__).parents[1]
+MEASURE = """
+import json, sys, time, torch, cometlm
+name, tokens, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+model, _ = cometlm.load(name)
+ids = torch.randint(3, 40_000, (tokens,), generator=torch.Generator().manual_seed(0))
+model.session().read(ids[: tokens // 6])
+start = time.perf_counter()
+model.session().read(ids)
+read = time.perf_counter() - start
+options = {"do_sample": False, "pad_token_id": 0}
+prompt = ids[None, :200].to(model.device)
+with torch.no_grad():
+    model.generate(prompt, min_new_tokens=10, max_new_tokens=10, **options)
+    start = time.perf_counter()
+    model.generate(prompt, min_new_tokens=new, max_new_tokens=new, **options)
+print(json.dumps({"reading": read, "decoding": time.perf_counter() - start}))
+"""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("revision", help="a commit or a tag to compare with")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=6000, help="that are read")
+    parser.add_argument("--new", type=int, default=120, help="that are written")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        other = Path(folder) / "tree"
+        git("worktree", "add", "--detach", str(other), args.revision)
+        try:
+            pairs = [measured_pair(other, args, number) for number in range(args.pairs)]
+        finally:
+            git("worktree", "remove", "--force", str(other))
+    ratios = {
+        name: sorted(theirs[name] / ours[name] for theirs, ours in pairs)
+        for name in ("reading", "decoding")
+    }
+    for name, values in ratios.items():
+        shown = " ".join(f"{value:.3f}" for value in values)
+        print(
+            f"{name:<9}{statistics.median(values):.3f} times as fast as {args.revision}  ({shown})"
+        )
+    result = {"revision": args.revision, "ratios": ratios, "seconds": pairs, "machine": machine()}
+    write("against", result)
+
+
+def measured_pair(
+    other: Path, args: argparse.Namespace, number: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of the other sources and of these."""
+    trees = [other, ROOT]
+    found = {tree: measured(tree, args) for tree in (trees if number % 2 else trees[::-1])}
+    return found[other], found[ROOT]
+
+
+def measured(tree: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one tree's sources, in a process of its own."""
+    command = [sys.executable, "-c", MEASURE, args.model, str(args.tokens), str(args.new)]
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
+    done = subprocess.run(command, env=environment, cwd=tree, stdout=subprocess.PIPE, check=True)
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
+
+
+def git(*arguments: str) -> None:
+    """Run git in this tree."""
+    subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    main()
