@@ -14,6 +14,7 @@ from rich.text import Text
 from cometlm.cli import options
 from cometlm.cli.console import UNTRAINED, err, is_untrained, out, resolve_quietly
 from cometlm.device import as_dtype, readable_bytes
+from cometlm.eval.page import write_page
 from cometlm.eval.report import differences, summarize
 from cometlm.eval.runner import OUT_OF_MEMORY, Answer, ResultsFile, evaluate
 from cometlm.methods import METHODS, Budget, Loader
@@ -53,6 +54,9 @@ def eval_(
     output: Annotated[
         Path | None,
         typer.Option("--out", help="Keep every answer here; the same command goes on in it."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write one HTML file with tables, pictures and answers.")
     ] = None,
     by: Annotated[
         str | None, typer.Option(help="A line for each value of this, such as decile.")
@@ -94,6 +98,7 @@ def eval_(
         "budget": _plain_budget(allowed),
         "max_new_tokens": max_new_tokens,
     }
+    _check_folder(report)
     results = ResultsFile(output)
     found: dict[str, list[Answer]] = {}
     refused: dict[str, Exception] = {}
@@ -128,11 +133,20 @@ def eval_(
         raise typer.Exit(130) from None
     finally:
         results.close()
+        if report is not None and any(found.values()):
+            write_page(report, settings, found)
+            err.print(f"written {report}", highlight=False, soft_wrap=True)
     if refused and not found:
         raise next(iter(refused.values()))
     _print_tables(found, refused, by)
     if not any(not answer.error for answers in found.values() for answer in answers):
         raise typer.Exit(1)
+
+
+def _check_folder(report: Path | None) -> None:
+    """Say now, not after an hour, that a report cannot be written."""
+    if report is not None and not report.parent.is_dir():
+        raise ValueError(f"--report {report}: its folder is missing")
 
 
 def _check_what(
