@@ -25,11 +25,15 @@ from cometlm.tasks import TASKS, Own, Task, make_task
 def eval_(
     model: options.Model,
     loading: options.LoadOptions,
-    method: Annotated[
-        list[str], typer.Option(help=f"How it is read: {', '.join(METHODS)}; repeatable.")
-    ],
     task: Annotated[
         str | None, typer.Option(help=f"What is asked: {', '.join(TASKS)}.", show_default=False)
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"How it is read: {', '.join(METHODS)}; repeatable. Default: comet.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -70,7 +74,8 @@ def eval_(
     _check_what(task, data, tokens, option)
     allowed = None if budget is None else Budget.parse(budget)
     chosen = dict(_key_and_value(text) for text in option or [])
-    for registry, names in ((TASKS, [task] if task else []), (METHODS, method)):
+    methods = list(dict.fromkeys(method or ["comet"]))
+    for registry, names in ((TASKS, [task] if task else []), (METHODS, methods)):
         for name in names:
             registry.find(name)  # before anything is loaded
     sizes = loading.sizes()
@@ -103,7 +108,7 @@ def eval_(
     found: dict[str, list[Answer]] = {}
     refused: dict[str, Exception] = {}
     try:
-        for name in dict.fromkeys(method):
+        for name in methods:
             err.print(f"loading {model} for {name} …", highlight=False, soft_wrap=True)
             try:
                 reader = METHODS[name].open(loader, allowed)
