@@ -161,12 +161,13 @@ def identity(model: CometForCausalLM) -> dict[str, str]:
 def describe_model(model: CometForCausalLM) -> dict[str, str]:
     """How `cometlm.load` makes the model again: name or path, dtype, sizes and quantization."""
     name = model.config.name_or_path or model.config.backbone
-    return {
+    made = {
         "name": str(Path(name).resolve()) if kind_of(name) == "folder" else name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "sizes": json.dumps(model.config.comet_config.to_dict()),
-        "quantization": bits_of(model._backbone) or "",
     }
+    bits = bits_of(model._backbone)  # most have none, and are as they always were
+    return made if bits is None else {**made, "quantization": bits}
 
 
 def _encodable(text: str) -> bool:
