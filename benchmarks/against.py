@@ -1,9 +1,10 @@
 """Is this tree as fast as another commit? Reading and decoding, in pairs of processes.
 
-    python benchmarks/against.py REVISION [--model smollm2] [--pairs 5] [--tokens 6000] [--new 120]
+    python benchmarks/against.py REVISION [--model smollm2] [--pairs 4] [--tokens 4000] [--new 80]
 
 Each pair runs the other commit's sources and these, one after the other, in this environment;
-which comes first changes from pair to pair, since a machine's speed drifts. What is printed, and
+which comes first changes from pair to pair, since a machine's speed drifts, and of some rounds
+the fastest counts, since a machine has other things to do. What is printed, and
 written to out/against.json, is how many times as fast these are: the median of the pairs' ratios,
 and all of them. 1.00 is alike.
 """
@@ -24,20 +25,24 @@ from common import argument_parser, machine, write
 ROOT = Path(__file__).parents[1]
 MEASURE = """
 import json, sys, time, torch, cometlm
-name, tokens, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+name, tokens, new, rounds = sys.argv[1], *map(int, sys.argv[2:])
 model, _ = cometlm.load(name)
 ids = torch.randint(3, 40_000, (tokens,), generator=torch.Generator().manual_seed(0))
-model.session().read(ids[: tokens // 6])
-start = time.perf_counter()
-model.session().read(ids)
-read = time.perf_counter() - start
-options = {"do_sample": False, "pad_token_id": 0}
 prompt = ids[None, :200].to(model.device)
-with torch.no_grad():
-    model.generate(prompt, min_new_tokens=10, max_new_tokens=10, **options)
-    start = time.perf_counter()
-    model.generate(prompt, min_new_tokens=new, max_new_tokens=new, **options)
-print(json.dumps({"reading": read, "decoding": time.perf_counter() - start}))
+options = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": new, "max_new_tokens": new}
+
+@torch.no_grad()
+def seconds(work):
+    found = []
+    for _ in range(1 + rounds):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found[1:])
+
+reading = seconds(lambda: model.session().read(ids))
+decoding = seconds(lambda: model.generate(prompt, **options))
+print(json.dumps({"reading": reading, "decoding": decoding}))
 """
 
 
@@ -46,9 +51,10 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("revision", help="a commit or a tag to compare with")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=6000, help="that are read")
-    parser.add_argument("--new", type=int, default=120, help="that are written")
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4000, help="that are read")
+    parser.add_argument("--new", type=int, default=80, help="that are written")
+    parser.add_argument("--rounds", type=int, default=4, help="of which the fastest counts")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / "tree"
@@ -81,7 +87,8 @@ def measured_pair(
 
 def measured(tree: Path, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of one tree's sources, in a process of its own."""
-    command = [sys.executable, "-c", MEASURE, args.model, str(args.tokens), str(args.new)]
+    sizes = map(str, (args.tokens, args.new, args.rounds))
+    command = [sys.executable, "-c", MEASURE, args.model, *sizes]
     environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
     done = subprocess.run(command, env=environment, cwd=tree, stdout=subprocess.PIPE, check=True)
     seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
