@@ -196,3 +196,15 @@ def backward_pass() -> int | None:
     """
     number = getattr(torch._C, "_current_graph_task_id", None)
     return None if number is None else int(number())
+
+
+def leave_to_itself(trainer: Any) -> None:
+    """Leave placement and gradients of a Trainer's model, which is sharded already, to the model.
+
+    transformers 5.19 and later have a field that says so. Earlier ones (5.17) would wrap the model
+    in DDP, which cannot take sharded weights.
+    """
+    if hasattr(trainer, "is_distributed_loading_by_transformers"):
+        trainer.is_distributed_loading_by_transformers = True
+    else:
+        trainer.accelerator.prepare_model = lambda model, *_, **__: model

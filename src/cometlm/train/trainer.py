@@ -32,6 +32,7 @@ from trl import SFTTrainer
 from cometlm.checkpoints.atomic_write import read_weights
 from cometlm.checkpoints.lora import load_lora
 from cometlm.checkpoints.memory import check_can_save
+from cometlm.compat import leave_to_itself
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.parallel.p2p import PipelineError, answering
 from cometlm.parallel.shard import gathered, gathered_state, shard, shard_state
@@ -110,8 +111,7 @@ class CometTrainer(SFTTrainer):
         if self.optimizer is None:
             if self._sharded and self._mesh is not None:
                 shard(self._comet, self._mesh)
-                # Transformers then leaves placement and gradients to the model.
-                self.is_distributed_loading_by_transformers = True
+                leave_to_itself(self)
             model = cast("PreTrainedModel", self.model if model is None else model)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             rate, decay = self.args.learning_rate, self.args.weight_decay
