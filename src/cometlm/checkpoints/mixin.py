@@ -28,7 +28,7 @@ class CheckpointMixin:
 
     @classmethod
     def attached(cls, backbone: PreTrainedModel, config: CometConfig, seed: int = 0) -> Any:
-        """A new memory on a backbone."""
+        """A new memory on a backbone; the model's class says how (`core.attachment`)."""
         raise NotImplementedError
 
     @property

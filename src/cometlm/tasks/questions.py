@@ -12,7 +12,6 @@ import random
 import re
 import string
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cometlm.tasks.base import Question, Sample, Split, Task
-from cometlm.tasks.scoring import NOT_SAID
+from cometlm.tasks.scoring import NOT_SAID, f1_of_words
 from cometlm.tasks.story import bounds, check_share
 
 Data = Literal["hotpotqa", "squad"]
@@ -168,11 +167,10 @@ def normalized(answer: str) -> str:
 
 
 def _f1(ours: list[str], theirs: list[str]) -> float:
-    """SQuAD's, where nothing against nothing is 1. Of yes, no and the like HotpotQA wants all."""
-    if not ours or not theirs or {" ".join(ours), " ".join(theirs)} & {"yes", "no", "noanswer"}:
+    """SQuAD's. HotpotQA gives no share of yes, no and the like: these are right or wrong."""
+    if {" ".join(ours), " ".join(theirs)} & {"yes", "no", "noanswer"}:
         return float(ours == theirs)
-    shared = (Counter(ours) & Counter(theirs)).total()
-    return 2 * shared / (len(ours) + len(theirs))
+    return f1_of_words(ours, theirs)
 
 
 # --- data ---------------------------------------------------------------------------------------

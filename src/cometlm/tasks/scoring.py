@@ -57,10 +57,12 @@ def f1(said: str, answers: Iterable[str]) -> float:
 
     Two empty texts have an F1 of 1.
     """
-    return max((_f1(_plain(said).split(), _plain(answer).split()) for answer in answers), default=0)
+    pairs = ((_plain(said).split(), _plain(answer).split()) for answer in answers)
+    return max((f1_of_words(ours, theirs) for ours, theirs in pairs), default=0)
 
 
-def _f1(ours: list[str], theirs: list[str]) -> float:
+def f1_of_words(ours: list[str], theirs: list[str]) -> float:
+    """The same of two lists of words; nothing against nothing is 1."""
     if not ours or not theirs:
         return float(ours == theirs)
     shared = (Counter(ours) & Counter(theirs)).total()
