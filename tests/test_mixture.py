@@ -12,8 +12,10 @@ from cometlm.train.config_file import read_config
 from cometlm.train.mixture import MixtureBatches, collate, probes_of
 from cometlm.train.run import make_trainer
 from tests.real import tiny_comet, tokenizer
-from tests.runs import as_config, settings, start  # noqa: F401 (fixtures)
+from tests.runs import as_config, settings, start
 from tests.tiny import refused
+
+__all__ = ["settings", "start"]  # fixtures
 
 
 class Uneven(Task):
@@ -60,7 +62,7 @@ def test_what_no_batch_could_learn_is_known_before(uneven, changes, said):
         batches.check(12)
 
 
-def test_a_run_has_no_more_steps_than_batches(settings, tmp_path):  # noqa: F811
+def test_a_run_has_no_more_steps_than_batches(settings, tmp_path):
     trainer = {**settings["trainer"], "max_steps": 9}
     config = read_config(as_config(settings, tmp_path, trainer=trainer))
     with refused("trainer.max_steps must lie in 1 … mixture.steps=4, got 9"):
@@ -78,7 +80,7 @@ class Silent(ChunkObserver):
         return {}
 
 
-def test_questions_leave_the_plan_of_a_model_alone(uneven, settings, tmp_path):  # noqa: F811
+def test_questions_leave_the_plan_of_a_model_alone(uneven, settings, tmp_path):
     """One's own observer looks on, and the end of a text is asked without a chunk plan too."""
     config = read_config(as_config(settings, tmp_path))
     own = Silent()
