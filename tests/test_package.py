@@ -218,6 +218,7 @@ PACKAGES: list[list[str]] = [
     ["core"],
     ["model_loader"],
     ["session"],
+    ["inspection"],
     ["data"],
     ["tasks"],
     ["methods"],

@@ -18,7 +18,7 @@ import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -169,14 +169,7 @@ class Session:
             ValueError: nothing was read and the prompt is empty, an option that `generate` does
                 not know or that makes more than one answer.
         """
-        if template is None:
-            template = bool(getattr(self.tokenizer, "chat_template", None))
-        fork = self.fork()
-        if template:
-            fork.ask_in_one_chunk(fork._ids_of(fork._turn(prompt).opening))
-        else:
-            fork.read(prompt)
-        pieces = fork._written([], generation, stream)
+        pieces = self._asked(prompt, template)._written([], generation, stream)
         return pieces if stream else "".join(pieces)
 
     def chat(self, message: str, *, stream: bool = False, **generation: Any) -> str | Iterator[str]:
@@ -231,7 +224,7 @@ class Session:
             fork.read(piece)
         return found
 
-    def fork(self, *, without: Collection[str] = ()) -> Session:
+    def fork(self, *, without: Collection[str] = ()) -> Self:
         """A session that goes its own way from here; nothing is copied but the open chunk's ids.
 
         Args:
@@ -264,7 +257,7 @@ class Session:
         session_file.save(path, kept, self.model)
 
     @classmethod
-    def load(cls, path: str | Path, model: CometForCausalLM, tokenizer: Any = None) -> Session:
+    def load(cls, path: str | Path, model: CometForCausalLM, tokenizer: Any = None) -> Self:
         """Go on from a saved session.
 
         Raises:
@@ -320,6 +313,17 @@ class Session:
         cache, overlap = self._cache, self.model.config.comet_config.overlap
         again = overlap * (cache.chunks_folded - 1)
         return SessionStats(cache.tokens_read - again, cache.chunks_folded, cache.nbytes)
+
+    def _asked(self, prompt: str, template: bool | None) -> Self:
+        """A fork that has read a prompt; see `ask`."""
+        if template is None:
+            template = bool(getattr(self.tokenizer, "chat_template", None))
+        fork = self.fork()
+        if template:
+            fork.ask_in_one_chunk(fork._ids_of(fork._turn(prompt).opening))
+        else:
+            fork.read(prompt)
+        return fork
 
     def _chatting(self, message: str, generation: dict[str, Any], stream: bool) -> Iterator[str]:
         turn = self._turn(message)
