@@ -9,6 +9,7 @@ from cometlm.registry import Registry
 from cometlm.tasks.base import Question, Sample, Split, Task
 from cometlm.tasks.behaviour import Behaviour
 from cometlm.tasks.continuation import Continuation
+from cometlm.tasks.documents import Documents
 from cometlm.tasks.facts import Facts
 from cometlm.tasks.keys import Keys
 from cometlm.tasks.own import Own
@@ -25,6 +26,7 @@ _OURS: dict[str, type[Task]] = {
     "behaviour": Behaviour,
     "traces": Traces,
     "questions": Questions,
+    "documents": Documents,
     "continue": Continuation,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
