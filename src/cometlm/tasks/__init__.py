@@ -12,9 +12,11 @@ from cometlm.tasks.continuation import Continuation
 from cometlm.tasks.documents import Documents
 from cometlm.tasks.facts import Facts
 from cometlm.tasks.keys import Keys
+from cometlm.tasks.lcr import LongReasoning
 from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
 from cometlm.tasks.questions import Questions
+from cometlm.tasks.scrolls import Scrolls
 from cometlm.tasks.traces import Traces
 from cometlm.tasks.tracking import Tracking
 
@@ -27,6 +29,8 @@ _OURS: dict[str, type[Task]] = {
     "traces": Traces,
     "questions": Questions,
     "documents": Documents,
+    "scrolls": Scrolls,
+    "lcr": LongReasoning,
     "continue": Continuation,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
