@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import cometlm.cli.eval as verb
+from cometlm.eval import comparison
 from cometlm.eval.runner import evaluate
 from tests.cli.said import INTERRUPTED, one_line
 from tests.sessions import SIZES
@@ -32,7 +32,8 @@ def run(command, on_disk, text_file):
 
 
 def rows():
-    return [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    return [row for row in found if "answer" in row]
 
 
 def test_methods_side_by_side(run):
@@ -49,7 +50,7 @@ def test_methods_side_by_side(run):
     assert len([line for line in second.splitlines() if line.startswith("full − comet")]) == 1
     assert len(rows()) == 8
     answer = rows()[0]["answer"]
-    assert {"depth", "decile", "haystack"} == set(answer["meta"])
+    assert {"depth", "decile", "distance", "haystack"} == set(answer["meta"])
     assert set(answer["scores"]) == {"exact", "found", "digits"}
 
 
@@ -61,7 +62,7 @@ def test_the_same_command_goes_on(run, monkeypatch):
             yield answer
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "evaluate", interrupted)
+        patch.setattr(comparison, "evaluate", interrupted)
         code, out, err = run("--tokens", "90", "--out", "rows.jsonl")
     assert code == INTERRUPTED
     assert "the same command goes on" in err
@@ -115,7 +116,7 @@ def test_data_of_ones_own(run_own):
         (["--data", "mine.jsonl", "--task", "passkey"], "--task or --data, got both"),
         (["--data", "mine.jsonl", "--tokens", "9"], "--tokens goes with --task"),
         (["--data", "mine.jsonl", "--option", "a=1"], "--option goes with --task, got 'a=1'"),
-        (["--task", "passkey"], "--tokens must be given with --task passkey"),
+        (["--task", "passkey"], "--tokens or lengths must be given for passkey"),
         (["--data", "gone.jsonl"], "there is no file gone.jsonl"),
     ],
     ids=str,
@@ -148,7 +149,7 @@ def test_nothing_measured_is_an_error(run):
         (["--option", "colour=red"], "got colour"),
         (["--option", "digits=["], "option digits must be a YAML value, got '['"),
         (["--tokens", "3"], "tokens must be at least"),
-        (["--by", "colour"], "by must be one of depth, decile, haystack, got 'colour'"),
+        (["--by", "colour"], "by must be one of depth, decile, haystack, distance, got 'colour'"),
         (["--budget", "many"], "budget must be tokens like 512, or bytes like 3MB"),
         (["--budget", "4"], "budget of a window must be more than 4, got 4"),
     ],

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cometlm.eval.report import differences, summarize
-from cometlm.eval.runner import OUT_OF_MEMORY, Answer, ResultsFile, answer_to, evaluate
+from cometlm.eval.rows import Rows
+from cometlm.eval.runner import OUT_OF_MEMORY, Answer, answer_to, evaluate
 from cometlm.methods import Reader, TooLongError
 from cometlm.tasks import Question, Sample, Task
 from cometlm.tasks.base import turn_ids
@@ -193,12 +194,12 @@ OTHER = dataclasses.replace(ONE, index=1)
 
 def test_rows_are_kept_and_found_by_their_settings(tmp_path):
     path = tmp_path / "rows.jsonl"
-    results = ResultsFile(path)
+    results = Rows(path)
     results.append(SETTINGS, ONE)
     assert json.loads(path.read_text())["answer"]["meta"] == {"depth": 0.5}  # before it is closed
     results.append({"task": "else"}, OTHER)
     results.close()
-    again = ResultsFile(path)
+    again = Rows(path)
     assert again.answers(SETTINGS) == [ONE]
     assert again.answers({"task": "else"}) == [OTHER]
     assert again.answers({}) == []
@@ -211,13 +212,13 @@ def test_rows_are_kept_and_found_by_their_settings(tmp_path):
 def test_a_row_that_was_cut_is_made_again(tmp_path):
     path = tmp_path / "rows.jsonl"
     for answer in (ONE, OTHER):
-        results = ResultsFile(path)
+        results = Rows(path)
         results.append(SETTINGS, answer)
         results.close()
     whole = path.read_bytes()
     for cut in range(1, whole.index(b"\n")):
         path.write_bytes(whole[:-cut])
-        results = ResultsFile(path)
+        results = Rows(path)
         assert results.answers(SETTINGS) == [ONE]
         results.append(SETTINGS, OTHER)
         results.close()
@@ -229,12 +230,12 @@ def test_another_file_is_refused_and_stays(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl must hold rows of evaluations"):
-        ResultsFile(path)
+        Rows(path)
     assert path.read_text() == line + "\n"
 
 
 def test_without_a_file():
-    results = ResultsFile()
+    results = Rows()
     results.append(SETTINGS, ONE)
     results.close()
     assert results.answers(SETTINGS) == [ONE]
