@@ -333,7 +333,7 @@ class Comparison:
         return forecast
 
     def _foresee(self, cell: Cell, reader: Reader, task: Task) -> Forecast:
-        """By what the method has read; where that is nothing and there are limits, by a try."""
+        """By what the method has read; where that is too little and there are limits, by a try."""
         assert self._loader is not None
         readings = self._readings[cell.method]
         questions = questions_of(readings, cell.task)
@@ -347,9 +347,8 @@ class Comparison:
         name = cell.task if sample.questions else ""
         if questions is None:
             questions = len(sample.questions)
-        if self.config.limits.are_given and not any(
-            bool(one.task) == bool(name) for one in readings
-        ):
+        lengths = {one.tokens for one in readings if bool(one.task) == bool(name)}
+        if self.config.limits.are_given and len(lengths) < 2:
             readings += calibrate(reader, task, cell.task, sample, self._loader.device)
         return foresee(readings, name, cell.tokens, questions)
 
