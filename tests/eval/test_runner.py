@@ -113,8 +113,22 @@ def test_what_has_no_room_is_not_read(words):
     assert (early.error, late.error) == ("", "no room")
 
 
+def test_a_text_that_the_task_cannot_make_so_short_is_a_row(words):
+    class Uneven(Counting):
+        def sample(self, index, tokens):
+            if index == 1:
+                raise ValueError("tokens must be at least 50")
+            return super().sample(index, tokens)
+
+    answers = list(evaluate(Counter(words), Uneven(words), [40], 3))
+    assert [answer.index for answer in answers] == [0, 0, 1, 2, 2]
+    assert (answers[2].error, answers[2].scores) == ("tokens must be at least 50", {})
+    done = {answer.place for answer in answers}
+    assert not list(evaluate(Counter(words), Uneven(words), [40], 3, done=done))
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried\nmuch"), MemoryError()])
-def test_a_text_that_takes_too_much_memory_is_a_row(words, error):
+def test_a_text_that_takes_takes_too_much_memory_is_a_row(words, error):
     class Greedy(Guessing):
         def loglikelihood(self, ids):
             raise error

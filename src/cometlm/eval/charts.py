@@ -160,11 +160,16 @@ def log_axis(
     factors: Sequence[float] = (1, 2, 5),
     base: float = 10,
 ) -> Axis:
-    """Values above 0 by their order of magnitude, between ticks of `factors × base ** n`."""
-    powers = [base**n for n in range(math.floor(math.log(min(values), base)) - 1, 99)]
+    """Values by their order of magnitude, between ticks of `factors × base ** n`.
+
+    Those that have none, 0, stand where the axis begins.
+    """
+    positive = [value for value in values if value > 0] or [1.0]
+    least, most = min(positive), max(positive)
+    powers = [base**n for n in range(math.floor(math.log(least, base)) - 1, 99)]
     known = [factor * power for power in powers for factor in factors]
-    first = max(n for n, tick in enumerate(known) if tick <= min(values))
-    last = next(n for n, tick in enumerate(known) if n > first and tick >= max(values))
+    first = max(n for n, tick in enumerate(known) if tick <= least)
+    last = next(n for n, tick in enumerate(known) if n > first and tick >= most)
     ticks = known[first : last + 1]
     return Axis(label, ticks[0], ticks[-1], _some(ticks), True, readable)
 

@@ -22,8 +22,9 @@ from cometlm.eval.results import Cell, Results, name_of, readable_seconds
 from cometlm.eval.rows import Forecast, Rows
 from cometlm.eval.runner import OUT_OF_MEMORY, Answer, evaluate
 from cometlm.methods import METHODS, Budget, Loader, Reader, TooLongError
-from cometlm.tasks import Own, Task, make_task
+from cometlm.tasks import Own, Sample, Task, make_task
 
+_TRIES = 8  # texts that may be longer than is asked for, before a length is refused
 K = TypeVar("K")
 _UNREADABLE = (ValueError, OSError, ImportError, torch.OutOfMemoryError)
 
@@ -161,7 +162,7 @@ class Comparison:
                 continue
             self._tried.append((name, task))
             try:
-                task.sample(0, lengths[name][0])
+                _first_sample(task, lengths[name][0])
             except ValueError as error:
                 raise ValueError(f"tasks.{name}: {error}") from error
             except (OSError, ImportError) as error:
@@ -339,7 +340,7 @@ class Comparison:
         questions = questions_of(readings, cell.task)
         if questions is None and not (readings or self.config.limits.are_given):
             return Forecast(cell.tokens)
-        sample = task.sample(0, cell.tokens)
+        sample = _first_sample(task, cell.tokens)
         try:
             reader.fork().check_room(len(sample.context))
         except TooLongError:  # which is said at once
@@ -382,6 +383,21 @@ class Comparison:
         if key not in where:
             where[key] = error
             self.watch.lacks(name, error)
+
+
+def _first_sample(task: Task, tokens: int) -> Sample:
+    """The first text of that length that the task can make.
+
+    Raises:
+        ValueError: what the first one raised, if it makes none of some.
+    """
+    errors = []
+    for index in range(min(_TRIES, task.num_samples or _TRIES)):
+        try:
+            return task.sample(index, tokens)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _refusal(limits: Limits, forecast: Forecast, cell: Cell) -> str:

@@ -326,8 +326,7 @@ def _seconds(results: Results) -> Chart | None:
     points: dict[str, list[Point]] = {}
     for method, tokens, readings in _readings(results):
         seconds = statistics.fmean(one.seconds for one in readings)
-        point = Point(tokens, max(seconds, 1e-4), note=f"{len(readings)} texts")
-        points.setdefault(method, []).append(point)
+        points.setdefault(method, []).append(Point(tokens, seconds, note=f"{len(readings)} texts"))
     series = _series(results, points)
     if not series:
         return None

@@ -28,7 +28,7 @@ from cometlm.eval.report import Difference, Line, differences, summarize
 from cometlm.eval.rows import Forecast
 from cometlm.eval.runner import Answer
 
-_PREFERRED = ("found", "exact", "f1")  # of several scores, the one that pictures show
+_PREFERRED = ("found", "f1", "exact")  # of several scores, the one that pictures show
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,9 @@ def evaluate(
 ) -> Iterator[Answer]:
     """Each answer as it is given.
 
-    What a method has no room for, or the machine no memory, is an answer with an error; of the
-    first it is known before anything is read; after the second no more texts of that length are.
+    What a method has no room for, the machine no memory, or the task no text of that length, is an
+    answer with an error. The first is known before anything is read; after the second no more texts
+    of that length are.
 
     Args:
         empty: a reader that has read nothing; it stays so.
@@ -96,12 +97,18 @@ def evaluate(
     A sample without questions is one row: how well its text is foreseen (`nats` per token).
 
     Raises:
-        ValueError: a bound of the task's; a tokenizer without a chat template.
+        ValueError: a text of less than two tokens, to be foreseen; a tokenizer without a chat
+            template.
         OSError: as the task raises.
     """
     for length in dict.fromkeys(tokens):
         for index in range(samples):
-            sample = task.sample(index, length)
+            try:
+                sample = task.sample(index, length)
+            except ValueError as error:  # what has to stand in this text is longer
+                if not any(place[:2] == (length, index) for place in done):
+                    yield Answer(length, index, 0, "", [], error=str(error))
+                continue
             numbers = range(max(1, len(sample.questions)))
             missing = [n for n in numbers if (length, index, n) not in done]
             lacks_memory = False

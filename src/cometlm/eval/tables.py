@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -95,5 +96,7 @@ def _interval(figures: tuple[float, float, float] | None, sign: Literal["", "+"]
     """A mean and its interval; "+" gives figures their sign."""
     if figures is None:
         return "–"
+    if not all(map(math.isfinite, figures)):  # nats of one text
+        return f"{figures[0]:.2f}"
     mean, low, high = (f"{0.0 if abs(figure) < 0.005 else figure:{sign}.2f}" for figure in figures)
     return f"{mean} {low}{'…' if sign else '–'}{high}"
