@@ -7,13 +7,13 @@ dimension; `sum_gradients` adds them over the chunk dimension, shard by shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.export import register_dataclass
 from torch.optim import Optimizer
 
@@ -46,6 +46,20 @@ def shard(model: CometForCausalLM, mesh: DeviceMesh) -> None:
         fully_shard(cell, mesh=mesh[DATA])
         register_fsdp_forward_method(cell, "along")
     fully_shard(model, mesh=mesh[DATA])
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip the gradients of sharded weights by the norm of all of them, and return that.
+
+    torch's own clipping does this since 2.11. Before (2.9), the norm is left in parts, one on each
+    rank, and what it is divided by is not quite the whole.
+    """
+    found = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in found if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
+    nn.utils.clip_grads_with_norm_(found, max_norm, norm)
+    return norm
 
 
 def gathered(

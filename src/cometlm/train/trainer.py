@@ -33,10 +33,10 @@ from trl import SFTTrainer
 from cometlm.checkpoints.atomic_write import read_weights
 from cometlm.checkpoints.lora import load_lora
 from cometlm.checkpoints.memory import check_can_save
-from cometlm.compat import clip_sharded_gradients, leave_to_itself
+from cometlm.compat import leave_to_itself
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.parallel.p2p import PipelineError, answering
-from cometlm.parallel.shard import gathered, gathered_state, shard, shard_state
+from cometlm.parallel.shard import clip_gradients, gathered, gathered_state, shard, shard_state
 from cometlm.train.chunk_parallel import (
     SharedBatches,
     alone,
@@ -181,7 +181,7 @@ class CometTrainer(SFTTrainer):
         """See `Trainer._clip_grad_norm`."""
         if not self._sharded:
             return super()._clip_grad_norm(model)
-        return clip_sharded_gradients(model.parameters(), self.args.max_grad_norm)
+        return clip_gradients(model.parameters(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> Any:
         """The gradient's norm, before the optimiser's step.
