@@ -26,7 +26,7 @@ from cometlm.cli.console import (
 from cometlm.parallel.mesh import join_job
 from cometlm.parallel.reading import SharedSession
 from cometlm.session.session import Session
-from cometlm.session.token_stream import read_blocks
+from cometlm.session.text_file import read_blocks
 
 _SAVE_EVERY = 300  # seconds
 _SAVE_EVERY_BLOCKS = 500  # where ranks have to agree

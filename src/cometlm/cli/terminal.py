@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from cometlm.session.token_stream import read_blocks
+from cometlm.session.text_file import read_blocks
 
 _SIMILAR = "cometlm.similar"
 _ALIKE = {"·": "-", "…": "...", "›": ">", "×": "x", "–": "-", "—": "-"}

@@ -50,6 +50,7 @@ class SessionState:
         open: token ids of the open chunk.
         turns: chat turns so far.
         characters: characters of text read so far.
+        digest: SHA-256 of them (`Place.digest`); None where it is not known.
         stream: text that is not tokenised yet (`TokenStream.state`), or None.
     """
 
@@ -57,6 +58,7 @@ class SessionState:
     open: tuple[int, ...]
     turns: int
     characters: int
+    digest: str | None
     stream: dict[str, Any] | None
 
 
@@ -80,6 +82,8 @@ def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> No
         "characters": session.characters,
         "stream": session.stream,
     }
+    if session.digest is not None:
+        document["text"] = session.digest
     tensors = {"open": torch.tensor(session.open, dtype=torch.int64)}
     for i, layer in enumerate(session.cache.layers):
         if layer.memory.state is not None:
@@ -124,7 +128,12 @@ def load(path: str | Path, model: CometForCausalLM) -> SessionState:
         raise ValueError(f"{path} is damaged: its token ids are none of this model's")
     cache = CometCache(tuple(layers), (row,), sizes, sizes.row_length)
     return SessionState(
-        cache, tuple(ids), document["turns"], document["characters"], document["stream"]
+        cache=cache,
+        open=tuple(ids),
+        turns=document["turns"],
+        characters=document["characters"],
+        digest=document.get("text"),
+        stream=document["stream"],
     )
 
 
@@ -291,6 +300,7 @@ def _check(path: str | Path, document: Any) -> None:
         and all(isinstance(document[name].get(key), str) for key in keys)
         for name, keys in parts.items()
     )
+    sound = sound and isinstance(document.get("text", ""), str)
     stream = document.get("stream")
     sound = (
         sound
@@ -304,6 +314,7 @@ def _check(path: str | Path, document: Any) -> None:
                 and number(stream.get("done"))
                 and stream["done"] <= len(stream["text"])
                 and isinstance(stream.get("started"), bool)
+                and isinstance(stream.get("special", False), bool)
             )
         )
     )
