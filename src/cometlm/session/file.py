@@ -11,6 +11,7 @@ also before a tensor is read.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,13 @@ class SessionState:
 
 
 def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a file that appears whole or not at all; a link stays one.
 
     Raises:
+        ValueError: a directory, a pipe or a device.
         OSError: it cannot be written; an older file of that name is as it was.
     """
+    target = _resolved(path)
     (row,) = session.cache.rows
     assert row.items == 0, "a session is saved at a chunk border"
     document = {
@@ -91,7 +94,38 @@ def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> No
         if layer.memory.entries:
             tensors[f"entries.{i}"] = torch.cat(layer.memory.entries, dim=1)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(Path(path), to_bytes(plain, {_KEY: json.dumps(document)}))
+    write_whole(target, to_bytes(plain, {_KEY: json.dumps(document)}))
+
+
+def check_target(path: Path) -> None:
+    """Refuse to write a session where it cannot be, or over something else.
+
+    Raises:
+        ValueError: a directory, a pipe or a device; a folder that is missing or cannot be written
+            to; a file that is no session.
+        OSError: what stands there cannot be read.
+    """
+    target = _resolved(path)
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{path}: its folder is missing or cannot be written to")
+    if target.exists() and target.stat().st_size:
+        try:
+            read_document(target)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is there, and no session would be written over it: {error}; name another "
+                "file, or remove this one"
+            ) from error
+
+
+def _resolved(path: str | Path) -> Path:
+    """The file that a path leads to over links; it is there as a plain file, or not at all."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ValueError(f"{path} is a directory; name a file")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is a pipe, a device or the like; name a file")
+    return target
 
 
 def load(path: str | Path, model: CometForCausalLM) -> SessionState:
