@@ -421,7 +421,7 @@ class SlowPipe:
         return False
 
 
-@pytest.mark.parametrize("lines", [[TEXT[:30]], [TEXT[:30], TEXT[30:900], TEXT[900:1000]]])
+@pytest.mark.parametrize("lines", [[TEXT[:200]], [TEXT[:30], TEXT[30:900], TEXT[900:1000]]])
 def test_a_slow_pipe_keeps_what_has_come(command, model, lines):
     pipe = SlowPipe(*map(str.encode, lines))
     code, _, err = command("read", "tiny", "-", "--save", "s", stdin=pipe)
