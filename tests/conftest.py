@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from cometlm import text_file
 from cometlm.device import default_device
-from cometlm.session import text_file
 from cometlm.session import token_stream as text
 from tests import real
 from tests.tiny import tiny_backbone, tiny_comet

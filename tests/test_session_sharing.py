@@ -6,6 +6,8 @@ import threading
 import pytest
 
 from cometlm import Session
+from cometlm.session.chat_template import ChatOptions
+from cometlm.session.options import template_variables
 from tests import real
 from tests.sessions import GREEDY, TEXT, assert_same, session_of
 
@@ -167,8 +169,7 @@ def test_variables_of_the_template_are_told_from_options(asked):
     other.chat_template = "{% if greet %}Hello! {% endif %}" + plain
     talk = Session(session.model, other)
     greeted = {"chat_template_kwargs": {"greet": True}}, {"greet": True}
-    first, second = (talk._chat_options(False, None, None, given)[0] for given in ({}, greeted[1]))
-    assert (first.variables, second.variables) == ({}, {"greet": True})
+    assert template_variables(other, {"greet": 1, "top_k": 5}) == ({"greet": 1}, {"top_k": 5})
     said = [talk.ask("Who?", max_new_tokens=3, **GREEDY, **given) for given in greeted]
     assert said[0] == said[1]
     assert session.ask("Who?", enable_thinking=False, max_new_tokens=2, **GREEDY)
@@ -204,10 +205,7 @@ def test_tools_are_for_the_first_message(asked):
     )
     talk = Session(session.model, tokenizer)
     tools = [{"type": "function", "function": {"name": "look<|im_end|>"}}]
-    assert (
-        "look<|im_end|>"
-        in talk._turn("Who?", talk._chat_options(False, tools, None, {})[0]).opening
-    )
+    assert "look<|im_end|>" in talk._turn("Who?", ChatOptions(tools)).opening
     talk.chat("Who?", tools=tools, max_new_tokens=2, **GREEDY)
     talk.chat("Why?", max_new_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="tools must be given with a session's first message"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cometlm.session.sources import pieces
-from cometlm.session.text_file import read_blocks, read_text
+from cometlm.text_file import read_blocks, read_text
 from tests import real
 from tests.sessions import session_of
 

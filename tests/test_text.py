@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from cometlm.session import text_file
+from cometlm import text_file
 from cometlm.session import token_stream as text
-from cometlm.session.text_file import read_blocks
 from cometlm.session.token_stream import TokenStream
+from cometlm.text_file import read_blocks
 from tests import real
 from tests.tiny import examples
 

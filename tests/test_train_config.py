@@ -117,10 +117,17 @@ def test_a_change_does_not_reach_what_shares_its_anchor(settings, tmp_path):
     assert (chunks.strides, chunks.capacities) == ((3, 2), (1, 2))
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_read(path):
     config = read_config(path)
     assert config.mixture is not None
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "rivals").glob("*.yaml")), ids=lambda p: p.stem)
+def test_rivals_differ_in_their_memory_alone(path):
+    ours, rival = (read_config(one).to_dict() for one in (RECIPES / "smollm2.yaml", path))
+    assert {name for name in ours if ours[name] != rival[name]} == {"output", "comet", "start"}
+    assert rival["comet"]["chunk_size"] == ours["comet"]["chunk_size"]
 
 
 def test_a_plan_or_a_trainer_field_that_does_not_exist(settings, tmp_path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import transformers
 from packaging.version import InvalidVersion, Version
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -196,6 +197,22 @@ def backward_pass() -> int | None:
     """
     number = getattr(torch._C, "_current_graph_task_id", None)
     return None if number is None else int(number())
+
+
+def clip_sharded_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip the gradients of sharded weights by the norm of all of them, and return that.
+
+    torch's own clipping does this since 2.11. Before (2.9), the norm is left in parts, one on each
+    rank, and what it is divided by is not quite the whole.
+    """
+    from torch.distributed.tensor import DTensor, Replicate  # not every build of torch has it
+
+    found = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in found if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.redistribute(placements=[Replicate()] * norm.device_mesh.ndim)
+    nn.utils.clip_grads_with_norm_(found, max_norm, norm)
+    return norm
 
 
 def leave_to_itself(trainer: Any) -> None:

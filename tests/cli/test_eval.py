@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
-import cometlm.cli.eval as verb
+from cometlm.eval import comparison
+from cometlm.eval.config import read_config
 from cometlm.eval.runner import evaluate
+from cometlm.tasks import TASKS
 from tests.cli.said import INTERRUPTED, one_line
 from tests.sessions import SIZES
 
@@ -32,7 +35,8 @@ def run(command, on_disk, text_file):
 
 
 def rows():
-    return [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    return [row for row in found if "answer" in row]
 
 
 def test_methods_side_by_side(run):
@@ -49,7 +53,7 @@ def test_methods_side_by_side(run):
     assert len([line for line in second.splitlines() if line.startswith("full − comet")]) == 1
     assert len(rows()) == 8
     answer = rows()[0]["answer"]
-    assert {"depth", "decile", "haystack"} == set(answer["meta"])
+    assert {"depth", "decile", "distance", "haystack"} == set(answer["meta"])
     assert set(answer["scores"]) == {"exact", "found", "digits"}
 
 
@@ -61,7 +65,7 @@ def test_the_same_command_goes_on(run, monkeypatch):
             yield answer
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "evaluate", interrupted)
+        patch.setattr(comparison, "evaluate", interrupted)
         code, out, err = run("--tokens", "90", "--out", "rows.jsonl")
     assert code == INTERRUPTED
     assert "the same command goes on" in err
@@ -115,7 +119,7 @@ def test_data_of_ones_own(run_own):
         (["--data", "mine.jsonl", "--task", "passkey"], "--task or --data, got both"),
         (["--data", "mine.jsonl", "--tokens", "9"], "--tokens goes with --task"),
         (["--data", "mine.jsonl", "--option", "a=1"], "--option goes with --task, got 'a=1'"),
-        (["--task", "passkey"], "--tokens must be given with --task passkey"),
+        (["--task", "passkey"], "--tokens or lengths must be given for passkey"),
         (["--data", "gone.jsonl"], "there is no file gone.jsonl"),
     ],
     ids=str,
@@ -148,7 +152,7 @@ def test_nothing_measured_is_an_error(run):
         (["--option", "colour=red"], "got colour"),
         (["--option", "digits=["], "option digits must be a YAML value, got '['"),
         (["--tokens", "3"], "tokens must be at least"),
-        (["--by", "colour"], "by must be one of depth, decile, haystack, got 'colour'"),
+        (["--by", "colour"], "by must be one of depth, decile, haystack, distance, got 'colour'"),
         (["--budget", "many"], "budget must be tokens like 512, or bytes like 3MB"),
         (["--budget", "4"], "budget of a window must be more than 4, got 4"),
     ],
@@ -158,3 +162,100 @@ def test_what_cannot_be_is_one_line(run, arguments, said):
     code, _, err = run("--tokens", "90", *arguments, methods=["window"])
     assert code == 1
     assert said in one_line(err)
+
+
+# --- a configuration ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compare(command, on_disk, text_file):
+    sizes = {name: size for name, size in SIZES.items() if name != "rank"}
+    values = {
+        "model": str(on_disk),
+        "sizes": sizes,
+        "device": "cpu",
+        "dtype": "float32",
+        "methods": ["comet", "truncate"],
+        "tasks": {"passkey": {"options": {"corpora": "text.txt"}}, "traces": {"lengths": [200]}},
+        "lengths": [60],
+        "samples": 1,
+        "max_new_tokens": 2,
+        "output": "out",
+    }
+
+    def run(*arguments, **changes):
+        Path("compare.yaml").write_text(yaml.safe_dump({**values, **changes}, sort_keys=False))
+        return command("eval", "compare.yaml", *arguments)
+
+    return run
+
+
+def test_a_file_says_what_is_compared(compare):
+    code, out, err = compare()
+    assert code == 0, err
+    assert {path.name for path in Path("out").iterdir()} >= {
+        "rows.jsonl", "results.json", "report.html"
+    }  # fmt: skip
+    assert "comet on passkey, 60 tokens: 1 text" in err
+    assert "\npasskey\n" in out
+    assert "\ntraces\n" in out
+    cells = json.loads(Path("out/results.json").read_text())["cells"]
+    assert [(c["method"], c["task"], c["texts"]) for c in cells] == [
+        (method, task, 1) for method in ("comet", "truncate") for task in ("passkey", "traces")
+    ]
+    code, _, err = compare("--set", "seed=1", "--set", "methods=[truncate]")
+    assert code == 0, err
+    assert "out/rows.jsonl also holds" in err
+    assert "answers of other settings; they are not counted here" in err
+
+
+def test_what_is_missing_is_said_at_the_end_and_by_the_exit_code(compare):
+    gone = {"task": "questions", "options": {"folder": "gone"}}
+    code, out, err = compare(tasks={"gone": gone, "traces": {"lengths": [200]}})
+    assert code == 1
+    assert "gone: " in out
+    assert "comet on traces, 200 tokens: 1 text" in err
+    assert json.loads(Path("out/results.json").read_text())["lacking"].keys() == {"gone"}
+
+
+def test_cells_beyond_the_limits_are_said(compare):
+    code, out, err = compare("--set", "limits.hours=1e-9", methods=["truncate"])
+    assert code == 0, err
+    assert "truncate on passkey, 60 tokens: skipped, would take" in out
+    assert "skipped" in Path("out/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "said"),
+    [
+        (["--task", "passkey"], {}, "--task does not go with a YAML file"),
+        (["--max-new-tokens", "3"], {}, "--max-new-tokens does not go with a YAML file"),
+        (["--device", "cpu"], {}, "--device does not go with a YAML file"),
+        ([], {"output": None}, "output of compare.yaml must be a folder; or give one with --out"),
+        ([], {"tasks": ["paskey"]}, "did you mean passkey?"),
+        (["--set", "seed"], {}, "a change must look like key=value, got 'seed'"),
+    ],
+    ids=str,
+)
+def test_what_a_configuration_cannot_be(compare, arguments, changes, said):
+    code, _, err = compare(*arguments, **changes)
+    assert code == 1
+    assert said in one_line(err)
+
+
+def test_changes_go_with_a_file(run):
+    code, _, err = run("--set", "seed=1")
+    assert code == 1
+    assert "--set goes with a YAML file, got 'seed=1'" in one_line(err)
+
+
+@pytest.mark.parametrize("name", ["comparison", "short"])
+def test_the_published_configurations_say_what_they_mean(name, monkeypatch):
+    """Tasks and methods of other packages may be missing here; fields may not be wrong."""
+    monkeypatch.setattr(TASKS, "find", str)
+    config = read_config(Path(__file__).parents[2] / "benchmarks" / f"{name}.yaml")
+    for method in config.methods:
+        config.budget_of(method)
+        for task in config.tasks:
+            for tokens in config.lengths_of(task):
+                assert config.samples_of(method, task, tokens)

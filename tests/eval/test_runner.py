@@ -1,13 +1,12 @@
 """The loop of an evaluation, its file, and what it comes to."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
 
 from cometlm.eval.report import differences, summarize
-from cometlm.eval.runner import OUT_OF_MEMORY, Answer, ResultsFile, answer_to, evaluate
+from cometlm.eval.runner import OUT_OF_MEMORY, Answer, answer_to, evaluate
 from cometlm.methods import Reader, TooLongError
 from cometlm.tasks import Question, Sample, Task
 from cometlm.tasks.base import turn_ids
@@ -114,6 +113,33 @@ def test_what_has_no_room_is_not_read(words):
     assert (early.error, late.error) == ("", "no room")
 
 
+def test_a_text_that_the_task_cannot_make_so_short_is_a_row(words):
+    class Uneven(Counting):
+        def sample(self, index, tokens):
+            if index == 1:
+                raise ValueError("tokens must be at least 50")
+            return super().sample(index, tokens)
+
+    answers = list(evaluate(Counter(words), Uneven(words), [40], 3))
+    assert [answer.index for answer in answers] == [0, 0, 1, 2, 2]
+    assert (answers[2].error, answers[2].scores) == ("tokens must be at least 50", {})
+    done = {answer.place for answer in answers}
+    assert not list(evaluate(Counter(words), Uneven(words), [40], 3, done=done))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried\nmuch"), MemoryError()])
+def test_a_text_that_takes_takes_too_much_memory_is_a_row(words, error):
+    class Greedy(Guessing):
+        def loglikelihood(self, ids):
+            raise error
+
+        def fork(self):
+            return Greedy(self.tokenizer)
+
+    (one,) = evaluate(Greedy(words), Silent(words), [600], 2)
+    assert one.error.startswith(OUT_OF_MEMORY)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried\nmuch"), MemoryError()])
 def test_what_takes_too_much_memory_ends_its_length(words, error):
     class Greedy(Counter):
@@ -167,6 +193,34 @@ def test_a_text_without_questions_is_foreseen(words):
         list(evaluate(Guessing(words), Silent(words), [1], 1))
 
 
+class Told(Counting):
+    """Questions whose evidence stands at places, and one whose answer is not said."""
+
+    def sample(self, index, tokens):
+        questions = (
+            Question("Whole?", ("x",), evidence=(range(30, 33), range(10, 12))),
+            Question("Half?", ("x",), after=20, evidence=(range(15, 16),)),
+            Question("Where?", ("x",), evidence=(range(0),)),
+        )
+        return Sample([1] * tokens, questions, {"depth": 0.3, "haystack": "ones"})
+
+
+def test_answers_say_how_far_back_their_evidence_stands(words):
+    half, whole, unsaid = evaluate(Counter(words), Told(words), [40], 1)
+    assert whole.meta == {"depth": 0.25, "decile": 2, "distance": 30, "haystack": "ones"}
+    assert half.meta == {"depth": 0.75, "decile": 7, "distance": 5, "haystack": "ones"}
+    assert unsaid.meta == {"depth": 0.3, "haystack": "ones"}  # only what the task says
+
+
+def test_a_report_groups_by_lists(words):
+    answers = [
+        dataclasses.replace(ONE, index=i, meta={"needs": needs})
+        for i, needs in enumerate([[2, 1], ["a"], [2, 1]])
+    ]
+    lines = summarize(answers, "needs")
+    assert [(line.group, line.count) for line in lines] == [(["a"], 1), ([2, 1], 2)]
+
+
 def test_a_report_groups_by_what_a_question_says_of_itself(words):
     class Labelled(Counting):
         def sample(self, index, tokens):
@@ -184,60 +238,7 @@ def test_answers_may_be_longer_if_told(words):
     assert reader.asked[0][2]["max_new_tokens"] == 99
 
 
-# --- the file -----------------------------------------------------------------------------------
-
-SETTINGS = {"task": "counting", "options": {"digits": (4, 6)}}
 ONE = Answer(10, 0, 0, "Why?", ["ü"], "x", {"exact": 0.0}, meta={"depth": 0.5})
-OTHER = dataclasses.replace(ONE, index=1)
-
-
-def test_rows_are_kept_and_found_by_their_settings(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    results = ResultsFile(path)
-    results.append(SETTINGS, ONE)
-    assert json.loads(path.read_text())["answer"]["meta"] == {"depth": 0.5}  # before it is closed
-    results.append({"task": "else"}, OTHER)
-    results.close()
-    again = ResultsFile(path)
-    assert again.answers(SETTINGS) == [ONE]
-    assert again.answers({"task": "else"}) == [OTHER]
-    assert again.answers({}) == []
-    again.append(SETTINGS, OTHER)
-    assert again.answers(SETTINGS) == [ONE, OTHER]
-    again.close()
-    assert len(path.read_text().splitlines()) == 3
-
-
-def test_a_row_that_was_cut_is_made_again(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    for answer in (ONE, OTHER):
-        results = ResultsFile(path)
-        results.append(SETTINGS, answer)
-        results.close()
-    whole = path.read_bytes()
-    for cut in range(1, whole.index(b"\n")):
-        path.write_bytes(whole[:-cut])
-        results = ResultsFile(path)
-        assert results.answers(SETTINGS) == [ONE]
-        results.append(SETTINGS, OTHER)
-        results.close()
-        assert path.read_bytes() == whole
-
-
-@pytest.mark.parametrize("line", ["hello", "{}", '{"settings": {}, "answer": {"x": 1}}', "[]"])
-def test_another_file_is_refused_and_stays(tmp_path, line):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"rows\.jsonl must hold rows of evaluations"):
-        ResultsFile(path)
-    assert path.read_text() == line + "\n"
-
-
-def test_without_a_file():
-    results = ResultsFile()
-    results.append(SETTINGS, ONE)
-    results.close()
-    assert results.answers(SETTINGS) == [ONE]
 
 
 # --- the report ---------------------------------------------------------------------------------

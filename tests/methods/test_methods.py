@@ -204,7 +204,7 @@ def test_windows_that_cannot_be(backbone, words):
 # --- loading ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"rmt", "xl"}))
 def test_methods_open_on_a_backbone_and_on_a_checkpoint(method, named, tmp_path):
     sizes = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5}
     made, words = cometlm.load(str(named), device="cpu", dtype=torch.float32, **sizes)

@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cometlm.tasks import make_task
-from cometlm.tasks.behaviour import ASKED, KINDS, LINES, Behaviour
+from cometlm.tasks.behaviour import Behaviour
+from cometlm.tasks.names import PEOPLE
+from cometlm.tasks.shop import ASKED, LINES
 from tests.tasks.shared import decoded
 from tests.tiny import examples, refused
 
+KINDS = ("first", "last", "count", "favourite", "returned", "instead")
 BUY = {
     "train": re.compile(r"\d\d:\d\d (\w+) bought the (.+) for \d+ pounds"),
     "test": re.compile(r"customer (\w+): purchase, (.+), \d+\.00 EUR"),
@@ -75,6 +78,12 @@ def test_what_was_taken_instead_follows_what_was_removed(words):
     assert question.answers[1] in bought
 
 
+def test_each_question_is_of_another_customer_or_kind(words):
+    questions = Behaviour(words, questions=72).sample(0, 3000).questions
+    asked = [(asked_of(question, PEOPLE["test"]), question.meta["kind"]) for question in questions]
+    assert len(set(asked)) == len(asked) > 10
+
+
 def test_kinds_are_those_wanted(words):
     task = Behaviour(words, kinds=("count", "returned"), questions=10)
     kinds = {q.meta["kind"] for index in range(5) for q in task.sample(index, 2000).questions}
@@ -91,6 +100,10 @@ def test_train_and_test_share_no_sentence():
 def test_bad_input(words):
     with refused("kinds must be of first, last, count, favourite, returned, instead, got 'most'"):
         make_task("behaviour", words, kinds="most")
+    with refused("data must be one of shop, purchases, ratings, clicks, got 'novels'"):
+        make_task("behaviour", words, data="novels")
+    with refused("folder must come with a log that was kept, got here for shop"):
+        make_task("behaviour", words, folder="here")
     with refused("customers must be one or two numbers in 1 … 12"):
         make_task("behaviour", words, customers=13)
     with pytest.raises(ValueError, match=r"tokens must be at least \d+, got 5"):

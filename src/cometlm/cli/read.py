@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import stat
 import sys
 import time
@@ -30,7 +31,7 @@ from cometlm.parallel.mesh import join_job
 from cometlm.parallel.reading import SharedSession
 from cometlm.session.file import check_target
 from cometlm.session.session import Session
-from cometlm.session.text_file import UTF8, check_encoding, read_blocks
+from cometlm.text_file import UTF8, check_encoding, read_blocks
 
 _SAVE_EVERY = 300  # seconds
 _SAVE_EVERY_BLOCKS = 500  # where ranks have to agree
@@ -183,7 +184,7 @@ def _read_all(reader: Session, texts: Texts, special: bool, save: Path | None) -
     """
     keeper = _Keeper(reader, save)
     progress = ReadingProgress(texts.size, reader.stats().tokens)
-    with progress, InterruptLater(_say) as interrupt:
+    with progress, InterruptLater(say) as interrupt:
         try:
             blocks = reader.unread(texts.blocks(interrupt), name=texts.name)
             counted = keeper.passing(progress.counting(blocks))
@@ -194,7 +195,7 @@ def _read_all(reader: Session, texts: Texts, special: bool, save: Path | None) -
                     break
                 keeper.keep_if_due()
         except KeyboardInterrupt:
-            interrupt.asked = interrupt.asked or 2
+            interrupt.asked = interrupt.asked or signal.SIGINT
         finally:
             with contextlib.suppress(OSError):  # a terminal that is closed
                 progress.stop()
@@ -205,7 +206,8 @@ def _read_all(reader: Session, texts: Texts, special: bool, save: Path | None) -
     return interrupt.exit_code if interrupt.asked else 0
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line for a person, on standard error."""
     err.print(line, highlight=False)
 
 

@@ -14,7 +14,7 @@ import select
 import sys
 from pathlib import Path
 
-from cometlm.session.text_file import read_blocks
+from cometlm.text_file import read_blocks
 
 _PASTED = 0.05  # seconds in which the next line of what is pasted comes
 _SIMILAR = "cometlm.similar"

@@ -93,8 +93,14 @@ class GlobalMemory(nn.Module):
         candidate: Tensor = self.norm(readout)
         if state is None or self.gate is None:
             return candidate
-        keep = torch.sigmoid(F.linear(torch.cat([candidate, state], dim=-1), self.gate))
+        keep = self.share_kept(state, candidate)
         return keep * state + (1 - keep) * candidate
+
+    def share_kept(self, state: Tensor, candidate: Tensor) -> Tensor:
+        """The gate [B, M, 1]: the share of the old state [B, M, D] that stays; 0 without gates."""
+        if self.gate is None:
+            return state.new_zeros(*state.shape[:-1], 1)
+        return torch.sigmoid(F.linear(torch.cat([candidate, state], dim=-1), self.gate))
 
     def forward(self, state: Tensor) -> Tensor:
         """Slots G [B, M, D] that the next chunk sees."""

@@ -175,7 +175,16 @@ _OURS: dict[str, Corpus] = {
         "six novels by Jane Austen, 1M tokens, two of them held out",
         held_out=("northanger_abbey.txt", "persuasion.txt"),
     ),
-    "perl": DebianCorpus("perl", ("perl-doc",), _write_perl, "Perl's manual, 2M tokens"),
+    "perl": DebianCorpus(
+        "perl",
+        ("perl-doc",),
+        _write_perl,
+        "Perl's manual, 2M tokens, some pages of it held out",
+        held_out=(
+            *("perlfaq5.pod", "perlfaq6.pod", "perlfaq8.pod", "perlfunc.pod", "perlipc.pod"),
+            *("perlopentut.pod", "perlre.pod", "perlrequick.pod", "perlretut.pod"),
+        ),
+    ),
     "python": StandardLibrary(),
     "transformers": PackageSources(
         "transformers", "the sources of transformers, program text that is here already"

@@ -7,12 +7,14 @@ messages, or plain `text`. CoMeT's published data is read too: JSON lines of `un
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cometlm.extras import TRAIN, lacks
+from cometlm.text_file import read_blocks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,18 +86,24 @@ def read_json_file(path: Path) -> Iterator[tuple[str, Any]]:
         ValueError: text that is not JSON or not UTF-8; says where.
         OSError: the file cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+    yield from json_rows(path.read_bytes(), str(path))
+
+
+def json_rows(raw: bytes, path: str) -> Iterator[tuple[str, Any]]:
+    """The same of what a file holds.
+
+    Raises:
+        ValueError: as `read_json_file`.
+    """
+    text = "".join(read_blocks(io.BytesIO(raw), path))
     if text.lstrip().startswith("["):
-        for i, record in enumerate(_parsed(text, str(path), 0)):
+        for i, record in enumerate(_parsed(text, path, 0)):
             yield f"{path} record {i + 1}", record
         return
     # Not splitlines: what it takes for the end of a line may stand in a JSON string.
     for i, line in enumerate(text.split("\n")):
         if line.strip():
-            yield f"{path} line {i + 1}", _parsed(line, str(path), i)
+            yield f"{path} line {i + 1}", _parsed(line, path, i)
 
 
 def _parsed(text: str, path: str, before: int) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 Z = 1.96  # standard deviations that hold 95%
+_NO_WIDTH = 1e-12
 NATS = "nats"  # the one figure that is not between 0 and 1
 
 
@@ -25,7 +26,11 @@ def interval(hits: int, total: int, z: float = Z) -> tuple[float, float]:
     """
     if total < 1:
         raise ValueError(f"total must be at least 1, got {total}")
-    share, square = hits / total, z * z / total
+    return _wilson(hits / total, total, z)
+
+
+def _wilson(share: float, total: int, z: float = Z) -> tuple[float, float]:
+    square = z * z / total
     middle = share + square / 2
     spread = z * math.sqrt(share * (1 - share) / total + square / (4 * total))
     low, high = ((middle + sign * spread) / (1 + square) for sign in (-1, 1))
@@ -37,8 +42,9 @@ def mean_interval(
 ) -> tuple[float, float, float]:
     """The mean of figures between 0 and `most`, and the interval of it that holds 95%.
 
-    Wilson's where each text has one figure and these are 0 or 1, and where all figures are 0 or all
-    are 1; a bootstrap of texts elsewhere; of one text it is 0 … `most`.
+    Wilson's where each text has one figure and these are 0 or 1, and where a bootstrap would have
+    no width, since all texts have the same mean; a bootstrap of texts elsewhere; of one text,
+    unless it has only hits or only misses, it is 0 … `most`.
 
     Args:
         texts: the figures of each text, at least one.
@@ -59,6 +65,8 @@ def mean_interval(
     if len(texts) == 1:
         return mean, 0.0, most
     low, high = bootstrap(texts)
+    if most == 1 and high - low < _NO_WIDTH:
+        low, high = _wilson(mean, len(texts))
     return mean, min(low, mean), max(high, mean)  # rounding aside
 
 

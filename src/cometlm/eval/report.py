@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ class Line:
         scores: mean, low and high of each score.
         nbytes: most bytes held.
         peak_bytes: most bytes in use; None where nothing says.
-        seconds: mean of reading and answering together.
+        read_seconds, answer_seconds: means, of a question.
         error: what was said of those that the method could not answer, "" if there are none.
         num_errors: how many these are; they are not in `count`.
     """
@@ -34,9 +35,15 @@ class Line:
     scores: dict[str, tuple[float, float, float]]
     nbytes: int
     peak_bytes: int | None
-    seconds: float
+    read_seconds: float
+    answer_seconds: float
     error: str
     num_errors: int
+
+    @property
+    def seconds(self) -> float:
+        """Mean of reading and answering together."""
+        return self.read_seconds + self.answer_seconds
 
 
 @dataclass(frozen=True)
@@ -99,15 +106,16 @@ def differences(
 
 def _grouped(answers: Iterable[Answer], by: str | None) -> list[tuple[int, Any, list[Answer]]]:
     """Answers by the length of their contexts and a field of `meta`."""
-    groups: dict[tuple[int, Any], list[Answer]] = {}
+    groups: dict[tuple[int, str], tuple[Any, list[Answer]]] = {}
     for answer in answers:
         if by is not None and by not in answer.meta:
             known = ", ".join(answer.meta) or "nothing"
             raise ValueError(f"by must be one of {known}, got {by!r}")
         value = None if by is None else answer.meta[by]
-        groups.setdefault((answer.tokens, value), []).append(answer)
-    ordered = sorted(groups.items(), key=lambda item: (item[0][0], _sortable(item[0][1])))
-    return [(tokens, value, own) for (tokens, value), own in ordered]
+        key = answer.tokens, json.dumps(value, sort_keys=True)  # lists cannot be keys
+        groups.setdefault(key, (value, []))[1].append(answer)
+    found = [(tokens, value, own) for (tokens, _), (value, own) in groups.items()]
+    return sorted(found, key=lambda one: (one[0], _sortable(one[1])))
 
 
 def _of_texts(values: Iterable[tuple[int, float]]) -> list[list[float]]:
@@ -130,7 +138,6 @@ def _line(tokens: int, group: Any, answers: list[Answer]) -> Line:
         for name in names
     }
     peaks = [answer.peak_bytes for answer in answered if answer.peak_bytes is not None]
-    seconds = [answer.read_seconds + answer.answer_seconds for answer in answered]
     return Line(
         tokens=tokens,
         group=group,
@@ -138,10 +145,16 @@ def _line(tokens: int, group: Any, answers: list[Answer]) -> Line:
         scores=scores,
         nbytes=max((answer.nbytes for answer in answered), default=0),
         peak_bytes=max(peaks, default=None),
-        seconds=statistics.fmean(seconds) if seconds else 0.0,
+        read_seconds=_mean(answer.read_seconds for answer in answered),
+        answer_seconds=_mean(answer.answer_seconds for answer in answered),
         error=errors[0] if errors else "",
         num_errors=len(errors),
     )
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return statistics.fmean(found) if found else 0.0
 
 
 def _sortable(value: Any) -> tuple[str, float, str]:

@@ -1,17 +1,16 @@
-"""The loop of an evaluation: a reader reads each sample and is asked; every answer is a row.
+"""The loop of an evaluation: a reader reads each sample of a task and is asked.
 
-Rows go to a JSON Lines file as they are done. A run that finds its own rows there makes only those
-that are missing, so the same command goes on where it was stopped.
+Every answer says, beside its scores, what was held, how long it took, and in `meta` how far back
+stands what it needs: `distance` (tokens from the beginning of its evidence to the question),
+`depth` (0 is the start of what was read, 1 its end) and `decile`, the tenth that the depth lies in.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from cometlm.device import peak_memory, reset_peak_memory
 from cometlm.eval.metrics import NATS
 from cometlm.methods.base import Reader, TooLongError
 from cometlm.tasks.base import Question, Sample, Task, turn_ids
+from cometlm.tasks.story import DECILES
 
 OUT_OF_MEMORY = "out of memory"  # what an answer's error begins with, where there was too little
 _SPARE = 16  # tokens that an answer may be longer than what it should be
@@ -81,8 +81,9 @@ def evaluate(
 ) -> Iterator[Answer]:
     """Each answer as it is given.
 
-    What a method has no room for, or the machine no memory, is an answer with an error; of the
-    first it is known before anything is read; after the second no more texts of that length are.
+    What a method has no room for, the machine no memory, or the task no text of that length, is an
+    answer with an error. The first is known before anything is read; after the second no more texts
+    of that length are.
 
     Args:
         empty: a reader that has read nothing; it stays so.
@@ -96,53 +97,100 @@ def evaluate(
     A sample without questions is one row: how well its text is foreseen (`nats` per token).
 
     Raises:
-        ValueError: a bound of the task's; a tokenizer without a chat template.
+        ValueError: a text of less than two tokens, to be foreseen; a tokenizer without a chat
+            template.
         OSError: as the task raises.
     """
     for length in dict.fromkeys(tokens):
         for index in range(samples):
-            sample = task.sample(index, length)
-            if not sample.questions:
-                if (length, index, 0) not in done:
-                    yield _foreseen(empty.fork(), sample, length, index)
+            try:
+                sample = task.sample(index, length)
+            except ValueError as error:  # what has to stand in this text is longer
+                if not any(place[:2] == (length, index) for place in done):
+                    yield Answer(length, index, 0, "", [], error=str(error))
                 continue
-            numbers = range(len(sample.questions))
+            numbers = range(max(1, len(sample.questions)))
             missing = [n for n in numbers if (length, index, n) not in done]
-            missing.sort(key=lambda n: _place_of(sample, sample.questions[n]))
-            if missing and device is not None:
-                reset_peak_memory(device)
-            fork = empty.fork()
             lacks_memory = False
-            for answer in _asked(fork, task, sample, length, index, missing, max_new_tokens):
-                peak = None if device is None else peak_memory(device)
-                yield replace(answer, peak_bytes=peak)
-                lacks_memory = answer.error.startswith(OUT_OF_MEMORY)
+            if missing:
+                known: dict[str, Any] = {"tokens": length, "index": index}
+                wanted = answers_to(
+                    empty.fork(),
+                    task,
+                    sample,
+                    missing,
+                    max_new_tokens=max_new_tokens,
+                    device=device,
+                )
+                for answer in wanted:
+                    yield replace(answer, **known)
+                    lacks_memory = answer.error.startswith(OUT_OF_MEMORY)
             if lacks_memory:
                 break
 
 
-def _place_of(sample: Sample, question: Question) -> int:
+def answers_to(
+    reader: Reader,
+    task: Task,
+    sample: Sample,
+    numbers: Sequence[int] | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    device: torch.device | None = None,
+) -> Iterator[Answer]:
+    """Answers to some questions about one sample, in the order of their places; or its one row.
+
+    Args:
+        reader: has read nothing; it reads the sample.
+        numbers: of the questions; all of them if None.
+        max_new_tokens, device: see `evaluate`.
+    """
+    if device is not None:
+        reset_peak_memory(device)
+    if sample.questions:
+        chosen = list(range(len(sample.questions)) if numbers is None else numbers)
+        chosen.sort(key=lambda n: place_of(sample, sample.questions[n]))
+        answers = _asked(reader, task, sample, chosen, max_new_tokens)
+    else:
+        answers = iter([_foreseen(reader, sample)])
+    for answer in answers:
+        yield replace(answer, peak_bytes=None if device is None else peak_memory(device))
+
+
+def place_of(sample: Sample, question: Question) -> int:
     """Tokens of the context that are read before a question."""
     return len(sample.context) if question.after is None else question.after
+
+
+def whereabouts(sample: Sample, question: Question) -> dict[str, Any]:
+    """Where the evidence of a question stands, as `meta` has it; nothing where nothing says.
+
+    Of several pieces of evidence it is the first one's beginning: all of them are needed.
+    """
+    place = place_of(sample, question)
+    begins = [where.start for where in question.evidence if len(where)]
+    if not begins or place < 1:
+        return {}
+    begin = min(*begins, place)
+    depth = begin / place
+    decile = min(DECILES - 1, int(depth * DECILES))
+    return {"depth": depth, "decile": decile, "distance": place - begin}
 
 
 def _asked(
     reader: Reader,
     task: Task,
     sample: Sample,
-    tokens: int,
-    index: int,
     numbers: Sequence[int],
     max_new_tokens: int | None,
 ) -> Iterator[Answer]:
-    """Answers to some questions about one sample, in the order of their places."""
+    """Answers to some questions about one sample, whose places do not decrease."""
     read, seconds = 0, 0.0
     for number in numbers:
         question = sample.questions[number]
-        place = _place_of(sample, question)
-        known: dict[str, Any] = {"question": question.text, "answers": list(question.answers)}
-        known |= {"tokens": tokens, "index": index, "number": number}
-        known["meta"] = {**sample.meta, **question.meta}
+        place = place_of(sample, question)
+        meta = {**sample.meta, **question.meta, **whereabouts(sample, question)}
+        unsaid = Answer(0, 0, number, question.text, list(question.answers), meta=meta)
         asked = _Asked.of(reader.tokenizer, question, max_new_tokens)
         start = time.perf_counter()
         try:
@@ -155,34 +203,32 @@ def _asked(
             took = time.perf_counter() - start
             nbytes = reader.nbytes  # some methods build now what they hold, and have built it here
         except TooLongError as error:
-            yield Answer(**known, error=str(error))
+            yield replace(unsaid, error=str(error))
             continue
         except (torch.OutOfMemoryError, MemoryError) as error:
-            why = " ".join(str(error).split())
-            yield Answer(**known, error=f"{OUT_OF_MEMORY}: {why}" if why else OUT_OF_MEMORY)
+            yield replace(unsaid, error=_out_of_memory(error))
             return  # some of the text may have been read, and the rest takes no less
-        scores = task.score(question, said)
-        yield Answer(
-            **known,
+        yield replace(
+            unsaid,
             said=said,
-            scores=scores,
+            scores=task.score(question, said),
             nbytes=nbytes,
             read_seconds=seconds,
             answer_seconds=took,
         )
 
 
-def _foreseen(reader: Reader, sample: Sample, tokens: int, index: int) -> Answer:
+def _foreseen(reader: Reader, sample: Sample) -> Answer:
     """Mean nats per token of a text, each token after all that stand before it.
 
     The first token follows nothing, so it is only read.
     """
     context = sample.context
-    known: dict[str, Any] = {"tokens": tokens, "index": index, "number": 0}
-    known |= {"question": "", "answers": [], "meta": dict(sample.meta)}
+    unsaid = Answer(0, 0, 0, "", [], meta=dict(sample.meta))
     start = time.perf_counter()
     found: list[float] = []
     try:
+        reader.check_room(len(context))
         reader.read(context[:1])
         for begin in range(1, len(context), _PIECE):
             piece = context[begin : begin + _PIECE]
@@ -190,15 +236,22 @@ def _foreseen(reader: Reader, sample: Sample, tokens: int, index: int) -> Answer
             reader.read(piece)
         nbytes = reader.nbytes
     except TooLongError as error:
-        return Answer(**known, error=str(error))
+        return replace(unsaid, error=str(error))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return replace(unsaid, error=_out_of_memory(error))
     if not found:
         raise ValueError(f"tokens of a text must be at least 2, got {len(context)}")
-    return Answer(
-        **known,
+    return replace(
+        unsaid,
         scores={NATS: -sum(found) / len(found)},
         nbytes=nbytes,
         read_seconds=time.perf_counter() - start,
     )
+
+
+def _out_of_memory(error: Exception) -> str:
+    why = " ".join(str(error).split())
+    return f"{OUT_OF_MEMORY}: {why}" if why else OUT_OF_MEMORY
 
 
 def answer_to(reader: Reader, question: Question, max_new_tokens: int | None = None) -> str:
@@ -246,73 +299,3 @@ class _Asked:
         ends = sorted({self.end, tokenizer.eos_token_id} - {None})
         said = reader.answer(self.ids, max_new_tokens=self.max_new_tokens, eos_token_id=ends)
         return said.removesuffix(tokenizer.decode([self.end])).strip()
-
-
-class ResultsFile:
-    """Rows of evaluations, of one run or of several; each is settings of its run and an answer.
-
-    Args:
-        path: a JSON Lines file, made if it is missing; None keeps the rows in this process.
-
-    Raises:
-        ValueError: the file holds something else.
-        OSError: it cannot be read or written.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self._rows: list[dict[str, Any]] = []
-        self._file: IO[bytes] | None = None
-        if path is not None:
-            self._file = path.open("a+b")
-            self._read(path)
-
-    def answers(self, settings: Mapping[str, Any]) -> list[Answer]:
-        """Those of the run with these settings."""
-        wanted = _plain(settings)
-        found = [row["answer"] for row in self._rows if row["settings"] == wanted]
-        return [Answer(**answer) for answer in found]
-
-    def append(self, settings: Mapping[str, Any], answer: Answer) -> None:
-        """Keep an answer, on disk before this returns.
-
-        Args:
-            settings: whatever the answer depends on, as JSON has it.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        row = {"settings": _plain(settings), "answer": _plain(asdict(answer))}
-        self._rows.append(row)
-        if self._file is not None:
-            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-    def _read(self, path: Path) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        end = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break  # a process was killed while it wrote
-            try:
-                row = json.loads(line)
-                Answer(**row["answer"])
-                row["settings"].items()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{path} must hold rows of evaluations, got {line[:60]!r}"
-                ) from error
-            self._rows.append(row)
-            end += len(line)
-        self._file.truncate(end)
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as they are read back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(values))
-    return plain

@@ -7,9 +7,11 @@ from cometlm.methods.comet import Comet
 from cometlm.methods.full import Full
 from cometlm.methods.loader import Loader
 from cometlm.methods.retrieve import Retrieve
+from cometlm.methods.rmt import Rmt
 from cometlm.methods.summary import Summary
 from cometlm.methods.truncate import Truncate
 from cometlm.methods.window import Window
+from cometlm.methods.xl import Xl
 from cometlm.registry import Registry
 
 METHODS: Registry[type[Method]] = Registry(
@@ -19,9 +21,11 @@ METHODS: Registry[type[Method]] = Registry(
         "comet": Comet,
         "full": Full,
         "retrieve": Retrieve,
+        "rmt": Rmt,
         "summary": Summary,
         "truncate": Truncate,
         "window": Window,
+        "xl": Xl,
     },
 )
 

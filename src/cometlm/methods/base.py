@@ -14,6 +14,8 @@ methods obey it as far as they can; each one's docstring says what it counts. No
 - `comet` counts its memory. Its open chunk is run again for each question, and the keys and values
   of that are not counted; nor are those of a piece of text that `window` reads, or of the prompts
   by which `summary` rewrites: the peak of a process shows them.
+- `rmt` and `xl` count as `comet` does. `xl` holds tokens, so a budget in tokens is its capacity;
+  the open chunk comes on top.
 - `comet` has a trained memory's capacity changed to what fits, also beyond what it was trained at.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,42 @@ class Comet(Method):
         else:
             model = loader.with_memory()
         return CometReader(Session(model, loader.tokenizer))
+
+
+def check_trained(loader: Loader, method: str, **switches: bool | int) -> None:
+    """Refuse a memory that was not trained as a method's, or is not read as it was.
+
+    An untrained memory finds nothing, and one that was trained otherwise has learned to write what
+    the method would not read: neither says what the method can do.
+
+    Args:
+        method: its name.
+        switches: fields of `CometConfig` that make the method.
+
+    Raises:
+        ValueError: names the method, the switches and what the model has.
+    """
+    source = loader.source
+    wanted = _listed(switches)
+    where = 'docs/evaluation.md, "Trained rivals", says how to train one'
+    trained, read = source.memory_config(), source.memory_config(**loader.sizes)
+    if trained is None or read is None:
+        raise ValueError(
+            f"{method} needs a memory that was trained with {wanted}, and {source.name} would have "
+            f"an untrained one; {where}"
+        )
+    for config, verb in ((trained, "was trained"), (read, "would be read")):
+        own = config.comet_config
+        if any(getattr(own, name) != value for name, value in switches.items()):
+            found = _listed({name: getattr(own, name) for name in switches})
+            raise ValueError(
+                f"{method} needs a memory that was trained with {wanted}; that of {source.name} "
+                f"{verb} with {found}; {where}"
+            )
+
+
+def _listed(switches: Mapping[str, bool | int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in switches.items())
 
 
 def _within(loader: Loader, nbytes: int) -> CometForCausalLM:

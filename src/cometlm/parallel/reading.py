@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -101,7 +101,7 @@ class SharedSession(Session):
         self._right.flush()
         return tuple(states)
 
-    def fork(self, *, without: Collection[str] = ()) -> Session:
+    def fork(self, *, without: Collection[str] = ()) -> Self:
         """See `Session.fork`."""
         self.gather()
         return super().fork(without=without)

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,9 +38,9 @@ from cometlm.session.options import generation_options, stop_ids, template_varia
 from cometlm.session.place import Place
 from cometlm.session.plain_text import PlainText
 from cometlm.session.sources import Source, pieces
-from cometlm.session.text_file import UTF8
 from cometlm.session.text_stream import streamed
 from cometlm.session.token_stream import TokenStream
+from cometlm.text_file import UTF8
 
 _ANSWER_SHARE = 8  # a question has room for an eighth of a chunk behind it
 
@@ -228,22 +228,11 @@ class Session:
                 refuses or drops, an option that `generate` does not know or that makes more than
                 one answer.
         """
-        if template is None:
-            template = bool(getattr(self.tokenizer, "chat_template", None))
-        fork = self.fork()
-        if template:
-            chat, generation = self._chat_options(special, tools, chat_template_kwargs, generation)
-            turn = fork._turn(_with_system(prompt, system), chat, answered=False)
-            fork.ask_in_one_chunk(turn.opening_ids)
-        else:
-            for name, given in (("system", system), ("tools", tools)):
-                if given is not None:
-                    raise ValueError(f"{name} needs a chat template, got template=False")
-            if not isinstance(prompt, str):
-                raise ValueError(f"the prompt must be text, got {type(prompt).__name__}")
-            fork.read(prompt, special=special)
-        answer = fork._written([], generation, stream)
-        return answer if stream else "".join(answer)
+        named, options = template_variables(self.tokenizer, generation)
+        chat = ChatOptions(tools, {**named, **(chat_template_kwargs or {})}, special)
+        fork = self._asked(_with_system(prompt, system), template, chat)
+        pieces = fork._written([], options, stream)
+        return pieces if stream else "".join(pieces)
 
     def chat(
         self,
@@ -266,8 +255,9 @@ class Session:
             ValueError: as `ask`; also a tokenizer without a chat template.
             RuntimeError: another answer is being written.
         """
-        options, generation = self._chat_options(special, tools, chat_template_kwargs, generation)
-        answer = self._chatting(_with_system(message, system), options, generation, stream)
+        named, rest = template_variables(self.tokenizer, generation)
+        options = ChatOptions(tools, {**named, **(chat_template_kwargs or {})}, special)
+        answer = self._chatting(_with_system(message, system), options, rest, stream)
         return answer if stream else "".join(answer)
 
     @torch.no_grad()
@@ -310,7 +300,7 @@ class Session:
             fork.read(piece)
         return found
 
-    def fork(self, *, without: Collection[str] = ()) -> Session:
+    def fork(self, *, without: Collection[str] = ()) -> Self:
         """A session that goes its own way from here; nothing is copied but the open chunk's ids.
 
         Args:
@@ -352,7 +342,7 @@ class Session:
         session_file.save(path, kept, self.model)
 
     @classmethod
-    def load(cls, path: str | Path, model: CometForCausalLM, tokenizer: Any = None) -> Session:
+    def load(cls, path: str | Path, model: CometForCausalLM, tokenizer: Any = None) -> Self:
         """Go on from a saved session.
 
         Raises:
@@ -448,6 +438,25 @@ class Session:
         again = overlap * (cache.chunks_folded - 1)
         return SessionStats(cache.tokens_read - again, cache.chunks_folded, cache.nbytes)
 
+    def _asked(
+        self,
+        prompt: str | Sequence[Message],
+        template: bool | None = None,
+        options: ChatOptions = PLAIN,
+    ) -> Self:
+        """A fork that has read a prompt; see `ask`."""
+        if template is None:
+            template = bool(getattr(self.tokenizer, "chat_template", None))
+        fork = self.fork()
+        if template:
+            fork.ask_in_one_chunk(fork._turn(prompt, options, answered=False).opening_ids)
+            return fork
+        if options.tools or not isinstance(prompt, str):
+            what = "tools" if options.tools else f"a {type(prompt).__name__} as prompt"
+            raise ValueError(f"without a chat template the prompt must be text alone, got {what}")
+        fork.read(prompt, special=options.special)
+        return fork
+
     def _chatting(
         self,
         message: str | Sequence[Message],
@@ -516,17 +525,6 @@ class Session:
     ) -> Turn:
         first, began = self._turns == 0, self.stats().tokens > 0
         return render_turn(self.tokenizer, prompt, first, began, options, answered)
-
-    def _chat_options(
-        self,
-        special: bool,
-        tools: Sequence[Any] | None,
-        variables: Mapping[str, Any] | None,
-        generation: dict[str, Any],
-    ) -> tuple[ChatOptions, dict[str, Any]]:
-        """What is for the chat template, and what is for `generate`."""
-        named, rest = template_variables(self.tokenizer, generation)
-        return ChatOptions(tools, {**named, **(variables or {})}, special), rest
 
     def _text_stream(self) -> TokenStream:
         if self._stream is None:

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from cometlm.session.text_file import UTF8, cut_blocks, read_blocks
+from cometlm.text_file import UTF8, cut_blocks, read_blocks
 
 Ids = Sequence[int] | Tensor
 Plain = str | bytes | os.PathLike[str] | IO[str] | IO[bytes] | Ids | Mapping[str, Any]

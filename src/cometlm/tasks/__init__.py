@@ -9,11 +9,14 @@ from cometlm.registry import Registry
 from cometlm.tasks.base import Question, Sample, Split, Task
 from cometlm.tasks.behaviour import Behaviour
 from cometlm.tasks.continuation import Continuation
+from cometlm.tasks.documents import Documents
 from cometlm.tasks.facts import Facts
 from cometlm.tasks.keys import Keys
+from cometlm.tasks.lcr import LongReasoning
 from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
 from cometlm.tasks.questions import Questions
+from cometlm.tasks.scrolls import Scrolls
 from cometlm.tasks.traces import Traces
 from cometlm.tasks.tracking import Tracking
 
@@ -25,6 +28,9 @@ _OURS: dict[str, type[Task]] = {
     "behaviour": Behaviour,
     "traces": Traces,
     "questions": Questions,
+    "documents": Documents,
+    "scrolls": Scrolls,
+    "lcr": LongReasoning,
     "continue": Continuation,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)

@@ -14,28 +14,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cometlm.data.records import read_json_file
-from cometlm.tasks.base import Question, Sample, Split, Task
+from cometlm.tasks.base import Question, Split
 from cometlm.tasks.scoring import exact, f1, found
+from cometlm.tasks.texts import Text, TextsTask
 
 _FIELDS = ("context", "context_file", "question", "answer")
 _SHOWN = 5
 
 
-@dataclass
-class _Text:
-    """A context and what is asked about it."""
-
-    context: str
-    meta: dict[str, Any]
-    questions: list[Question] = field(default_factory=list)
-
-
-class Own(Task):
+class Own(TextsTask):
     """Samples as they stand in a file; their lengths are their own.
 
     Args:
@@ -53,31 +44,13 @@ class Own(Task):
     def __init__(
         self, tokenizer: Any, *, path: str | Path, split: Split = "test", seed: int = 0
     ) -> None:
-        super().__init__(tokenizer, split=split, seed=seed)
         texts = _texts(Path(path))
         kept = [
             (text.context, text.meta, [(one.text, one.answers) for one in text.questions])
             for text in texts
         ]
         self.digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:32]
-        self._samples = [
-            Sample(self.encode(text.context), tuple(text.questions), text.meta) for text in texts
-        ]
-        self.num_samples = len(self._samples)
-        self.longest = max(len(sample.context) for sample in self._samples)
-
-    def sample(self, index: int, tokens: int) -> Sample:
-        """See `Task.sample`; a text is not cut.
-
-        Raises:
-            ValueError: the text has more tokens; there is no such sample.
-        """
-        if not 0 <= index < len(self._samples):
-            raise ValueError(f"index must lie in 0 … {len(self._samples) - 1}, got {index}")
-        sample = self._samples[index]
-        if len(sample.context) > tokens:
-            raise ValueError(f"tokens must be at least {len(sample.context)}, got {tokens}")
-        return sample
+        super().__init__(tokenizer, texts, split=split, seed=seed)
 
     def score(self, question: Question, said: str) -> dict[str, float]:
         """How good an answer is.
@@ -93,7 +66,7 @@ class Own(Task):
         }
 
 
-def _texts(path: Path) -> list[_Text]:
+def _texts(path: Path) -> list[Text]:
     """What a file holds, by context, in the order in which the contexts come."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
@@ -132,14 +105,15 @@ def _texts(path: Path) -> list[_Text]:
         return contexts[row["context_file"]] if "context_file" in row else str(row["context"])
 
     refuse(lambda row: not context_of(row).strip(), "have an empty context")
-    texts: dict[tuple[str, str], _Text] = {}
+    texts: dict[tuple[str, str], tuple[dict[str, Any], list[Question]]] = {}
     for _, row in rows:
         more = {key: value for key, value in row.items() if key not in _FIELDS}
         meta = {key: value for key, value in more.items() if isinstance(value, str | int | float)}
-        text = _Text(context_of(row), meta)
-        text = texts.setdefault((text.context, json.dumps(meta, sort_keys=True)), text)
-        text.questions.append(Question(row["question"], _answers(row)))
-    return list(texts.values())
+        key = (context_of(row), json.dumps(meta, sort_keys=True))
+        texts.setdefault(key, (meta, []))[1].append(Question(row["question"], _answers(row)))
+    return [
+        Text(context, tuple(questions), meta) for (context, _), (meta, questions) in texts.items()
+    ]
 
 
 def _is_no_unicode(row: dict[str, Any]) -> bool:

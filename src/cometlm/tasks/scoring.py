@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+from cometlm.extras import EVAL, lacks
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 # How one may say that a text does not answer; the first is taught.
 NOT_SAID = (
@@ -67,6 +75,45 @@ def f1_of_words(ours: list[str], theirs: list[str]) -> float:
         return float(ours == theirs)
     shared = (Counter(ours) & Counter(theirs)).total()
     return 2 * shared / (len(ours) + len(theirs))
+
+
+def normalized(answer: str) -> str:
+    """An answer as the official scorers of SQuAD and its followers compare it.
+
+    No case, no punctuation, no articles, single spaces.
+    """
+    text = "".join(sign for sign in answer.lower() if sign not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def check_rouge() -> None:
+    """Say before anything is read that ROUGE cannot be computed.
+
+    Raises:
+        ImportError: `rouge-score` is not installed.
+    """
+    if message := lacks("ROUGE", ["rouge_score"], EVAL):
+        raise ImportError(message, name="rouge_score")
+
+
+def rouge(said: str, answers: Iterable[str]) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L: the F-measures of `rouge-score`, 0 … 1, words as they are.
+
+    Each is of the answer where it is best.
+
+    Raises:
+        ImportError: `rouge-score` is not installed.
+    """
+    found = [_rouge_scorer().score(answer, said) for answer in answers]
+    return {name: max((one[name].fmeasure for one in found), default=0.0) for name in ROUGE}
+
+
+@cache
+def _rouge_scorer() -> Any:
+    check_rouge()
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(ROUGE), use_stemmer=False)
 
 
 def _plain(text: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-import yaml
-
+from cometlm.fields import build, read_fields
 from cometlm.train.config import TrainConfig
+
+_PATHS = ("model", "output", "records", "evaluate")  # fields in which ~ is a home
 
 
 def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
@@ -21,30 +20,11 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
         ValueError: no YAML, an unknown field, a value of another type, an impossible one.
         OSError: the file cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold fields of a training run, got {type(values).__name__}")
-    values = _unshared(values)
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ValueError(f"a change must look like key=value, got {change!r}")
-        try:
-            _set(values, name.strip().split("."), yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of {change!r} is not YAML: {error}") from error
+    values = read_fields(path, changes)
+    for name in _PATHS:
+        if isinstance(values.get(name), str):
+            values[name] = os.path.expanduser(values[name])
     return config_of(values)
-
-
-def _unshared(values: Any) -> Any:
-    """A copy in which what an anchor names stands in each of its places."""
-    if isinstance(values, dict):
-        return {name: _unshared(value) for name, value in values.items()}
-    return [_unshared(value) for value in values] if isinstance(values, list) else values
 
 
 def config_of(values: Mapping[str, Any]) -> TrainConfig:
@@ -53,91 +33,4 @@ def config_of(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError: as `read_config`.
     """
-    config: TrainConfig = _build(TrainConfig, values, "")
-    return config
-
-
-def _set(values: Any, path: list[str], value: Any) -> None:
-    *way, last = path
-    for i, name in enumerate(way):
-        if isinstance(values, list):
-            values = values[_index(name, values)]
-        else:
-            values = values.setdefault(name, {})
-        if not isinstance(values, (dict, list)):
-            above = ".".join(path[: i + 1])
-            raise ValueError(f"{'.'.join(path)} is no field: {above} is {values!r}")
-    if isinstance(values, list):
-        values[_index(last, values)] = value
-    else:
-        values[last] = value
-
-
-def _index(name: str, values: list[Any]) -> int:
-    if not name.isdecimal() or int(name) >= len(values):
-        raise ValueError(f"{name!r} is no place in a list of {len(values)}")
-    return int(name)
-
-
-def _build(kind: Any, value: Any, path: str) -> Any:
-    """`value`, as YAML has it, as the type `kind` that a field declares.
-
-    Raises:
-        ValueError: it is of another type; names the field.
-    """
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(typing.cast("type", kind), value, path)
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in inner:
-            return None
-        (kind,) = (one for one in inner if one is not type(None))
-        return _build(kind, value, path)
-    if origin is Literal:
-        if value not in inner:
-            raise ValueError(f"{path} must be one of {', '.join(map(str, inner))}, got {value!r}")
-        return value
-    if origin is tuple:
-        return _build_tuple(inner, value, path)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{path} must hold fields, got {value!r}")
-        return {str(k): _build(inner[1], v, f"{path}.{k}") for k, v in value.items()}
-    return _build_plain(kind, value, path)
-
-
-def _build_dataclass(kind: type, value: Any, path: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{path} must hold fields, got {value!r}")
-    hints = get_type_hints(kind)
-    names = [one.name for one in dataclasses.fields(kind)]
-    where = f"{path}." if path else ""
-    for name in value:
-        if name not in names:
-            raise ValueError(f"unknown field {where}{name}; there are {', '.join(names)}")
-    for one in dataclasses.fields(kind):
-        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
-        if required and one.name not in value:
-            raise ValueError(f"{where}{one.name} is missing")
-    return kind(**{n: _build(hints[n], v, f"{where}{n}") for n, v in value.items()})
-
-
-def _build_tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{path} must be a list, got {value!r}")
-    kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
-    if len(kinds) != len(value):
-        raise ValueError(f"{path} must be a list of {len(kinds)}, got {value!r}")
-    pairs = enumerate(zip(kinds, value, strict=True))
-    return tuple(_build(kind, one, f"{path}.{i}") for i, (kind, one) in pairs)
-
-
-def _build_plain(kind: Any, value: Any, path: str) -> Any:
-    if kind is Any or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
-        return value
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML takes 3e-4 for text
-        except ValueError:
-            pass
-    raise ValueError(f"{path} must be {kind.__name__}, got {value!r}")
+    return build(TrainConfig, values)

@@ -22,6 +22,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -32,7 +33,7 @@ from trl import SFTTrainer
 from cometlm.checkpoints.atomic_write import read_weights
 from cometlm.checkpoints.lora import load_lora
 from cometlm.checkpoints.memory import check_can_save
-from cometlm.compat import leave_to_itself
+from cometlm.compat import clip_sharded_gradients, leave_to_itself
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.parallel.p2p import PipelineError, answering
 from cometlm.parallel.shard import gathered, gathered_state, shard, shard_state
@@ -176,13 +177,20 @@ class CometTrainer(SFTTrainer):
             average_gradients(self._comet, self._mesh)
         return loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """See `Trainer._clip_grad_norm`."""
+        if not self._sharded:
+            return super()._clip_grad_norm(model)
+        return clip_sharded_gradients(model.parameters(), self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> Any:
         """The gradient's norm, before the optimiser's step.
 
         Raises:
             FloatingPointError: it is not finite; a scaler for float16 deals with that itself.
         """
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}; {self._where()}")
         return norm

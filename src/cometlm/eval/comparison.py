@@ -1,0 +1,431 @@
+"""A comparison as it runs: method after method, from short texts to long ones, task after task.
+
+A cell is a method on a task at a length. Before it is run it is foreseen what it will take
+(`eval.forecast`), and a cell beyond the limits is skipped. What cannot be had, a model, a package
+or a task's data, leaves the others: it is noted, and they go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from cometlm.device import as_dtype, readable_bytes
+from cometlm.eval.config import DEFAULT_SAMPLES, EvalConfig, Limits
+from cometlm.eval.forecast import Reading, calibrate, foresee, questions_of, readings_of
+from cometlm.eval.results import Cell, Results, name_of, readable_seconds
+from cometlm.eval.rows import Forecast, Rows
+from cometlm.eval.runner import OUT_OF_MEMORY, Answer, evaluate
+from cometlm.methods import METHODS, Budget, Loader, Reader, TooLongError
+from cometlm.tasks import Own, Sample, Task, make_task
+
+_TRIES = 8  # texts that may be longer than is asked for, before a length is refused
+K = TypeVar("K")
+_UNREADABLE = (ValueError, OSError, ImportError, torch.OutOfMemoryError)
+
+
+class Watch:
+    """Is told what happens; this one says nothing of it."""
+
+    def opening(self, method: str, model: str) -> None:
+        """A method's model is about to be loaded."""
+
+    def opened(self, method: str, reader: Reader) -> None:
+        """A method is about to be measured."""
+
+    def lacks(self, what: str, error: Exception) -> None:
+        """A method, a task or a cell cannot be had."""
+
+    def known(self, method: str, count: int) -> None:
+        """So many answers of a method are known already."""
+
+    def begins(self, cell: Cell, forecast: Forecast, left: float | None) -> None:
+        """A cell is about to be read; its method has so many seconds left, if that is known."""
+
+    def skipped(self, cell: Cell, why: str) -> None:
+        """A cell would take more than the limits."""
+
+    def answered(self, cell: Cell, answer: Answer) -> None:
+        """A question was answered; the answer is kept."""
+
+
+class Comparison:
+    """Runs what a configuration says, and holds what was found so far.
+
+    Args:
+        config: what is compared.
+        rows: keeps every answer; those that it has already are not asked for again.
+        watch: is told what happens.
+
+    Attributes:
+        cells: all of them, in the order in which they are run.
+        answers: of each method to each task, also those that were known.
+        forecasts: what cells were foreseen to take.
+        lacking_methods, lacking_tasks, lacking_cells: what could not be had, and why.
+        settings: of the rows of each method and task that were looked at.
+
+    Raises:
+        ValueError: a task's option that is out of its bounds; a task without lengths.
+    """
+
+    def __init__(self, config: EvalConfig, rows: Rows, watch: Watch | None = None) -> None:
+        self.config = config
+        self.rows = rows
+        self.watch = watch or Watch()
+        self.answers: dict[tuple[str, str], list[Answer]] = {}
+        self.forecasts: dict[Cell, Forecast] = {}
+        self.lacking_methods: dict[str, Exception] = {}
+        self.lacking_tasks: dict[str, Exception] = {}
+        self.lacking_cells: dict[Cell, Exception] = {}
+        self.settings: dict[tuple[str, str], dict[str, Any]] = {}
+        self._loader: Loader | None = None
+        self._tasks: dict[str, dict[str, Task]] = {}  # by model, since tokenizers differ
+        self._tried: list[tuple[str, Task]] = []
+        self._readings: dict[str, list[Reading]] = {}
+        self.cells = [cell for method in config.methods for cell in self._cells_of(method)]
+
+    def run(self) -> None:
+        """Read and ask what is not known yet.
+
+        Raises:
+            Exception: what the first thing that cannot be had raised, if nothing else was measured.
+        """
+        for method in self.config.methods:
+            self._run_method(method)
+        if not any(self.answers.values()) and not self.skipped:
+            for error in self.lacking.values():
+                raise error
+
+    @property
+    def skipped(self) -> dict[Cell, str]:
+        """Cells that would take more than the limits, and why."""
+        return {cell: one.skipped for cell, one in self.forecasts.items() if one.skipped}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was asked for could be had, a method that refuses its model aside."""
+        are_missing = [
+            isinstance(error, OSError | ImportError) for error in self.lacking_methods.values()
+        ]
+        return not (any(are_missing) or self.lacking_tasks or self.lacking_cells)
+
+    @property
+    def lacking(self) -> dict[str, Exception]:
+        """What could not be had, as people read it, and why."""
+        cells = {name_of(cell): error for cell, error in self.lacking_cells.items()}
+        return {**self.lacking_methods, **self.lacking_tasks, **cells}
+
+    @property
+    def results(self) -> Results:
+        """What was found so far."""
+        config = dataclasses.asdict(self.config)
+        return Results(
+            settings={name: value for name, value in config.items() if name != "output"},
+            cells=self.cells,
+            answers=self.answers,
+            forecasts=self.forecasts,
+            lacking={name: str(error) for name, error in self.lacking.items()},
+        )
+
+    def model_of(self, method: str) -> str:
+        """The model that a method reads with."""
+        return self.config.methods[method].model or self.config.model
+
+    # --- before anything is loaded ----------------------------------------------------------
+
+    def _cells_of(self, method: str) -> Iterator[Cell]:
+        """From short texts to long ones, so that the short ones say what the long ones take."""
+        try:
+            tasks = self._tasks_of(method)
+        except OSError as error:  # of the model's name or its tokenizer
+            self._note(self.lacking_methods, method, method, error)
+            return
+        lengths = {name: self._lengths(name, task) for name, task in tasks.items()}
+        self._try(tasks, lengths)
+        for tokens in sorted({length for own in lengths.values() for length in own}):
+            for name, task in tasks.items():
+                if tokens in lengths[name] and name not in self.lacking_tasks:
+                    asked = self.config.samples_of(method, name, tokens)
+                    most = task.num_samples
+                    count = min((n for n in (asked, most) if n), default=DEFAULT_SAMPLES)
+                    yield Cell(method, name, tokens, count)
+
+    def _try(self, tasks: dict[str, Task], lengths: dict[str, list[int]]) -> None:
+        """Make a short text of each task, to know before any is read what is wrong or missing."""
+        for name, task in tasks.items():
+            if (name, task) in self._tried:
+                continue
+            self._tried.append((name, task))
+            try:
+                _first_sample(task, lengths[name][0])
+            except ValueError as error:
+                raise ValueError(f"tasks.{name}: {error}") from error
+            except (OSError, ImportError) as error:
+                self._note(self.lacking_tasks, name, name, error)
+
+    def _lengths(self, name: str, task: Task) -> list[int]:
+        has_own = self.config.tasks[name].data is not None  # whose texts have their own lengths
+        lengths = [] if has_own else self.config.lengths_of(name)
+        if not lengths and task.longest is not None:
+            lengths = [task.longest]
+        if not lengths:
+            raise ValueError(f"--tokens or lengths must be given for {name}: how long a text is")
+        return lengths
+
+    def _tasks_of(self, method: str) -> dict[str, Task]:
+        """The tasks, for the tokenizer of a method's model."""
+        model = self.model_of(method)
+        if model not in self._tasks:
+            tokenizer = self._new_loader(method).tokenizer
+            made: dict[str, Task] = {}
+            for name in self.config.tasks:
+                try:
+                    made[name] = self._make_task(name, tokenizer)
+                except ValueError as error:
+                    raise ValueError(f"tasks.{name}: {error}") from error
+                except (OSError, ImportError) as error:
+                    self._note(self.lacking_tasks, name, name, error)
+            self._tasks[model] = made
+        return self._tasks[model]
+
+    def _make_task(self, name: str, tokenizer: Any) -> Task:
+        task, seed = self.config.tasks[name], self.config.seed
+        if task.data is not None:
+            return Own(tokenizer, path=task.data, seed=seed)
+        return make_task(task.task or name, tokenizer, split="test", seed=seed, **task.options)
+
+    def _new_loader(self, method: str) -> Loader:
+        config, own = self.config, self.config.methods[method]
+        sizes = config.sizes if own.sizes is None else own.sizes
+        dtype = as_dtype(config.dtype)
+        return Loader(self.model_of(method), config.device, dtype, config.quantization, sizes)
+
+    # --- methods ----------------------------------------------------------------------------
+
+    def _run_method(self, method: str) -> None:
+        cells = [cell for cell in self.cells if cell.method == method]
+        if not cells:
+            return
+        self.watch.opening(method, self.model_of(method))
+        try:
+            reader = self._open(method)
+        except _UNREADABLE as error:
+            self._note(self.lacking_methods, method, method, error)
+            return  # the others may be measured all the same
+        assert self._loader is not None
+        self.watch.opened(method, reader)
+        self._find_known(method, cells)
+        for number, cell in enumerate(cells):
+            if cell.task not in self.lacking_tasks:
+                self._run_cell(cell, reader, cells[number:])
+
+    def _open(self, method: str) -> Reader:
+        loader = self._new_loader(method)
+        last = self._loader
+        if last is not None and _loads_alike(last, loader):
+            loader = last  # which has a model already
+        self._loader = last = None  # two models need not fit into memory
+        self._loader = loader
+        own = self.config.methods[method]
+        opens: Any = METHODS[own.method or method].open
+        known = set(inspect.signature(opens).parameters) - {"loader", "budget"}
+        if unknown := own.options.keys() - known:
+            raise ValueError(
+                f"options of the method {method} are {', '.join(sorted(known)) or 'none'}, got "
+                f"{', '.join(sorted(unknown))}"
+            )
+        reader: Reader = opens(loader, self.config.budget_of(method), **own.options)
+        return reader
+
+    def _find_known(self, method: str, cells: Sequence[Cell]) -> None:
+        """Take what is known from the rows."""
+        count = 0
+        for task in dict.fromkeys(cell.task for cell in cells):
+            settings = self.settings[method, task] = self._settings(method, task)
+            samples = {cell.tokens: cell.samples for cell in cells if cell.task == task}
+            known = [
+                one for one in self.rows.answers(settings)
+                if one.index < samples.get(one.tokens, 0)
+                and not one.error.startswith(OUT_OF_MEMORY)  # another machine may have enough
+            ]  # fmt: skip
+            self.answers[method, task] = known
+            self._readings.setdefault(method, []).extend(readings_of(task, known))
+            count += len(known)
+        if count:
+            self.watch.known(method, count)
+
+    def _settings(self, method: str, task: str) -> dict[str, Any]:
+        """All that the answers of a method to a task depend on, besides length and sample."""
+        config, loader = self.config, self._loader
+        assert loader is not None
+        own, asked = config.methods[method], config.tasks[task]
+        made = self._tasks_of(method)[task]
+        options = {"digest": made.digest} if isinstance(made, Own) else asked.options
+        settings = {
+            "model": self.model_of(method),
+            "sizes": loader.sizes,
+            "dtype": str(loader.dtype),
+            "quantization": config.quantization,
+            "task": "own" if isinstance(made, Own) else asked.task or task,
+            "options": options,
+            "seed": config.seed,
+            "budget": _plain(config.budget_of(method)),
+            "max_new_tokens": config.max_new_tokens,
+            "method": own.method or method,
+            "weights": loader.weights,
+        }
+        return {**settings, "method_options": own.options} if own.options else settings
+
+    # --- cells ------------------------------------------------------------------------------
+
+    def _run_cell(self, cell: Cell, reader: Reader, left: Sequence[Cell]) -> None:
+        assert self._loader is not None
+        task = self._tasks_of(cell.method)[cell.task]
+        settings = self.settings[cell.method, cell.task]
+        found = self.answers[cell.method, cell.task]
+        own = [one for one in found if one.tokens == cell.tokens]
+        done = {one.place for one in own}
+        try:
+            forecast = self._forecast(cell, reader, task, is_begun=bool(done))
+        except (ValueError, OSError, ImportError) as error:
+            self._note_of_task(cell, error)
+            return
+        if forecast.skipped:
+            self.watch.skipped(cell, forecast.skipped)
+            return
+        if len({one.index for one in own}) < cell.samples:
+            self.watch.begins(cell, forecast, self._seconds_left(left))
+        new: list[Answer] = []
+        limits: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens}
+        limits["device"] = self._loader.device
+        answers = evaluate(reader, task, [cell.tokens], cell.samples, done=done, **limits)
+        while True:
+            try:
+                answer = next(answers, None)
+            except (ValueError, OSError, ImportError) as error:
+                self._note_of_task(cell, error)
+                break
+            if answer is None:
+                break
+            self.rows.append(settings, answer)
+            found.append(answer)
+            new.append(answer)
+            self.watch.answered(cell, answer)
+        self._readings[cell.method] += readings_of(cell.task, new)
+
+    def _forecast(self, cell: Cell, reader: Reader, task: Task, *, is_begun: bool) -> Forecast:
+        """What a text of the cell takes, kept with the rows; the first word on it stays."""
+        settings = self.settings[cell.method, cell.task]
+        kept = self.rows.forecasts(settings).get(cell.tokens)
+        if is_begun or (kept is not None and not kept.skipped):
+            forecast = kept or Forecast(cell.tokens)
+        else:
+            forecast = self._foresee(cell, reader, task)
+        if not is_begun:
+            forecast = replace(forecast, skipped=_refusal(self.config.limits, forecast, cell))
+        if forecast != kept and (forecast.seconds is not None or forecast.skipped):
+            self.rows.append(settings, forecast)
+        self.forecasts[cell] = forecast
+        return forecast
+
+    def _foresee(self, cell: Cell, reader: Reader, task: Task) -> Forecast:
+        """By what the method has read; where that is too little and there are limits, by a try."""
+        assert self._loader is not None
+        readings = self._readings[cell.method]
+        questions = questions_of(readings, cell.task)
+        if questions is None and not (readings or self.config.limits.are_given):
+            return Forecast(cell.tokens)
+        sample = _first_sample(task, cell.tokens)
+        try:
+            reader.fork().check_room(len(sample.context))
+        except TooLongError:  # which is said at once
+            return Forecast(cell.tokens)
+        name = cell.task if sample.questions else ""
+        if questions is None:
+            questions = len(sample.questions)
+        lengths = {one.tokens for one in readings if bool(one.task) == bool(name)}
+        if self.config.limits.are_given and len(lengths) < 2:
+            readings += calibrate(reader, task, cell.task, sample, self._loader.device)
+        return foresee(readings, name, cell.tokens, questions)
+
+    def _seconds_left(self, cells: Sequence[Cell]) -> float | None:
+        """What those cells will take, all of one method; None where nothing is known of one."""
+        total = 0.0
+        for cell in cells:
+            readings = self._readings[cell.method]
+            own = {
+                one.index for one in self.answers[cell.method, cell.task]
+                if one.tokens == cell.tokens
+            }  # fmt: skip
+            questions = questions_of(readings, cell.task)
+            name = cell.task if any(one.task for one in readings) else ""
+            seconds = foresee(readings, name, cell.tokens, questions or 1).seconds
+            if seconds is None:
+                return None
+            total += seconds * (cell.samples - len(own))
+        return total
+
+    # --- what cannot be had -----------------------------------------------------------------
+
+    def _note_of_task(self, cell: Cell, error: Exception) -> None:
+        """A task whose data are not there has no more cells; other errors are the cell's own."""
+        if isinstance(error, OSError | ImportError):
+            self._note(self.lacking_tasks, cell.task, cell.task, error)
+        else:
+            self._note(self.lacking_cells, cell, name_of(cell), error)
+
+    def _note(self, where: dict[K, Exception], key: K, name: str, error: Exception) -> None:
+        if key not in where:
+            where[key] = error
+            self.watch.lacks(name, error)
+
+
+def _first_sample(task: Task, tokens: int) -> Sample:
+    """The first text of that length that the task can make.
+
+    Raises:
+        ValueError: what the first one raised, if it makes none of some.
+    """
+    errors = []
+    for index in range(min(_TRIES, task.num_samples or _TRIES)):
+        try:
+            return task.sample(index, tokens)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _refusal(limits: Limits, forecast: Forecast, cell: Cell) -> str:
+    """Why a cell is not run, "" if it is."""
+    if limits.hours is not None and forecast.seconds is not None:
+        seconds = forecast.seconds * cell.samples
+        if seconds > limits.hours * 3600:
+            return f"would take {readable_seconds(seconds)}, more than {limits.hours:g} h"
+    if (
+        limits.nbytes is not None
+        and forecast.nbytes is not None
+        and forecast.nbytes > limits.nbytes
+    ):
+        took, most = readable_bytes(forecast.nbytes), readable_bytes(limits.nbytes)
+        return f"would take {took} of memory, more than {most}"
+    return ""
+
+
+def _loads_alike(one: Loader, other: Loader) -> bool:
+    ours, theirs = (
+        (loader.source.name, loader.device, loader.dtype, loader.quantization, loader.sizes)
+        for loader in (one, other)
+    )
+    return ours == theirs
+
+
+def _plain(budget: Budget | None) -> int | str | None:
+    """A budget as rows keep it."""
+    if budget is None:
+        return None
+    return budget.amount if budget.unit == "tokens" else f"{budget.amount} bytes"

@@ -1,0 +1,239 @@
+"""A comparison on a tiny model: whole, interrupted, killed, limited, and with something missing."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from cometlm.eval import comparison as module
+from cometlm.eval.comparison import Comparison, Watch
+from cometlm.eval.config import config_of
+from cometlm.eval.results import as_plain
+from cometlm.eval.rows import Rows
+from cometlm.tasks import TASKS, Sample, Task
+from tests import real
+from tests.cli.said import TEXT
+from tests.sessions import SIZES
+from tests.tiny import refused
+
+MEASURED = {"read_seconds", "answer_seconds", "peak_bytes", "foreseen", "machine"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    real.save_backbone(folder / "tiny-model")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def values(folder):
+    return {
+        "model": str(folder / "tiny-model"),
+        "sizes": {name: size for name, size in SIZES.items() if name != "rank"},
+        "device": "cpu",
+        "dtype": "float32",
+        "methods": ["comet", "truncate"],
+        "tasks": {
+            "passkey": {"options": {"corpora": str(folder / "text.txt")}},
+            "traces": {"lengths": [200]},
+            "continue": {"options": {"corpora": str(folder / "text.txt")}, "samples": 1},
+        },
+        "lengths": [60, 150],
+        "samples": 2,
+        "max_new_tokens": 2,
+    }
+
+
+def measured_apart(value):
+    """Results without what depends on when they were measured."""
+    if isinstance(value, dict):
+        return {name: measured_apart(one) for name, one in value.items() if name not in MEASURED}
+    return [measured_apart(one) for one in value] if isinstance(value, list) else value
+
+
+def plain(comparison):
+    return measured_apart(json.loads(json.dumps(as_plain(comparison.results))))
+
+
+def run(values, rows=None, watch=None):
+    made = Comparison(config_of(values), rows or Rows(), watch)
+    made.run()
+    return made
+
+
+def test_every_method_meets_every_task(values):
+    made = run(values)
+    cells = [(c.method, c.task, c.tokens, c.samples) for c in made.cells]
+    per_method = [
+        ("passkey", 60, 2), ("continue", 60, 1), ("passkey", 150, 2), ("continue", 150, 1),
+        ("traces", 200, 2),
+    ]  # fmt: skip
+    assert cells == [(m, *one) for m in ("comet", "truncate") for one in per_method]
+    found = plain(made)
+    assert {cell["texts"] for cell in found["cells"]} == {1, 2}
+    (difference,) = [
+        one for one in found["differences"]
+        if one["task"] == "passkey" and one["tokens"] == 150
+    ]  # fmt: skip
+    assert (difference["method"], difference["from"], difference["n"]) == ("truncate", "comet", 2)
+    assert made.is_whole
+    foreseen = [c["foreseen"] for c in as_plain(made.results)["cells"] if c["tokens"] == 150]
+    assert all(one["seconds"]["measured"] > 0 < one["seconds"]["foreseen"] for one in foreseen)
+
+
+class Stop(Watch):
+    """Ctrl-C after some answers."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def answered(self, cell, answer):
+        self.count -= 1
+        if self.count < 0:
+            raise KeyboardInterrupt
+
+
+def test_wherever_it_is_interrupted_it_finds_the_same(values, tmp_path):
+    values = {**values, "limits": {"hours": 1, "memory": "900GB"}, "lengths": [60]}
+    del values["tasks"]["traces"]
+    want = plain(run(values))
+    path = tmp_path / "rows.jsonl"
+    for count in (0, 2):
+        rows = Rows(path)
+        with pytest.raises(KeyboardInterrupt):
+            run(values, rows, Stop(count))
+        rows.close()
+    rows = Rows(path)
+    assert plain(run(values, rows)) == want
+    rows.close()
+    known = path.read_text()
+    rows = Rows(path)
+    assert plain(run(values, rows)) == want
+    rows.close()
+    assert path.read_text() == known  # nothing was asked again
+
+
+@pytest.mark.slow
+def test_wherever_it_is_killed_it_finds_the_same(values, tmp_path):
+    """SIGKILL at a random row, twice; then to the end."""
+    config = tmp_path / "compare.yaml"
+    want = plain(run(values))
+    config.write_text(yaml.safe_dump({**values, "output": str(tmp_path / "out")}, sort_keys=False))
+    rows = tmp_path / "out" / "rows.jsonl"
+    command = [sys.executable, "-c", "from cometlm.cli.main import run; run()", "eval", str(config)]
+    rng = random.Random()
+    for _ in range(2):
+        before = len(rows.read_bytes().splitlines()) if rows.exists() else 0
+        wanted = before + rng.randint(1, 4)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if rows.exists() and len(rows.read_bytes().splitlines()) >= wanted:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert measured_apart(found)["cells"] == want["cells"]
+    assert measured_apart(found)["differences"] == want["differences"]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+
+
+def test_what_would_take_too_long_is_skipped_and_said(values):
+    made = run({**values, "limits": {"hours": 1e-9}, "methods": ["comet"]})
+    assert set(made.skipped) == set(made.cells)
+    assert all("would take" in why and "more than 1e-09 h" in why for why in made.skipped.values())
+    cell, *_ = plain(made)["cells"]
+    assert cell["texts"] == 0
+    assert made.is_whole
+    made = run({**values, "limits": {"memory": "1MB"}, "methods": ["comet"]})
+    assert all("of memory, more than 976.6 KiB" in why for why in made.skipped.values())
+
+
+def test_skipped_cells_are_run_when_they_may(values, tmp_path):
+    values = {**values, "methods": ["comet"]}
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert run({**values, "limits": {"hours": 1e-9}}, rows).skipped
+    made = run(values, rows)
+    assert not made.skipped
+    assert plain(made) == {**plain(run(values)), "settings": plain(made)["settings"]}
+    rows.close()
+
+
+def test_positions_that_run_out_are_rows(values):
+    made = run({**values, "methods": ["full"], "tasks": ["traces"], "lengths": [200, 2000],
+                "limits": {"hours": 1e-9}})  # fmt: skip
+    long = made.cells[1]
+    assert long not in made.skipped
+    (first, *_) = made.results.of(long)
+    assert "must be at most 256" in first.error
+
+
+class Gone(Task):
+    """Its data are not there, from the start or from a length on."""
+
+    def __init__(self, tokenizer, *, split="test", seed=0, most=10**9):
+        super().__init__(tokenizer, split=split, seed=seed)
+        self.most = most
+        if most == 0:
+            raise OSError("data of gone are not there; run: pip install gone")
+
+    def sample(self, index, tokens):
+        if tokens > self.most:
+            raise OSError("data of gone are not there; run: pip install gone")
+        return Sample([1] * tokens, meta={})
+
+
+@pytest.mark.parametrize("most", [0, 10, 100])
+def test_data_that_are_missing_leave_the_others(values, monkeypatch, most):
+    monkeypatch.setitem(TASKS._known, "gone", Gone)
+    made = run({**values, "tasks": {"gone": {"options": {"most": most}}, **values["tasks"]}})
+    assert not made.is_whole
+    assert "pip install gone" in made.results.lacking["gone"]
+    assert len(made.answers["comet", "passkey"]) == 4
+    assert len(made.answers.get(("comet", "gone"), [])) == (2 if most == 100 else 0)
+    with pytest.raises(OSError, match="pip install gone"):
+        run({**values, "tasks": {"gone": {"options": {"most": 0}}}})
+
+
+def test_a_model_that_is_missing_leaves_the_others(values):
+    rival = {"method": "comet", "model": "no/such-folder/at-all"}
+    made = run({**values, "methods": {"rival": rival, "truncate": {}}})
+    assert not made.is_whole
+    assert "rival" in made.results.lacking
+    assert made.answers["truncate", "passkey"]
+
+
+def test_a_text_that_is_too_short_is_known_at_once(values):
+    with refused("tasks.passkey: tokens must be at least"):
+        Comparison(config_of({**values, "lengths": [3, 100]}), Rows())
+
+
+def test_options_that_a_method_does_not_have(values):
+    with refused("options of the method comet are none, got colour"):
+        run({**values, "methods": {"comet": {"options": {"colour": 1}}}})
+
+
+def test_methods_may_have_models_and_sizes_of_their_own(values, monkeypatch):
+    loaded = []
+    own = module.Loader
+
+    def loader(name, device, dtype, bits, sizes):
+        loaded.append(dict(sizes))
+        return own(name, device, dtype, bits, sizes)
+
+    monkeypatch.setattr(module, "Loader", loader)
+    small = {"method": "comet", "sizes": {**values["sizes"], "capacity": 2}}
+    made = run({**values, "methods": {"comet": {}, "small": small}, "tasks": ["traces"],
+                "lengths": [200]})  # fmt: skip
+    held = {cell.method: made.results.lines[cell].nbytes for cell in made.cells}
+    assert held["small"] < held["comet"]
+    assert {sizes["capacity"] for sizes in loaded} == {5, 2}

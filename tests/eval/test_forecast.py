@@ -1,0 +1,86 @@
+"""Laws of what texts take, and what they foresee."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cometlm.eval.forecast import Reading, foresee, law, questions_of, readings_of
+from cometlm.eval.runner import Answer
+
+LENGTHS = [500, 1500, 4000]
+FACTORS = st.floats(1e-4, 1e-2)
+
+
+@given(a=st.floats(0, 5), b=FACTORS)
+def test_a_linear_law_is_found(a, b):
+    found = law([(n, a + b * n) for n in LENGTHS], is_quadratic=False)
+    assert found(128_000) == pytest.approx(a + b * 128_000, rel=0.1)
+
+
+@given(b=FACTORS, c=st.floats(1e-7, 1e-5))
+def test_a_quadratic_law_is_found(b, c):
+    points = [(n, b * n + c * n * n) for n in LENGTHS]
+    assert law(points, True)(32_000) == pytest.approx(b * 32_000 + c * 32_000**2, rel=0.3)
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**5), st.floats(0, 1e4)), min_size=1, max_size=9))
+def test_laws_neither_shrink_nor_go_below_nothing(points):
+    found = law(points, is_quadratic=True)
+    values = [found(n) for n in (1, 10, 1000, 10**6)]
+    assert values == sorted(values)
+    assert values[0] >= 0
+
+
+def test_noise_of_a_constant_memory_is_no_square():
+    """5% in short readings would be hours at a million tokens, if they could be a square's."""
+    points = [(500, 0.5), (1500, 1.575)]
+    assert law(points, False)(10**6) < 1100
+    assert law(points, True)(10**6) > 10_000
+
+
+def test_of_one_length_it_is_in_proportion():
+    assert law([(100, 1.0), (100, 3.0)], True)(1000) == pytest.approx(15, rel=0.4)
+
+
+def reading(tokens, seconds, nbytes, task="a", questions=2, peak=None):
+    peak = None if peak is None else peak + nbytes
+    return Reading(task, tokens, questions, seconds, 0.5 * questions, nbytes, peak)
+
+
+def test_bytes_follow_what_is_held():
+    growing = [reading(n, n / 1000, 100 * n, peak=10_000) for n in (100, 200)]
+    found = foresee(growing, "a", 1000, 2)
+    assert found.nbytes == 10_000 + 100 * 1000
+    assert found.lengths == [100, 200]
+    assert found.seconds == pytest.approx(1.0 + 2 * 0.5, rel=0.01)
+    constant = [reading(n, n / 1000, 5000, peak=10_000) for n in (100, 200)]
+    assert foresee(constant, "a", 10**6, 1).nbytes == 15_000
+
+
+def test_answers_of_another_task_take_what_they_took():
+    readings = [reading(100, 0.1, 10), reading(200, 0.2, 10)]
+    readings.append(Reading("b", 200, 1, 0.2, 9.0, 10, None))
+    assert foresee(readings, "b", 200, 1).seconds == pytest.approx(9.2, rel=0.2)
+    assert foresee(readings, "a", 200, 2).seconds == pytest.approx(1.2, rel=0.05)
+    assert foresee(readings, "a", 200, 1).nbytes is None
+    assert (questions_of(readings, "a"), questions_of(readings, "c")) == (2, None)
+
+
+def test_texts_that_are_only_foreseen_say_nothing_of_others():
+    readings = readings_of("continue", [Answer(9, 0, 0, "", [], scores={"nats": 1.0})])
+    assert readings[0].task == ""
+    assert foresee(readings, "a", 100, 1).seconds is None
+    assert foresee(readings, "", 100, 0).seconds is not None
+
+
+def test_questions_about_one_text_are_one_reading():
+    def answer(index, number, read, error=""):
+        return Answer(
+            50, index, number, "?", ["x"], nbytes=7, read_seconds=read, answer_seconds=1.0,
+            peak_bytes=number, scores={"exact": 0.0}, error=error,
+        )  # fmt: skip
+
+    answers = [answer(0, 0, 2.0), answer(0, 1, 3.0), answer(1, 0, 2.0), answer(2, 0, 1.0, "long")]
+    first, second = readings_of("a", answers)
+    assert (first.questions, first.seconds, first.peak_bytes) == (2, 3.0 + 2.0, 1)
+    assert second.seconds == 3.0
