@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from cometlm import text_file
 from cometlm.device import default_device
 from cometlm.session import token_stream as text
 from tests import real
@@ -59,7 +60,7 @@ def small_windows():
         patch.setattr(text, "_WINDOW", 160)
         patch.setattr(text, "_MARGIN", 96)
         patch.setattr(text, "_CONTEXT", 128)
-        patch.setattr(text, "_BLOCK", 100)
+        patch.setattr(text_file, "_BLOCK", 100)
         yield
 
 

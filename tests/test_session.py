@@ -38,7 +38,9 @@ def session_of(model, *sources, finish=True):
 
 
 def ids_of(given_text):
-    return torch.tensor(real.tokenizer("smollm2")(given_text)["input_ids"])
+    """What a session reads: control tokens in a text are spelled."""
+    encoded = real.tokenizer("smollm2")(given_text, split_special_tokens=True)
+    return torch.tensor(encoded["input_ids"])
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +203,7 @@ def test_asking_poses_the_question(model):
     text = ids_of(TEXT).tolist()[:23]
     session = session_of(model, text)
     posed = session.fork()
-    posed.ask_in_one_chunk(session._ids_of(session._turn("When?").opening))
+    posed.ask_in_one_chunk(session._turn("When?").opening_ids)
     assert session.ask("When?", max_new_tokens=4) == session._decode(posed.continuation(4))
     assert_same(session, session_of(model, text))
 

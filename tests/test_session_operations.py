@@ -48,8 +48,10 @@ class Mirror:
         first = [] if self.began else self.tokenizer("")["input_ids"]
         return first + self._plain(self.segment)
 
-    def _plain(self, given_text):
-        return self.tokenizer(given_text, add_special_tokens=False)["input_ids"]
+    def _plain(self, given_text, control=False):
+        """Control tokens in what is read or said are text; those of the frame count."""
+        options = {"add_special_tokens": False, "split_special_tokens": not control}
+        return self.tokenizer(given_text, **options)["input_ids"]
 
     def read_ids(self, ids):
         self.ids, self.segment = [*self.now(), *ids], ""
@@ -80,10 +82,11 @@ class Mirror:
             begin, again = end, self.overlap
 
     def opening(self, message):
-        return self._plain(f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n")
+        head = self._plain("<|im_start|>", control=True) + self._plain(f"user\n{message}")
+        return head + self._plain("<|im_end|>\n<|im_start|>assistant\n", control=True)
 
     def closing(self, answer):
-        ids = self._plain("<|im_end|>\n")
+        ids = self._plain("<|im_end|>\n", control=True)
         return ids[1:] if answer[-1] == ids[0] else ids
 
     def fork(self):
@@ -246,7 +249,7 @@ def test_a_chat_that_is_broken_off_keeps_what_was_written(session):
     pieces.close()
     assert threading.active_count() == threads
     assert 0 < counting.count < 1000
-    mirror.read_ids(mirror.opening("Why?"))
+    mirror.ask_in_one_chunk(mirror.opening("Why?"))
     written = session.stats().tokens - len(mirror.now()) - len(mirror.closing([0]))
     assert 0 < written <= counting.count
     answer = going_on_from(mirror, session.model, written)
@@ -259,8 +262,9 @@ def test_a_chat_that_is_broken_off_keeps_what_was_written(session):
 
 def going_on_from(mirror, model, count):
     """Greedy ids after the mirror's; by the model, since the reference is slow for many."""
-    session = Session(model)
-    session.read(mirror.now())
+    session, ids = Session(model), mirror.now()
+    for begin, end in pairwise([0, *mirror.ends, len(ids)]):
+        session.ask_in_one_chunk(ids[begin:end]) if begin else session.read(ids[:end])
     return session.continuation(count)
 
 
@@ -278,7 +282,7 @@ def test_an_error_in_the_middle_of_a_chat_keeps_what_was_written(session):
     mirror = mirror_of(session)
     with pytest.raises(RuntimeError, match="the lamp went out"):
         "".join(session.chat("Why?", stream=True, **options(Counting(7), 50)))
-    mirror.read_ids(mirror.opening("Why?"))
+    mirror.ask_in_one_chunk(mirror.opening("Why?"))
     answer = going_on_from(mirror, session.model, 7)
     mirror.read_ids([*answer, *mirror.closing(answer)])
     assert session.stats().tokens == len(mirror.now())

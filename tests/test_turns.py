@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cometlm.session.chat_template import render_turn
+from cometlm.session.chat_template import _ANSWER, _QUESTION, render_turn
 from tests import real
 
 CHATML = (
@@ -38,9 +38,9 @@ MESSAGES = {
     "plain": ("Who is there?", "Why is the lamp out?", "And then?"),
     "of several lines": ("One.\n\nTwo.", "<|im_start|>user\nnot a frame", "naïve ☂️ {{ braces }}"),
     "with the stand-ins": (
-        "cometlm stand-in question",
-        "what is the cometlm stand-in answer here?",
-        "cometlm stand-in answer",
+        _QUESTION,
+        f"what is the {_ANSWER} here?",
+        _ANSWER,
     ),
 }
 ANSWERS = ("Nobody.", "The keeper is asleep.", "Then the ship sank.")

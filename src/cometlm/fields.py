@@ -16,7 +16,30 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from cometlm.text_file import read_text
+
 T = TypeVar("T")
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key that stands twice under one field."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """See `yaml.composer.Composer`."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in lines:
+                raise yaml.composer.ComposerError(
+                    None,
+                    None,
+                    f"{key.value} stands twice, first in line {lines[key.value]}",
+                    key.start_mark,
+                )
+            lines[key.value] = key.start_mark.line + 1
+        return node
 
 
 def read_fields(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -26,9 +49,9 @@ def read_fields(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]
         ValueError: no YAML, no mapping, a change of a place that is not there.
         OSError: the file cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = read_text(path)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _OnceLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):

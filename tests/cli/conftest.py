@@ -46,8 +46,10 @@ def command(monkeypatch, capsys, loads, tmp_path):
 
     def run(*arguments, stdin="", encoding="utf-8"):
         monkeypatch.setattr(sys, "argv", ["cometlm", *map(str, arguments)])
-        raw = stdin if isinstance(stdin, bytes) else stdin.encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding=encoding))
+        if isinstance(stdin, (bytes, str)):
+            raw = stdin if isinstance(stdin, bytes) else stdin.encode()
+            stdin = io.TextIOWrapper(io.BytesIO(raw), encoding=encoding)
+        monkeypatch.setattr(sys, "stdin", stdin)
         try:
             main.run()
             code = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cometlm import Session
-from cometlm.cli import console
+from cometlm.cli import console, interrupt
 from cometlm.cli import read as read_verb
 from tests import real
 from tests.cli.said import INTERRUPTED, TEXT, assert_same, count_of, kept, new_session, one_line
@@ -239,3 +239,222 @@ def test_a_session_of_another_model_is_one_line(command, text_file):
     code, _, err = command("read", "tiny", text_file, "--session", "other")
     assert code == 1
     assert "session of another model" in one_line(err)
+
+
+# --- several files, and other encodings ---------------------------------------------------------
+
+
+def test_several_files_are_one_text(command, model):
+    Path("a.txt").write_text(TEXT[:700])  # ends within a line
+    Path("b.txt").write_text(TEXT[:300] + "\n")
+    assert command("read", "tiny", "a.txt", "b.txt", "a.txt", "--save", "s")[0] == 0
+    whole = f"{TEXT[:700]}\n{TEXT[:300]}\n{TEXT[:700]}"
+    assert_same(kept("s", model), new_session(model, whole))
+
+
+def test_several_files_are_resumed(command, monkeypatch, model):
+    Path("a.txt").write_text(TEXT)
+    Path("b.txt").write_text(TEXT.upper())
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 100)
+        assert command("read", "tiny", "a.txt", "b.txt", "--save", "s")[0] == INTERRUPTED
+    assert command("read", "tiny", "a.txt", "b.txt", "--save", "s", "--resume")[0] == 0
+    assert_same(kept("s", model), new_session(model, TEXT + TEXT.upper()))
+
+
+def test_an_encoding_is_named(command, model):
+    words = "für mich und Ärger\n" * 30
+    Path("old.txt").write_bytes(words.encode("latin-1"))
+    code, _, err = command("read", "tiny", "old.txt")
+    assert code == 1
+    assert "old.txt is not UTF-8 text: byte 2, in line 1, is 0xfc" in one_line(err)
+    assert command("read", "tiny", "old.txt", "--encoding", "latin-1", "--save", "s")[0] == 0
+    assert_same(kept("s", model), new_session(model, words))
+    code, _, err = command("read", "tiny", "old.txt", "--encoding", "utf-9")
+    assert code == 1
+    assert "encoding must be one that Python knows, got 'utf-9'" in one_line(err)
+
+
+def test_a_byte_order_mark_is_no_text(command, model):
+    Path("marked.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    command("read", "tiny", "marked.txt", "--save", "s")
+    assert_same(kept("s", model), new_session(model, TEXT))
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_control_tokens_count_only_if_that_is_said(command, model, special):
+    words = "The lamp.<|im_end|>\n<|im_start|>user\n" * 9
+    Path("talk.txt").write_text(words)
+    command("read", "tiny", "talk.txt", "--save", "s", *["--special"] * special)
+    session = new_session(model)
+    session.read(words, special=special)
+    assert_same(kept("s", model), session)
+    tokens = session.stats().tokens
+    session.read(words, special=not special)
+    assert session.stats().tokens != 2 * tokens
+
+
+# --- where a session may be kept ----------------------------------------------------------------
+
+
+def test_a_session_is_written_over_sessions_only(command, loads, model, text_file):
+    Path("notes.txt").write_text("of mine")
+    Path("link.txt").symlink_to(text_file)
+    for save, said in {
+        text_file: "is the text that is to be read",
+        "link.txt": "is the text that is to be read",
+        "notes.txt": "no session would be written over it",
+    }.items():
+        code, _, err = command("read", "tiny", text_file, "--save", save)
+        assert code == 1
+        assert f"--save {save}" in one_line(err)
+        assert said in err
+    assert not loads
+    assert (Path("notes.txt").read_text(), text_file.read_text()) == ("of mine", TEXT)
+    Path("empty").touch()
+    for save in ("empty", "empty"):
+        assert command("read", "tiny", text_file, "--save", save)[0] == 0
+
+
+def test_a_link_to_a_session_stays_one(command, model, text_file, tmp_path):
+    (tmp_path / "there").mkdir()
+    Path("link").symlink_to(tmp_path / "there" / "s")
+    for _ in range(2):
+        assert command("read", "tiny", text_file, "--save", "link")[0] == 0
+        assert Path("link").is_symlink()
+        assert_same(kept(tmp_path / "there" / "s", model), new_session(model, TEXT))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with a name")
+def test_pipes_and_devices_are_left_alone(command, loads, model, text_file):
+    os.mkfifo("pipe")
+    for save in ("pipe", os.devnull):
+        code, _, err = command("read", "tiny", text_file, "--save", save)
+        assert code == 1
+        assert "is a pipe, a device or the like" in one_line(err)
+        with pytest.raises(ValueError, match="is a pipe, a device or the like"):
+            new_session(model, TEXT).save(save)
+    assert Path("pipe").is_fifo()
+    assert not loads
+
+
+def test_resume_in_another_text_is_refused(command, monkeypatch, model, text_file):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        command("read", "tiny", text_file, "--save", "s")
+    before = Path("s").read_bytes()
+    Path("other.txt").write_text(TEXT.upper())
+    code, _, err = command("read", "tiny", "other.txt", "--save", "s", "--resume")
+    assert code == 1
+    assert "other.txt is another text than the one that the session has read" in one_line(err)
+    assert kept("s", model).characters < len(TEXT)
+    assert Path("s").read_bytes() == before
+
+
+def test_a_resumed_session_knows_its_text_to_the_end(command, monkeypatch, model, text_file):
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 5)
+            begun = ["--resume"] if Path("s").exists() else []
+            command("read", "tiny", text_file, "--save", "s", *begun)
+    text_file.write_text("x" + TEXT[1:])
+    assert command("read", "tiny", text_file, "--save", "s", "--resume")[0] == 1
+    text_file.write_text(TEXT)
+    assert command("read", "tiny", text_file, "--save", "s", "--resume")[0] == 0
+    assert_same(kept("s", model), new_session(model, TEXT))
+
+
+# --- stopping -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_keep_what_was_read(command, monkeypatch, model, text_file, name):
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip(f"no {name} here")
+    show, seen = console.ReadingProgress.show, []
+
+    def shown(self, stats):
+        show(self, stats)
+        seen.append(stats)
+        if len(seen) == 4:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(console.ReadingProgress, "show", shown)
+        code, _, err = command("read", "tiny", text_file, "--save", "s")
+    assert code == 128 + number
+    assert "saved s" in err
+    assert len(seen) == 4
+    assert command("read", "tiny", text_file, "--save", "s", "--resume")[0] == 0
+    assert_same(kept("s", model), new_session(model, TEXT))
+
+
+def test_a_signal_that_is_ignored_stays_ignored(command, monkeypatch, text_file):
+    """As under nohup."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with interrupt.InterruptLater(print) as later:
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            assert not later.asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class SlowPipe:
+    """Standard input that gives a few lines, and is interrupted while nothing comes."""
+
+    def __init__(self, *lines):
+        self.buffer, self._lines = self, list(lines)
+
+    def read(self, size=-1):
+        assert size == 0
+        return b""
+
+    def read1(self, size):
+        if not self._lines:
+            signal.raise_signal(signal.SIGINT)
+            return pytest.fail("the first Ctrl-C ends the waiting")
+        return self._lines.pop(0)
+
+    def isatty(self):
+        return False
+
+
+@pytest.mark.parametrize("lines", [[TEXT[:200]], [TEXT[:30], TEXT[30:900], TEXT[900:1000]]])
+def test_a_slow_pipe_keeps_what_has_come(command, model, lines):
+    pipe = SlowPipe(*map(str.encode, lines))
+    code, _, err = command("read", "tiny", "-", "--save", "s", stdin=pipe)
+    assert code == INTERRUPTED, err
+    assert "saved s" in err
+    assert kept("s", model).characters == len("".join(lines))
+    assert_same(kept("s", model), new_session(model, "".join(lines)))
+
+
+def test_a_slow_pipe_is_saved_between_two_chunks(monkeypatch, command, model):
+    monkeypatch.setattr(read_verb, "_SAVE_EVERY", -1)
+    save, kept_of = Session.save, []
+
+    def saved(self, path):
+        save(self, path)
+        kept_of.append(self.characters)
+
+    monkeypatch.setattr(Session, "save", saved)
+    command("read", "tiny", "-", "--save", "s", stdin=SlowPipe(b"one ", b"two ", b"three "))
+    assert kept_of[:3] == [4, 8, 14]
+
+
+def test_a_save_that_fails_on_the_way_is_no_end(monkeypatch, command, model, text_file):
+    monkeypatch.setattr(read_verb, "_SAVE_EVERY", -1)
+    save, failures = Session.save, [OSError(28, "No space left on device")] * 3
+
+    def saved(self, path):
+        if failures:
+            raise failures.pop()
+        save(self, path)
+
+    monkeypatch.setattr(Session, "save", saved)
+    code, _, err = command("read", "tiny", text_file, "--save", "s")
+    assert code == 0
+    assert err.count("could not be saved") == 3
+    assert_same(kept("s", model), new_session(model, TEXT))

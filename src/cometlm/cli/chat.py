@@ -17,13 +17,16 @@ from cometlm.cli.console import (
     err,
     is_untrained,
     load_quietly,
+    made_with,
     out,
     print_error,
     print_stream,
 )
-from cometlm.cli.terminal import as_path
+from cometlm.cli.terminal import as_path, read_message
 from cometlm.device import readable_bytes
+from cometlm.session.file import check_target
 from cometlm.session.session import Session
+from cometlm.text_file import UTF8, check_encoding
 
 HELP = """\
 /save PATH   keep the session in a file
@@ -31,7 +34,8 @@ HELP = """\
 /back        drop what came after the last /fork
 /stats       what was read, and the bytes held
 /read PATH   read a text file into the session
-/quit        leave (also Ctrl-D); Ctrl-C ends an answer"""
+/quit        leave (also Ctrl-D); Ctrl-C ends an answer
+//…          a message that begins with /"""
 
 LONGER = options.GenerationOptions(max_new_tokens=512)
 
@@ -39,38 +43,63 @@ LONGER = options.GenerationOptions(max_new_tokens=512)
 def chat(
     model: options.Model,
     loading: options.LoadOptions,
-    session: Annotated[Path | None, typer.Option(help="Go on from this saved session.")] = None,
+    chat_template: options.ChatTemplateOptions,
+    session: Annotated[
+        Path | None,
+        typer.Option(help="Go on from this saved session, with its sizes, dtype and quantization."),
+    ] = None,
     generation: options.GenerationOptions = LONGER,
+    encoding: options.Encoding = UTF8,
 ) -> None:
     """Talk with a model; everything said stays in a memory of constant size."""
     writing = generation.start()
-    loaded, tokenizer = load_quietly(model, **loading.given())
+    writing["chat_template_kwargs"] = chat_template.variables()
+    check_encoding(encoding)
+    made = {} if session is None else made_with(session)
+    loaded, tokenizer = load_quietly(model, **{**made, **loading.given()})
     begun = Session.load(session, loaded, tokenizer) if session else Session(loaded, tokenizer)
     err.print(describe(loaded), highlight=False, soft_wrap=True)
     if is_untrained(loaded):
         err.print(UNTRAINED, style="yellow")
-    conversation = Conversation(begun, writing)
+    conversation = Conversation(begun, writing, chat_template.system, encoding)
     if not sys.stdin.isatty():
         conversation.run()
-        return
-    err.print("type a message, or /help", highlight=False)
-    with _history():
-        conversation.run()
+    else:
+        err.print("type a message, or /help", highlight=False)
+        with _history():
+            conversation.run()
+    conversation.say_what_is_lost()
 
 
 class Conversation:
-    """Reads lines, answers messages and obeys commands until the input ends."""
+    """Reads messages, answers them and obeys commands until the input ends.
 
-    def __init__(self, session: Session, generation: dict[str, Any]) -> None:
+    Args:
+        session: what was read and said before.
+        generation: options of `Session.chat`.
+        system: a system message in front of the first message.
+        encoding: of files that are read.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        generation: dict[str, Any],
+        system: str | None = None,
+        encoding: str = UTF8,
+    ) -> None:
         self._session = session
         self._forks: list[Session] = []
         self._generation = generation
+        self._system = system
+        self._encoding = encoding
+        self._kept = session.stats().tokens  # how much was read when the session was last saved
 
     def run(self) -> None:
         """Go on to the end of the input or /quit."""
         while True:
             try:
-                line = input("› " if sys.stdin.isatty() else "").strip()
+                line = read_message("› " if sys.stdin.isatty() else "").strip()
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -78,12 +107,27 @@ class Conversation:
                 continue
             if line == "/quit":
                 return
-            if line:
-                self._obey(line) if line.startswith("/") else self._answer(line)
+            if line.startswith("/") and not line.startswith("//"):
+                self._obey(line)
+            elif line:
+                self._answer(line.removeprefix("/") if line.startswith("//") else line)
+
+    def say_what_is_lost(self) -> None:
+        """At the end: what was read and said and is in no file."""
+        lost = self._session.stats().tokens - self._kept
+        if lost:
+            err.print(
+                f"{lost:,} tokens of this conversation are in no file: /save PATH keeps them "
+                "before you leave",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _answer(self, message: str) -> None:
+        options = {**self._generation, "system": self._system}
         try:
-            print_stream(self._session.chat(message, stream=True, **self._generation))
+            print_stream(self._session.chat(message, stream=True, **options))
+            self._system = None
         except KeyboardInterrupt:
             out.print()  # what was written so far stays in the session
         except ValueError as error:  # a message that is no text must not end the conversation
@@ -101,7 +145,10 @@ class Conversation:
         if word == "/save":
             if not rest:
                 raise ValueError("/save needs a path")
-            self._session.save(as_path(rest))
+            path = as_path(rest)
+            check_target(path)
+            self._session.save(path)
+            self._kept = self._session.stats().tokens
             err.print(f"saved {rest}", highlight=False, soft_wrap=True)
         elif word == "/fork":
             self._forks.append(self._session.fork())
@@ -119,8 +166,9 @@ class Conversation:
                 highlight=False,
             )
         elif word == "/read":
-            with as_path(rest).open(encoding="utf-8") as file:
-                self._session.read(file)
+            if not rest:
+                raise ValueError("/read needs a path")
+            self._session.read(as_path(rest), encoding=self._encoding)
             self._command("/stats", "")
         else:
             err.print(HELP, highlight=False)
@@ -134,6 +182,8 @@ def _history() -> Any:
     except ImportError:
         yield
         return
+    # What is pasted is then one line with line ends in it; Python turns this off.
+    readline.parse_and_bind("set enable-bracketed-paste on")
     with contextlib.suppress(OSError):
         readline.read_history_file(cache_folder() / "chat_history")
     readline.set_history_length(1000)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -33,6 +32,11 @@ err = Console(markup=False, emoji=False, stderr=True)
 UNTRAINED = (
     "The memory is untrained: it has been attached, not fine-tuned. The model reads everything, "
     "but what it writes next shows no recall beyond the open chunk."
+)
+
+NOTHING_WRITTEN = (
+    "The answer is empty: the model ended it at once. A memory that was trained for one kind of "
+    "question may do so with others."
 )
 
 
@@ -80,21 +84,35 @@ def load_for_session(
         name: load this model instead of the one that the session names.
         quantization: load it so, and not as the session says.
     """
-    made = read_document(path)["model"]
-    name = name or made["name"]
+    name = name or read_document(path)["model"]["name"]
     if not name:
         raise ValueError(f"{path} does not know its model's name; give it with --model")
-    quantization = quantization or made.get("quantization") or None
-    sizes = json.loads(made["sizes"])
-    return load_quietly(name, device, made["dtype"], quantization=quantization, **sizes)
+    made = made_with(path)
+    if quantization:
+        made["quantization"] = quantization
+    return load_quietly(name, device, **made)
+
+
+def made_with(path: Path) -> dict[str, Any]:
+    """How the model of a saved session was loaded: options of `load_quietly`."""
+    made = read_document(path)["model"]
+    options = {"dtype": made["dtype"], **json.loads(made["sizes"])}
+    if made.get("quantization"):
+        options["quantization"] = made["quantization"]
+    return options
 
 
 def print_stream(pieces: Iterable[str]) -> None:
-    """Write text to standard output as it comes."""
+    """Write text to standard output as it comes; an answer without any is said to be none."""
+    wrote = False
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
+        wrote = wrote or bool(piece.strip())
     sys.stdout.write("\n")
+    sys.stdout.flush()
+    if not wrote:
+        err.print(NOTHING_WRITTEN, style="yellow", soft_wrap=True)
 
 
 def print_beside_bars(line: str) -> None:
@@ -137,33 +155,6 @@ def is_untrained(model: CometForCausalLM) -> bool:
     return not model.config.name_or_path
 
 
-class InterruptLater:
-    """Lets work end at its next border on the first Ctrl-C; the second one interrupts at once.
-
-    Attributes:
-        asked: whether Ctrl-C was pressed.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> InterruptLater:
-        if threading.current_thread() is threading.main_thread():  # elsewhere none arrives
-            self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        err.print("ending with this chunk; Ctrl-C again ends at once", highlight=False)
-
-
 class ReadingProgress:
     """A bar with tokens, tokens/s, chunks and bytes of memory held."""
 
@@ -191,7 +182,8 @@ class ReadingProgress:
 
     def stop(self) -> None:
         """Take the bar away."""
-        self._bar.stop()
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            self._bar.stop()
 
     @property
     def seconds(self) -> float:

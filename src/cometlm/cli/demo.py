@@ -22,11 +22,11 @@ from cometlm.cli.console import (
     load_quietly,
     out,
 )
-from cometlm.cli.read import open_text
+from cometlm.cli.read import open_bytes
 from cometlm.data.corpora import corpus_files
 from cometlm.device import peak_memory, readable_bytes
 from cometlm.session.session import Session, SessionStats
-from cometlm.session.token_stream import read_blocks
+from cometlm.text_file import read_blocks
 
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key?"
@@ -195,6 +195,5 @@ def _tokens_of(file: str, tokenizer: Any) -> float:
 
 def _file_texts(names: Iterator[str] | list[str]) -> Iterator[str]:
     for name in names:
-        file, _ = open_text(name)
-        with file:
+        with open_bytes(name) as file:
             yield from read_blocks(file, name)

@@ -20,10 +20,11 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the chat template.")
     ] = False,
+    special: options.Special = False,
 ) -> None:
     """Write on from a prompt, in constant memory."""
     text = prompt_text(prompt)
     writing = generation.start()
     loaded, tokenizer = load_quietly(model, **loading.given())
     writer = Session(loaded, tokenizer)
-    print_stream(writer.ask(text, stream=True, template=chat, **writing))
+    print_stream(writer.ask(text, stream=True, template=chat, special=special, **writing))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
 from itertools import chain
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,7 +14,6 @@ from rich.table import Table
 from cometlm.cli import options
 from cometlm.cli.console import (
     UNTRAINED,
-    InterruptLater,
     ReadingProgress,
     describe,
     err,
@@ -22,11 +22,12 @@ from cometlm.cli.console import (
     load_quietly,
     out,
 )
-from cometlm.cli.read import open_text
+from cometlm.cli.interrupt import InterruptLater
+from cometlm.cli.read import Texts, say
 from cometlm.inspection import PARTS, Explanation, InspectedSession
 from cometlm.inspection.page import PAGE, percent, sources, write
 from cometlm.inspection.pictures import why_none
-from cometlm.session.token_stream import read_blocks
+from cometlm.text_file import UTF8, check_encoding
 
 
 def inspect(
@@ -43,6 +44,7 @@ def inspect(
     output: Annotated[
         Path, typer.Option("--out", help="A folder for the page, pictures and numbers.")
     ] = Path("out/inspect"),
+    encoding: options.Encoding = UTF8,
     max_new_tokens: options.MaxNewTokens = 64,
     raw: Annotated[
         bool, typer.Option("--raw", help="Put the question as it is, without chat template.")
@@ -54,16 +56,15 @@ def inspect(
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"--out must be a folder, got the file {output}")
-    interrupted, note = False, ""
+    interrupted, note = 0, ""
     if file is None:
         session = _saved(Path(model), loading)
     else:
-        source, size = open_text(file)
+        texts = Texts([file], check_encoding(encoding))
         loaded, tokenizer = load_quietly(model, **loading.given())
         session = InspectedSession(loaded, tokenizer)
         err.print(describe(loaded), highlight=False, soft_wrap=True)
-        with source:
-            interrupted = _read_all(session, source, file, size)
+        interrupted = _read_all(session, texts)
         if session.stats().tokens == 0:
             raise ValueError(f"{file} holds no text")
     if is_untrained(session.model):
@@ -82,7 +83,7 @@ def inspect(
     _print_tables(session, explanation)
     err.print(f"written {output / PAGE}", highlight=False, soft_wrap=True)
     if interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(interrupted)
 
 
 def _saved(path: Path, loading: options.LoadOptions) -> InspectedSession:
@@ -98,21 +99,21 @@ def _saved(path: Path, loading: options.LoadOptions) -> InspectedSession:
     return InspectedSession.load(path, loaded, tokenizer)
 
 
-def _read_all(session: InspectedSession, source: IO[str], name: str, size: int | None) -> bool:
-    """Read to the end, or to Ctrl-C, which is True."""
-    with ReadingProgress(size) as progress, InterruptLater() as interrupt:
+def _read_all(session: InspectedSession, texts: Texts) -> int:
+    """Read to the end, or to a signal; then gives the exit code."""
+    with ReadingProgress(texts.size) as progress, InterruptLater(say) as interrupt:
         try:
-            texts = progress.counting(read_blocks(source, name))
-            for stats in chain(session.reading(texts), session.finish()):
+            blocks = progress.counting(texts.blocks(interrupt))
+            for stats in chain(session.reading(blocks), session.finish()):
                 progress.show(stats)
                 if interrupt.asked:
                     break
         except KeyboardInterrupt:
-            interrupt.asked = True
+            interrupt.asked = interrupt.asked or signal.SIGINT
         progress.stop()
         word = "interrupted after" if interrupt.asked else "read"
         err.print(f"{word} {progress.summary(session.stats())}", highlight=False)
-    return interrupt.asked
+    return interrupt.exit_code if interrupt.asked else 0
 
 
 def _print_tables(session: InspectedSession, explanation: Explanation | None) -> None:

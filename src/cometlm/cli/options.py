@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
 import typer
+import yaml
 from typer.core import TyperCommand
 
 from cometlm.checkpoints.backbones import Bits
@@ -87,6 +88,30 @@ Quantization = Annotated[
     ),
 ]
 
+Encoding = Annotated[
+    str, typer.Option(help="Of the text: utf-8, utf-16, latin-1, … as Python calls them.")
+]
+Special = Annotated[
+    bool,
+    typer.Option(
+        "--special",
+        help="Obey control tokens in the text, such as <|im_end|>: for conversations that a chat "
+        "template rendered already. Else they are text.",
+    ),
+]
+System = Annotated[
+    str | None, typer.Option(help="A system message in front.", rich_help_panel="Chat template")
+]
+Variables = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--variable",
+        metavar="NAME=VALUE",
+        help="Set a variable of the chat template, for example enable_thinking=false.",
+        rich_help_panel="Chat template",
+    ),
+]
+
 MaxNewTokens = Annotated[
     int, typer.Option(min=1, help="Write at most this many tokens.", rich_help_panel=_WRITING)
 ]
@@ -102,6 +127,10 @@ TopP = Annotated[
         help="Sample from the likeliest that make up this.",
         rich_help_panel=_WRITING,
     ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End an answer behind this text; may be repeated.", rich_help_panel=_WRITING),
 ]
 Seed = Annotated[int | None, typer.Option(help="Sample the same again.", rich_help_panel=_WRITING)]
 
@@ -137,16 +166,45 @@ class GenerationOptions:
     max_new_tokens: MaxNewTokens = 256
     temperature: Temperature = 0.0
     top_p: TopP = None
+    stop: Stop = None
     seed: Seed = None
 
     def start(self) -> dict[str, Any]:
         """Seed torch, where a seed was given, and return the options of `generate`."""
         if self.seed is not None:
             torch.manual_seed(self.seed)
+        common: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        if self.stop:
+            common["stop_strings"] = list(self.stop)
         if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+            return {**common, "do_sample": False}
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p or 1.0}
-        return {"max_new_tokens": self.max_new_tokens, **sampling}
+        return {**common, **sampling}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplateOptions:
+    """What the chat template is given beside a message."""
+
+    system: System = None
+    variable: Variables = None
+
+    def variables(self) -> dict[str, Any]:
+        """Variables of the template; values are YAML's, so false is no text.
+
+        Raises:
+            ValueError: one that is no NAME=VALUE.
+        """
+        found = {}
+        for given in self.variable or ():
+            name, equals, value = given.partition("=")
+            if not equals or not name.strip().isidentifier():
+                raise ValueError(f"--variable must be NAME=VALUE, got {given!r}")
+            try:
+                found[name.strip()] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"--variable {name}: the value is not YAML: {error}") from error
+        return found
 
 
 def with_options(verb: Callable[..., None]) -> Callable[..., None]:

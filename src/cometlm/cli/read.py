@@ -1,44 +1,56 @@
-"""`cometlm read MODEL FILE`: stream a text of any length through a model, and keep the session."""
+"""`cometlm read MODEL FILE …`: stream a text of any length through a model, and keep a session."""
 
 from __future__ import annotations
 
-import io
+import contextlib
 import os
+import signal
+import stat
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Any
 
 import typer
 
 from cometlm.cli import options
 from cometlm.cli.console import (
     UNTRAINED,
-    InterruptLater,
     ReadingProgress,
     describe,
     err,
     is_untrained,
     load_quietly,
+    made_with,
     out,
 )
+from cometlm.cli.interrupt import InterruptLater
 from cometlm.parallel.mesh import join_job
 from cometlm.parallel.reading import SharedSession
+from cometlm.session.file import check_target
 from cometlm.session.session import Session
-from cometlm.session.token_stream import read_blocks
+from cometlm.text_file import UTF8, check_encoding, read_blocks
 
 _SAVE_EVERY = 300  # seconds
 _SAVE_EVERY_BLOCKS = 500  # where ranks have to agree
+_STDIN = "-"
 
 
 def read(
     model: options.Model,
-    file: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...",
+            help="Text files, read in this order as one text; - is standard input.",
+        ),
+    ],
     loading: options.LoadOptions,
     save: Annotated[
         Path | None,
-        typer.Option(help="Keep the session here: at the end, on Ctrl-C, and every 5 minutes."),
+        typer.Option(help="Keep the session here: at the end, when stopped, and every 5 minutes."),
     ] = None,
     session: Annotated[
         Path | None, typer.Option(help="Go on from this saved session with a new text.")
@@ -46,33 +58,36 @@ def read(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where --save stopped in this same text.")
     ] = False,
+    encoding: options.Encoding = UTF8,
+    special: options.Special = False,
     next_tokens: Annotated[
         int, typer.Option("--next", min=0, help="Then write this many likeliest tokens.")
     ] = 0,
 ) -> None:
     """Read a text with a model, chunk by chunk, in constant memory.
 
+    Ctrl-C, SIGTERM and SIGHUP end it with the chunk that is being read; --save keeps what was read.
+
     Under `torchrun --no-python` all ranks read it together, and one writes the session.
     """
     begin = _beginning(save, session, resume)
-    _check_writable(save)
-    source, size = open_text(file)
-    loaded, tokenizer = load_quietly(model, **loading.given())
+    texts = Texts(files, check_encoding(encoding))
+    if save is not None:
+        _check_save(save, files)
+    made = {} if begin is None else made_with(begin)
+    loaded, tokenizer = load_quietly(model, **{**made, **loading.given()})
     rank, ranks = join_job(loaded.device)
     err.quiet = out.quiet = rank > 0  # one rank of a job is enough to hear
     err.print(describe(loaded), highlight=False, soft_wrap=True)
     kind, read_all = (Session, _read_all) if ranks == 1 else (SharedSession, _read_together)
     reader = kind.load(begin, loaded, tokenizer) if begin else kind(loaded, tokenizer)
-    with source:
-        if resume:
-            _skip(source, reader.characters, file)
-        else:
-            reader.characters = 0
-        interrupted = read_all(reader, source, file, size, save)
+    if not resume:
+        reader.characters = 0
+    stopped = read_all(reader, texts, special, save)
+    if stopped:
+        raise typer.Exit(stopped)
     if reader.stats().tokens == 0:
-        raise ValueError(f"{file} holds no text")
-    if interrupted:
-        raise typer.Exit(130)
+        raise ValueError(f"{texts.name} holds no text")
     if next_tokens:
         if is_untrained(loaded):
             err.print(UNTRAINED, style="yellow")
@@ -80,47 +95,133 @@ def read(
         out.print(text, highlight=False, soft_wrap=True)
 
 
-def _read_all(
-    reader: Session, source: IO[str], name: str, size: int | None, save: Path | None
-) -> bool:
-    """Read to the end or to Ctrl-C, which is True; keep what was read whatever happens."""
-    saved = time.monotonic()
-    with ReadingProgress(size, reader.stats().tokens) as progress, InterruptLater() as interrupt:
+class Texts:
+    """Text files that are read one behind the other, as one text.
+
+    Args:
+        files: their names; "-" is standard input.
+        encoding: of all.
+
+    Attributes:
+        name: what errors call them together.
+        size: bytes of all of them, if that is known.
+
+    Raises:
+        OSError: one cannot be opened.
+        ValueError: one is a directory.
+    """
+
+    def __init__(self, files: Sequence[str], encoding: str) -> None:
+        self._files, self._encoding = files, encoding
+        self.name = files[0] if len(files) == 1 else f"what {', '.join(files)} hold together"
+        sizes = []
+        for name in files:
+            if name != _STDIN:
+                with open_bytes(name) as file:
+                    status = os.fstat(file.fileno())
+                    sizes.append(status.st_size if stat.S_ISREG(status.st_mode) else None)
+        known = [size for size in sizes if size is not None]
+        self.size = sum(known) if len(known) == len(files) else None
+
+    def blocks(self, interrupt: InterruptLater | None = None) -> Iterator[str]:
+        """Their text; a line that ends with a file ends there.
+
+        Raises:
+            ValueError: one is not text.
+            KeyboardInterrupt: a signal came while nothing did.
+        """
+        last = ""
+        for name in self._files:
+            if last and not last.endswith("\n"):
+                yield "\n"
+            with open_bytes(name) as file:
+                listened = file if interrupt is None else interrupt.listening(file)
+                for block in read_blocks(listened, name, self._encoding):
+                    last = block
+                    yield block
+
+
+class _Keeper:
+    """Saves a session from time to time; one save that fails is no reason to stop reading."""
+
+    def __init__(self, reader: Session, save: Path | None) -> None:
+        self._reader, self._save = reader, save
+        self._last = time.monotonic()
+
+    def passing(self, blocks: Iterator[str]) -> Iterator[str]:
+        """Pass text on; a text that comes slowly is kept between two chunks, too."""
+        for block in blocks:
+            yield block
+            self.keep_if_due()
+
+    def keep_if_due(self) -> None:
+        if self._save is None or time.monotonic() - self._last <= _SAVE_EVERY:
+            return
         try:
-            texts = progress.counting(read_blocks(source, name))
+            self._reader.save(self._save)
+        except OSError as error:
+            err.print(
+                f"{self._save} could not be saved ({error}); reading goes on, and so do tries",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
+        self._last = time.monotonic()
+
+    def keep(self) -> None:
+        """Save what was read, if there is a place for it."""
+        if self._save is not None and self._reader.stats().tokens:
+            self._reader.save(self._save)
+            with contextlib.suppress(OSError):
+                err.print(f"saved {self._save}", highlight=False, soft_wrap=True)
+
+
+def _read_all(reader: Session, texts: Texts, special: bool, save: Path | None) -> int:
+    """Read to the end or to a signal; keep what was read whatever happens.
+
+    Returns:
+        The exit code of a read that was stopped, or 0.
+    """
+    keeper = _Keeper(reader, save)
+    progress = ReadingProgress(texts.size, reader.stats().tokens)
+    with progress, InterruptLater(say) as interrupt:
+        try:
+            blocks = reader.unread(texts.blocks(interrupt), name=texts.name)
+            counted = keeper.passing(progress.counting(blocks))
             ending = reader.finish if save is None else reader.settle  # a kept text may go on
-            for stats in chain(reader.reading(texts), ending()):
+            for stats in chain(reader.reading(counted, special=special), ending()):
                 progress.show(stats)
                 if interrupt.asked:
                     break
-                if save is not None and time.monotonic() - saved > _SAVE_EVERY:
-                    reader.save(save)
-                    saved = time.monotonic()
+                keeper.keep_if_due()
         except KeyboardInterrupt:
-            interrupt.asked = True
+            interrupt.asked = interrupt.asked or signal.SIGINT
         finally:
-            progress.stop()
-            if reader.stats().tokens:
-                word = "interrupted after" if interrupt.asked else "read"
-                err.print(f"{word} {progress.summary(reader.stats())}", highlight=False)
-                if save is not None:
-                    reader.save(save)
-                    err.print(f"saved {save}", highlight=False, soft_wrap=True)
-    return interrupt.asked
+            with contextlib.suppress(OSError):  # a terminal that is closed
+                progress.stop()
+                if reader.stats().tokens:
+                    word = "interrupted after" if interrupt.asked else "read"
+                    err.print(f"{word} {progress.summary(reader.stats())}", highlight=False)
+            keeper.keep()
+    return interrupt.exit_code if interrupt.asked else 0
 
 
-def _read_together(
-    reader: Session, source: IO[str], name: str, size: int | None, save: Path | None
-) -> bool:
+def say(line: str) -> None:
+    """A line for a person, on standard error."""
+    err.print(line, highlight=False)
+
+
+def _read_together(reader: Session, texts: Texts, special: bool, save: Path | None) -> int:
     """Read to the end with other ranks; all of them save when they have read as much.
 
     Ctrl-C reaches each rank somewhere else, so it ends the job; `--resume` goes on from the last
     time that it was saved.
     """
-    with ReadingProgress(size, reader.stats().tokens) as progress:
-        texts = progress.counting(read_blocks(source, name))
+    with ReadingProgress(texts.size, reader.stats().tokens) as progress:
+        blocks = progress.counting(reader.unread(texts.blocks(), name=texts.name))
         ending = reader.finish if save is None else reader.settle
-        for number, stats in enumerate(chain(reader.reading(texts), ending()), start=1):
+        reading = reader.reading(blocks, special=special)
+        for number, stats in enumerate(chain(reading, ending()), start=1):
             progress.show(stats)
             if save is not None and number % _SAVE_EVERY_BLOCKS == 0:
                 reader.save(save)
@@ -129,21 +230,22 @@ def _read_together(
     err.print(f"read {progress.summary(reader.stats())}", highlight=False)
     if save is not None:
         err.print(f"saved {save}", highlight=False, soft_wrap=True)
-    return False
+    return 0
 
 
-def open_text(name: str) -> tuple[IO[str], int | None]:
-    """A file or standard input as text, and its size in bytes if that is known.
+def open_bytes(name: str) -> IO[bytes] | Any:
+    """A file, or standard input, as bytes.
 
     Raises:
         OSError: the file cannot be opened.
+        ValueError: it is a directory.
     """
-    if name == "-":
-        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"), None
+    if name == _STDIN:
+        return contextlib.nullcontext(sys.stdin.buffer)
     path = Path(name)
     if path.is_dir():
         raise ValueError(f"{name} is a directory; name a text file")
-    return path.open(encoding="utf-8"), os.stat(path).st_size
+    return path.open("rb")
 
 
 def _beginning(save: Path | None, session: Path | None, resume: bool) -> Path | None:
@@ -155,19 +257,12 @@ def _beginning(save: Path | None, session: Path | None, resume: bool) -> Path | 
     return save if resume else session
 
 
-def _check_writable(save: Path | None) -> None:
-    """Say now, not after an hour, that a session cannot be kept there."""
-    if save is None:
-        return
-    if save.is_dir():
-        raise ValueError(f"--save {save} is a directory; name a file")
-    if not os.access(save.parent, os.W_OK):
-        raise ValueError(f"--save {save}: its folder is missing or cannot be written to")
-
-
-def _skip(source: IO[str], characters: int, name: str) -> None:
-    while characters:
-        block = source.read(min(characters, 1 << 20))
-        if not block:
-            raise ValueError(f"{name} is shorter than what the session has read; is it that text?")
-        characters -= len(block)
+def _check_save(save: Path, files: Sequence[str]) -> None:
+    """Say now, not after an hour, that a session cannot be kept there, or should not."""
+    for name in files:
+        if name != _STDIN and save.exists() and os.path.samefile(save, name):
+            raise ValueError(f"--save {save} is the text that is to be read; name another file")
+    try:
+        check_target(save)
+    except ValueError as error:
+        raise ValueError(f"--save {error}") from error

@@ -10,11 +10,13 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import select
 import sys
 from pathlib import Path
 
-from cometlm.session.token_stream import read_blocks
+from cometlm.text_file import read_blocks
 
+_PASTED = 0.05  # seconds in which the next line of what is pasted comes
 _SIMILAR = "cometlm.similar"
 _ALIKE = {"·": "-", "…": "...", "›": ">", "×": "x", "–": "-", "—": "-"}
 _ALIKE |= {"‘": "'", "’": "'", "“": '"', "”": '"'}
@@ -43,9 +45,32 @@ def prompt_text(given: str) -> str:
         ValueError: standard input is not UTF-8 text.
     """
     if given == "-":
-        source = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8")
-        return "".join(read_blocks(source, "standard input"))
+        return "".join(read_blocks(sys.stdin.buffer, "standard input"))
     return os.fsencode(given).decode("utf-8", errors="surrogateescape")
+
+
+def read_message(prompt: str) -> str:
+    """A message that is typed: a line, or all lines that were pasted at once.
+
+    Raises:
+        EOFError: the input ended.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    lines = [input(prompt)]
+    while sys.stdin.isatty() and _more_is_there():
+        try:
+            lines.append(input())
+        except EOFError:
+            break
+    return "\n".join(lines)
+
+
+def _more_is_there() -> bool:
+    """Whether a whole line stands in the terminal already: faster than anybody types."""
+    try:
+        return bool(select.select([sys.stdin], [], [], _PASTED)[0])
+    except (OSError, ValueError):  # no such call for terminals: Windows
+        return False
 
 
 def as_path(text: str) -> Path:

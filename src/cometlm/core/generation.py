@@ -13,6 +13,7 @@ Footguns:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from transformers import GenerationMixin, LogitsProcessorList
@@ -37,6 +38,17 @@ class MemoryGenerationMixin(GenerationMixin):
             kwargs[CACHE] = past_key_values
         inherited: Any = super()
         return inherited.generate(*args, **kwargs)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature is looked at
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Inputs of the next step: without the tokenizer that stop strings are looked for with.
+
+        transformers hands it on to `forward`, as if it were an input of the model.
+        """
+        kwargs.pop("tokenizer", None)
+        inherited: Any = super()
+        inputs: dict[str, Any] = inherited.prepare_inputs_for_generation(*args, **kwargs)
+        return inputs
 
     def _prepare_cache_for_generation(
         self,

@@ -7,12 +7,14 @@ messages, or plain `text`. CoMeT's published data is read too: JSON lines of `un
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cometlm.extras import TRAIN, lacks
+from cometlm.text_file import read_blocks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,10 +95,7 @@ def json_rows(raw: bytes, path: str) -> Iterator[tuple[str, Any]]:
     Raises:
         ValueError: as `read_json_file`.
     """
-    try:
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+    text = "".join(read_blocks(io.BytesIO(raw), path))
     if text.lstrip().startswith("["):
         for i, record in enumerate(_parsed(text, path, 0)):
             yield f"{path} record {i + 1}", record

@@ -103,7 +103,7 @@ class InspectedSession(Session):
                 pass
         else:
             asked._end_text()
-            written = asked._ids_of(answer)
+            written = asked._plain.encode(answer)
         if not written:
             raise ValueError("an answer must have tokens, got none")
         room = 1 + self.model.config.comet_config.chunk_size - len(asked._open)

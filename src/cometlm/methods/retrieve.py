@@ -149,8 +149,7 @@ class RetrieveReader(Reader):
         """The text of a question without what the chat template puts around it."""
         if not getattr(self.tokenizer, "chat_template", None):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        opening = render_turn(self.tokenizer, "", first=True, began=True).opening
-        frame = self.tokenizer.encode(opening, add_special_tokens=False)
+        frame = render_turn(self.tokenizer, "", first=True, began=True).opening_ids
         begin = _num_shared(ids, frame)
         end = len(ids) - _num_shared(ids[begin:][::-1], frame[::-1])
         return str(self.tokenizer.decode(ids[begin:end], skip_special_tokens=True))

@@ -1,67 +1,287 @@
-"""Chat turns as text, one at a time, so that no history has to be kept.
+"""Chat turns one at a time, so that no history has to be kept.
 
 A chat template renders a whole conversation. Here the conversation is in memory already, so a turn
-is cut out of a rendering in which stand-ins take the place of what was said before.
+is cut out of a rendering in which stand-ins take the place of what was said before. What a turn
+ends with is what the template writes in the middle of a conversation; some end a conversation
+otherwise (Phi-3).
+
+Control tokens count in the template's own text and nowhere else: what messages hold of them is text
+(`plain_text`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
 
-_QUESTION, _ANSWER = "cometlm stand-in question", "cometlm stand-in answer"
+from cometlm.session.plain_text import PlainText, unused_mark
+
+Message = Mapping[str, Any]
+
+# Digits, which no template writes in other letters.
+_QUESTION, _ANSWER = "918273645546372819", "192837465564738291"
+_RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """The text around one message of the user and its answer.
+    """What stands around a message of the user and its answer.
 
     Attributes:
         opening: what is read before the answer: the message in its frame, and the answer's head.
-        closing: what follows the answer.
+        closing: what follows the answer in the middle of a conversation.
+        opening_ids, closing_ids: their token ids.
     """
 
     opening: str
     closing: str
+    opening_ids: list[int] = field(default_factory=list)
+    closing_ids: list[int] = field(default_factory=list)
 
 
-def render_turn(tokenizer: Any, message: str, first: bool, began: bool) -> Turn:
+@dataclass(frozen=True)
+class ChatOptions:
+    """What a chat template is given beside messages.
+
+    Attributes:
+        tools: what the model may call, as the template takes them.
+        variables: others of the template, such as `enable_thinking`.
+        special: control tokens that are written in messages count as such: for what was rendered
+            by a template already, and for nobody else's text.
+    """
+
+    tools: Sequence[Any] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    special: bool = False
+
+
+PLAIN = ChatOptions()
+
+
+def render_turn(
+    tokenizer: Any,
+    prompt: str | Sequence[Message],
+    first: bool,
+    began: bool,
+    options: ChatOptions = PLAIN,
+    answered: bool = True,
+) -> Turn:
     """One turn in the tokenizer's chat template.
 
     Args:
+        prompt: the user's message, or messages that end with what is to be answered.
         first: no turn came before; later ones have no system message in front.
         began: text was read before, so the text begins with no beginning-of-text token.
+        options: what else the template is given.
+        answered: the answer stays; else a first turn has no closing.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or one that drops what was said.
+        ValueError: the tokenizer has no chat template, or one that drops or refuses what is said;
+            messages that are none.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{type(tokenizer).__name__} has no chat template; read the message and ask with "
             "template=False"
         )
-    question = {"role": "user", "content": _QUESTION}
-    answer = {"role": "assistant", "content": _ANSWER}
-    new = {"role": "user", "content": message}
-    closing = _after_answer(_render(tokenizer, [question, answer], head=False))
+    chat = _Chat(tokenizer, checked_messages(prompt), options)
     if first:
-        opening = _render(tokenizer, [new], head=True, **({"bos_token": ""} if began else {}))
+        opening, closing = chat.opening(began), chat.closing() if answered else ""
     else:
-        opening = _after_answer(_render(tokenizer, [question, answer, new], head=True))
+        opening = chat.later_opening()
+        closing = chat.closing_before(opening)
         opening = opening.removeprefix(closing)
-    return Turn(opening, closing)
+    return Turn(
+        chat.unmarked(opening), chat.unmarked(closing), chat.ids(opening), chat.ids(closing)
+    )
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], head: bool, **variables: str) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=head, **variables
+def checked_messages(prompt: str | Sequence[Message]) -> list[Message]:
+    """Messages in the form that templates take: each a role and its content.
+
+    Raises:
+        ValueError: something else; says which message.
+    """
+    if isinstance(prompt, str):
+        _check_text("the message", prompt)
+        return [{"role": "user", "content": prompt}]
+    if isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Sequence):
+        raise ValueError(
+            f"a message must be text or a list of messages, got {type(prompt).__name__}"
         )
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses this: {error}") from error
-    return text
+    if not prompt:
+        raise ValueError("messages must be at least one, got none")
+    if all(isinstance(part, Mapping) and "type" in part and "role" not in part for part in prompt):
+        prompt = [{"role": "user", "content": prompt}]  # one message as a list of its parts
+    messages = [_checked_message(f"message {i + 1}", message) for i, message in enumerate(prompt)]
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("messages must end with what is to be answered, got one of the assistant")
+    return messages
+
+
+def _checked_message(where: str, message: Any) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where} must have a role and content, got {message!r}")
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return {**message, "content": ""}
+    return {**message, "content": content_as_text(where, content)}
+
+
+def content_as_text(where: str, content: Any) -> str:
+    """What a message says; parts of text are joined.
+
+    Raises:
+        ValueError: it is no text, or holds images or the like.
+    """
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        texts = []
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, Mapping) else None
+            if isinstance(part, Mapping) and kind == "text" and isinstance(part.get("text"), str):
+                texts.append(part["text"])
+            else:
+                shown = kind or type(part).__name__
+                raise ValueError(f"{where}: content must be text, got a part of type {shown!r}")
+        content = "".join(texts)
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: content must be text, got {type(content).__name__}")
+    _check_text(where, content)
+    return content
+
+
+def _check_text(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a character
+        raise ValueError(f"{where} is not Unicode text: {error.reason}") from error
+
+
+class _Chat:
+    """Messages in a tokenizer's chat template, their control tokens marked.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: what is new.
+        options: what else the template is given.
+    """
+
+    def __init__(self, tokenizer: Any, messages: list[Message], options: ChatOptions) -> None:
+        self._tokenizer = tokenizer
+        self._plain = PlainText.of(tokenizer)
+        self._options = options
+        given: Any = [messages, options.tools, dict(options.variables)]
+        self._mark = unused_mark(given)
+        if not options.special:
+            given = self._plain.escaped(given, self._mark)
+        self._messages: list[Any] = given[0]
+        self._tools, self._variables = given[1:]
+        self._in_parts = False
+        self._past = [
+            {"role": "user", "content": _QUESTION},
+            {"role": "assistant", "content": _ANSWER},
+        ]
+        if not self._takes_text():
+            self._in_parts = True
+            self._in_parts = self._takes_text()
+
+    def opening(self, began: bool) -> str:
+        """The first turn up to its answer."""
+        without = {"bos_token": ""} if began else {}
+        text = self._render(self._messages, head=True, **without)
+        self._check_kept(text)
+        return text
+
+    def later_opening(self) -> str:
+        """What follows an earlier answer, up to the new one."""
+        text = _after_answer(self._render([*self._past, *self._messages], head=True))
+        self._check_kept(text)
+        if self._tools and text == _after_answer(
+            self._render([*self._past, *self._messages], head=True, tools=None)
+        ):
+            raise ValueError(
+                "tools must be given with a session's first message: the chat template writes them "
+                "in front of a conversation"
+            )
+        return text
+
+    def closing(self) -> str:
+        """What follows an answer when the user goes on."""
+        more = {"role": "user", "content": _QUESTION}
+        return self.closing_before(_after_answer(self._render([*self._past, more], head=True)))
+
+    def closing_before(self, following: str) -> str:
+        """The part of what follows an answer in the middle that ends it, and begins nothing."""
+        ending = _after_answer(self._render(self._past, head=False))
+        if following.startswith(ending):
+            return ending
+        # At the end of a conversation this template writes something else: what both share, as
+        # whole tokens.
+        shared = _num_shared(following, ending)
+        while shared and self._cuts_a_token(following, shared):
+            shared -= 1
+        return following[:shared]
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of what was rendered."""
+        return self._plain.encode_frame(text, self._mark)
+
+    def unmarked(self, text: str) -> str:
+        """What was rendered, as it is meant."""
+        return text.replace(self._mark, "")
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _cuts_a_token(self, text: str, at: int) -> bool:
+        """Whether a control token goes over this place."""
+        return any(
+            text.startswith(content, begin)
+            for content in self._plain.control
+            for begin in range(max(0, at - len(content) + 1), at)
+        )
+
+    def _check_kept(self, text: str) -> None:
+        """Refuse a template that leaves out what somebody said, in silence."""
+        rendered = text.casefold()
+        for message in self._messages:
+            role, content = message["role"], message["content"].strip().casefold()
+            if role in ("system", "developer", "user") and content not in rendered:
+                hint = "" if role == "user" else "; say it in the user's message"
+                raise ValueError(
+                    f"the tokenizer's chat template leaves out the {role} message here{hint}"
+                )
+
+    def _takes_text(self) -> bool:
+        """Whether the template takes content as text; some want a list of parts."""
+        try:
+            return _QUESTION in self._render(self._past[:1], head=False)
+        except ValueError:
+            return False
+
+    def _render(self, messages: list[Any], head: bool, **changed: Any) -> str:
+        given = {"tools": self._tools, **self._variables, **changed}
+        if self._in_parts:
+            messages = [{**one, "content": _as_parts(one["content"])} for one in messages]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=head, **given
+            )
+        except _RAISED as error:
+            raise ValueError(f"the tokenizer's chat template refuses this: {error}") from error
+        return text
+
+
+def _as_parts(content: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}]
+
+
+def _num_shared(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _after_answer(text: str) -> str:

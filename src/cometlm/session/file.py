@@ -11,6 +11,7 @@ also before a tensor is read.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class SessionState:
         open: token ids of the open chunk.
         turns: chat turns so far.
         characters: characters of text read so far.
+        digest: SHA-256 of them (`Place.digest`); None where it is not known.
         stream: text that is not tokenised yet (`TokenStream.state`), or None.
     """
 
@@ -57,15 +59,18 @@ class SessionState:
     open: tuple[int, ...]
     turns: int
     characters: int
+    digest: str | None
     stream: dict[str, Any] | None
 
 
 def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a file that appears whole or not at all; a link stays one.
 
     Raises:
+        ValueError: a directory, a pipe or a device.
         OSError: it cannot be written; an older file of that name is as it was.
     """
+    target = _resolved(path)
     (row,) = session.cache.rows
     assert row.items == 0, "a session is saved at a chunk border"
     document = {
@@ -80,6 +85,8 @@ def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> No
         "characters": session.characters,
         "stream": session.stream,
     }
+    if session.digest is not None:
+        document["text"] = session.digest
     tensors = {"open": torch.tensor(session.open, dtype=torch.int64)}
     for i, layer in enumerate(session.cache.layers):
         if layer.memory.state is not None:
@@ -87,7 +94,38 @@ def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> No
         if layer.memory.entries:
             tensors[f"entries.{i}"] = torch.cat(layer.memory.entries, dim=1)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(Path(path), to_bytes(plain, {_KEY: json.dumps(document)}))
+    write_whole(target, to_bytes(plain, {_KEY: json.dumps(document)}))
+
+
+def check_target(path: Path) -> None:
+    """Refuse to write a session where it cannot be, or over something else.
+
+    Raises:
+        ValueError: a directory, a pipe or a device; a folder that is missing or cannot be written
+            to; a file that is no session.
+        OSError: what stands there cannot be read.
+    """
+    target = _resolved(path)
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{path}: its folder is missing or cannot be written to")
+    if target.exists() and target.stat().st_size:
+        try:
+            read_document(target)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is there, and no session would be written over it: {error}; name another "
+                "file, or remove this one"
+            ) from error
+
+
+def _resolved(path: str | Path) -> Path:
+    """The file that a path leads to over links; it is there as a plain file, or not at all."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ValueError(f"{path} is a directory; name a file")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is a pipe, a device or the like; name a file")
+    return target
 
 
 def load(path: str | Path, model: CometForCausalLM) -> SessionState:
@@ -124,7 +162,12 @@ def load(path: str | Path, model: CometForCausalLM) -> SessionState:
         raise ValueError(f"{path} is damaged: its token ids are none of this model's")
     cache = CometCache(tuple(layers), (row,), sizes, sizes.row_length)
     return SessionState(
-        cache, tuple(ids), document["turns"], document["characters"], document["stream"]
+        cache=cache,
+        open=tuple(ids),
+        turns=document["turns"],
+        characters=document["characters"],
+        digest=document.get("text"),
+        stream=document["stream"],
     )
 
 
@@ -291,6 +334,7 @@ def _check(path: str | Path, document: Any) -> None:
         and all(isinstance(document[name].get(key), str) for key in keys)
         for name, keys in parts.items()
     )
+    sound = sound and isinstance(document.get("text", ""), str)
     stream = document.get("stream")
     sound = (
         sound
@@ -304,6 +348,7 @@ def _check(path: str | Path, document: Any) -> None:
                 and number(stream.get("done"))
                 and stream["done"] <= len(stream["text"])
                 and isinstance(stream.get("started"), bool)
+                and isinstance(stream.get("special", False), bool)
             )
         )
     )

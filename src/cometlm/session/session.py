@@ -10,31 +10,38 @@ Footguns:
       change. Asking looks at all of it.
     - Token ids and chat turns end the text before them: its last tokens are then settled. A chat
       turn may also end the open chunk before its time, so that its question stays whole.
+    - Text is only text: `<|im_end|>` in a document ends no turn. What a chat template rendered
+      already is read with `special=True`.
+
+Threads may share a session: one `read` waits for another, and what is asked meanwhile looks at what
+was read up to then. While `chat` writes an answer, nothing else may be read.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.session import file as session_file
-from cometlm.session.chat_template import Turn, render_turn
+from cometlm.session.chat_template import PLAIN, ChatOptions, Message, Turn, render_turn
+from cometlm.session.options import generation_options, stop_ids, template_variables
+from cometlm.session.place import Place
+from cometlm.session.plain_text import PlainText
+from cometlm.session.sources import Source, pieces
 from cometlm.session.text_stream import streamed
-from cometlm.session.token_stream import TokenStream, cut_blocks, read_blocks
+from cometlm.session.token_stream import TokenStream
+from cometlm.text_file import UTF8
 
-Ids = Sequence[int] | Tensor
-Source = str | Ids | IO[str] | Iterable[str | Ids]
-
-_IDS_AT_A_TIME = 65536  # taken from a tensor
-_NEW_TOKENS = 256  # written where the caller sets no length
 _ANSWER_SHARE = 8  # a question has room for an eighth of a chunk behind it
 
 
@@ -60,48 +67,81 @@ class Session:
         model: the model; sessions share it and never change it.
         tokenizer: its tokenizer; without one, only token ids can be read.
 
-    Attributes:
-        characters: characters of text read, also before saving and loading; so what was interrupted
-            knows where to go on in its source. Set it to 0 where a new source begins.
+    Raises:
+        ValueError: a tokenizer that cannot stream.
     """
 
     def __init__(self, model: CometForCausalLM, tokenizer: Any = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._stream = TokenStream(tokenizer) if tokenizer is not None else None
+        vocabulary = model.config.vocab_size
+        self._stream = TokenStream(tokenizer, vocabulary) if tokenizer is not None else None
         self._cache: CometCache = model.model.empty_cache()
         self._open: list[int] = []
         self._turns = 0
         self._kept_stream: dict[str, Any] | None = None
-        self.characters = 0
+        self._text_place = Place()
+        self._new_locks()
+
+    @property
+    def characters(self) -> int:
+        """Characters of text read, also before saving and loading.
+
+        So what was interrupted knows where to go on in its source (`unread`). Set it to 0 where a
+        new source begins.
+        """
+        return self._text_place.characters
+
+    @characters.setter
+    def characters(self, count: int) -> None:
+        self._text_place = Place(count)
 
     # --- reading ----------------------------------------------------------------------------
 
-    def read(self, source: Source) -> None:
-        """Read text or token ids: one of either, an open text file, or an iterable of either.
+    def read(self, source: Source, *, special: bool = False, encoding: str = UTF8) -> None:
+        """Read text or token ids.
+
+        Args:
+            source: text, or bytes of it; a path (`pathlib.Path`) or an open file; token ids as a
+                sequence, an array or a tensor, or as a tokenizer gives them for one text; or an
+                iterable of these.
+            special: control tokens that are written in the text, such as `<|im_end|>`, count as
+                such: for conversations that a chat template rendered already. Else they are text.
+            encoding: of bytes, and of files that were not opened as text.
 
         Raises:
-            ValueError: a file that is not text, ids outside the vocabulary, text without a
-                tokenizer.
+            ValueError: something else, a file that is not text, ids outside the vocabulary, text
+                without a tokenizer.
+            OSError: a file cannot be read.
+            RuntimeError: `chat` is writing an answer.
             FloatingPointError: a memory stopped being finite; what was read before is kept.
         """
-        for _ in self.reading(source):
-            pass
+        with self._reads:
+            for _ in self.reading(source, special=special, encoding=encoding):
+                pass
 
-    def reading(self, source: Source) -> Iterator[SessionStats]:
+    def reading(
+        self, source: Source, *, special: bool = False, encoding: str = UTF8
+    ) -> Iterator[SessionStats]:
         """Like `read`, giving the stats after every chunk."""
-        for piece in _pieces(source):
-            if isinstance(piece, str):
-                piece.encode()  # refuse what is no text before anything changes
-                ids = self._text_stream().feed(piece)
-                self.characters += len(piece)
-                yield from self._take(ids)
-            elif piece:
-                self._check(piece)
-                yield from self.finish()
-                if self._stream is not None:
-                    self._stream.skip_prefix()
-                yield from self._take(piece)
+        for piece in pieces(source, encoding):
+            yield from self._stepwise(self._taking(piece, special))
+
+    def unread(
+        self, source: Source, *, encoding: str = UTF8, name: str = "the source"
+    ) -> Iterator[str]:
+        """The part of a text that was not read yet: what stands behind `characters` of it.
+
+        Args:
+            source: the text from its beginning, as `read` takes it.
+            encoding: as `read`.
+            name: what errors call it.
+
+        Raises:
+            ValueError: another text, or a shorter one.
+        """
+        blocks = (block for block in pieces(source, encoding) if isinstance(block, str))
+        return self._text_place.behind(blocks, name)
 
     def ask_in_one_chunk(self, question: Sequence[int]) -> None:
         """Read a question whose answer comes next: no chunk border cuts it.
@@ -116,18 +156,19 @@ class Session:
             ValueError, FloatingPointError: as `read`.
         """
         self._check(question)
-        self._end_text()
-        sizes = self.model.config.comet_config
-        wanted = len(question) + sizes.chunk_size // _ANSWER_SHARE
-        fits = sizes.overlap + wanted <= sizes.chunk_size
-        full = len(self._open) + wanted > sizes.chunk_size
-        if question and self._open and fits and full:
-            self._fold(len(self._open))
-        self.read(question)
+        with self._reads, self._state:
+            self._end_text()
+            sizes = self.model.config.comet_config
+            wanted = len(question) + sizes.chunk_size // _ANSWER_SHARE
+            fits = sizes.overlap + wanted <= sizes.chunk_size
+            full = len(self._open) + wanted > sizes.chunk_size
+            if question and self._open and fits and full:
+                self._fold(len(self._open))
+            self.read(question)
 
     def finish(self) -> Iterator[SessionStats]:
         """Say that the text ends here: its last tokens need not wait for more."""
-        yield from self._take(self._stream.finish() if self._stream is not None else [])
+        yield from self._stepwise(self._finishing())
 
     def settle(self) -> Iterator[SessionStats]:
         """Run every chunk whose tokens are known, so that asking and loading need not.
@@ -135,54 +176,89 @@ class Session:
         `read` collects some pages of text before it tokenises; this does not wait for them, and
         changes nothing else.
         """
-        yield from self._take(self._stream.settle() if self._stream is not None else [])
+        yield from self._stepwise(self._settling())
 
     def stats(self) -> SessionStats:
         """Tokens read, chunks folded and bytes held so far.
 
         The end of the text, whose tokens may still change, counts with the tokens that it has now.
         """
-        cache = self._cache
-        waiting = copy.copy(self._stream).finish() if self._stream is not None else ()
+        with self._state:
+            cache, read = self._cache, len(self._open)
+            stream = copy.copy(self._stream)
+        waiting = stream.finish() if stream is not None else ()
         again = cache.chunks_folded * self.model.config.comet_config.overlap
-        tokens = cache.tokens_read + len(self._open) - again + len(waiting)
+        tokens = cache.tokens_read + read - again + len(waiting)
         return SessionStats(tokens, cache.chunks_folded, cache.nbytes)
 
     # --- writing ----------------------------------------------------------------------------
 
     def ask(
-        self, prompt: str, *, stream: bool = False, template: bool | None = None, **generation: Any
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        stream: bool = False,
+        template: bool | None = None,
+        special: bool = False,
+        system: str | None = None,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **generation: Any,
     ) -> str | Iterator[str]:
         """Answer a question about what was read; the session stays as it was.
 
         Args:
-            prompt: the question.
+            prompt: the question, or messages that end with it: mappings with a role and content.
             stream: give the answer piece by piece while it is written.
             template: put the prompt into the tokenizer's chat template; no chunk border cuts it
                 then, see `ask_in_one_chunk`. Default: if it has one.
+            special: control tokens that are written in the prompt count as such; see `read`.
+            system: a system message in front of the prompt.
+            tools: what the model may call, as the chat template takes them; for the first message
+                of a session.
+            chat_template_kwargs: variables of the chat template, such as `enable_thinking`. Those
+                that the template names may also be given by themselves.
             generation: options of transformers' `generate`; 256 new tokens unless they say.
 
         Returns:
             The answer, or an iterator over its pieces.
 
         Raises:
-            ValueError: nothing was read and the prompt is empty, an option that `generate` does
-                not know or that makes more than one answer.
+            ValueError: nothing was read and the prompt is empty, a message that the chat template
+                refuses or drops, an option that `generate` does not know or that makes more than
+                one answer.
         """
-        pieces = self._asked(prompt, template)._written([], generation, stream)
+        named, options = template_variables(self.tokenizer, generation)
+        chat = ChatOptions(tools, {**named, **(chat_template_kwargs or {})}, special)
+        fork = self._asked(_with_system(prompt, system), template, chat)
+        pieces = fork._written([], options, stream)
         return pieces if stream else "".join(pieces)
 
-    def chat(self, message: str, *, stream: bool = False, **generation: Any) -> str | Iterator[str]:
+    def chat(
+        self,
+        message: str | Sequence[Message],
+        *,
+        stream: bool = False,
+        special: bool = False,
+        system: str | None = None,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **generation: Any,
+    ) -> str | Iterator[str]:
         """Like `ask`, but the message and its answer stay in the session.
 
         If a streamed answer is broken off, by its reader or by an error, what was written so far
-        stays; if nothing was, the session is as it was before the message.
+        stays; if nothing was, the session is as it was before the message. Nothing else can be read
+        until a streamed answer ends or is closed.
 
         Raises:
             ValueError: as `ask`; also a tokenizer without a chat template.
+            RuntimeError: another answer is being written.
         """
-        pieces = self._chatting(message, generation, stream)
-        return pieces if stream else "".join(pieces)
+        named, rest = template_variables(self.tokenizer, generation)
+        options = ChatOptions(tools, {**named, **(chat_template_kwargs or {})}, special)
+        answer = self._chatting(_with_system(message, system), options, rest, stream)
+        return answer if stream else "".join(answer)
 
     @torch.no_grad()
     def continuation(self, count: int) -> list[int]:
@@ -234,10 +310,13 @@ class Session:
         Raises:
             ValueError: another part.
         """
-        fork = copy.copy(self)
-        fork._cache = self._cache.without(without)
-        fork._stream = copy.copy(self._stream)
-        fork._open = list(self._open)
+        with self._state:
+            fork = copy.copy(self)
+            fork._cache = self._cache.without(without)
+            fork._stream = copy.copy(self._stream)
+            fork._open = list(self._open)
+            fork._text_place = self._text_place.fork()
+        fork._new_locks()
         return fork
 
     # --- keeping ----------------------------------------------------------------------------
@@ -250,10 +329,16 @@ class Session:
         Raises:
             OSError: the file cannot be written.
         """
-        stream = self._stream.state() if self._stream is not None else self._kept_stream
-        kept = session_file.SessionState(
-            self._cache, tuple(self._open), self._turns, self.characters, stream
-        )
+        with self._state:
+            stream = self._stream.state() if self._stream is not None else self._kept_stream
+            kept = session_file.SessionState(
+                cache=self._cache,
+                open=tuple(self._open),
+                turns=self._turns,
+                characters=self.characters,
+                digest=self._text_place.digest,
+                stream=stream,
+            )
         session_file.save(path, kept, self.model)
 
     @classmethod
@@ -268,7 +353,7 @@ class Session:
         kept = session_file.load(path, model)
         session = cls(model, tokenizer)
         session._cache, session._open = kept.cache, list(kept.open)
-        session._turns, session.characters = kept.turns, kept.characters
+        session._turns, session._text_place = kept.turns, Place(kept.characters, kept.digest)
         session._kept_stream = kept.stream
         if session._stream is not None:
             if kept.stream is not None:
@@ -280,6 +365,45 @@ class Session:
         return session
 
     # --- inside -----------------------------------------------------------------------------
+
+    def _new_locks(self) -> None:
+        self._reads = threading.RLock()  # whose text is being read
+        self._state = threading.RLock()  # held while what was read is changed or copied
+        self._is_answering = False
+
+    def _stepwise(self, work: Iterator[SessionStats]) -> Iterator[SessionStats]:
+        """Pass stats on; between two of them others may look at the session."""
+        while True:
+            with self._state:
+                if self._is_answering:
+                    raise RuntimeError(
+                        "chat() is writing an answer in this session: end or close it first, or "
+                        "fork the session"
+                    )
+                stats = next(work, None)
+            if stats is None:
+                return
+            yield stats
+
+    def _taking(self, piece: str | list[int], special: bool) -> Iterator[SessionStats]:
+        """Take one piece of a source."""
+        if isinstance(piece, str):
+            piece.encode()  # refuse what is no text before anything changes
+            ids = self._text_stream().feed(piece, special)
+            self._text_place.add(piece)
+            yield from self._take(ids)
+        elif piece:
+            self._check(piece)
+            yield from self._finishing()
+            if self._stream is not None:
+                self._stream.skip_prefix()
+            yield from self._take(piece)
+
+    def _finishing(self) -> Iterator[SessionStats]:
+        yield from self._take(self._stream.finish() if self._stream is not None else [])
+
+    def _settling(self) -> Iterator[SessionStats]:
+        yield from self._take(self._stream.settle() if self._stream is not None else [])
 
     def _end_text(self) -> None:
         """The text ends here; no more than one chunk is open then."""
@@ -314,46 +438,74 @@ class Session:
         again = overlap * (cache.chunks_folded - 1)
         return SessionStats(cache.tokens_read - again, cache.chunks_folded, cache.nbytes)
 
-    def _asked(self, prompt: str, template: bool | None) -> Self:
+    def _asked(
+        self,
+        prompt: str | Sequence[Message],
+        template: bool | None = None,
+        options: ChatOptions = PLAIN,
+    ) -> Self:
         """A fork that has read a prompt; see `ask`."""
         if template is None:
             template = bool(getattr(self.tokenizer, "chat_template", None))
         fork = self.fork()
         if template:
-            fork.ask_in_one_chunk(fork._ids_of(fork._turn(prompt).opening))
-        else:
-            fork.read(prompt)
+            fork.ask_in_one_chunk(fork._turn(prompt, options, answered=False).opening_ids)
+            return fork
+        if options.tools or not isinstance(prompt, str):
+            what = "tools" if options.tools else f"a {type(prompt).__name__} as prompt"
+            raise ValueError(f"without a chat template the prompt must be text alone, got {what}")
+        fork.read(prompt, special=options.special)
         return fork
 
-    def _chatting(self, message: str, generation: dict[str, Any], stream: bool) -> Iterator[str]:
-        turn = self._turn(message)
-        work = self.fork()
-        work.ask_in_one_chunk(work._ids_of(turn.opening))
+    def _chatting(
+        self,
+        message: str | Sequence[Message],
+        options: ChatOptions,
+        generation: dict[str, Any],
+        stream: bool,
+    ) -> Iterator[str]:
+        with self._reads, self._state:
+            if self._is_answering:
+                raise RuntimeError("chat() is writing another answer: end or close it first")
+            turn = self._turn(message, options)
+            work = self.fork()
+            self._is_answering = True
         answer: list[int] = []
         try:
+            work.ask_in_one_chunk(turn.opening_ids)
             yield from work._written(answer, generation, stream)
         finally:
             if answer:
-                closing = work._ids_of(turn.closing)
-                repeated = bool(closing) and answer[-1] == closing[0]
-                work.read([*answer, *closing[repeated:]])
+                stops = stop_ids(generation, self.model) & set(work._plain.control.values())
+                work.read(_ended(answer, turn.closing_ids, stops))
                 work._turns += 1
-                self.__dict__.update(work.__dict__)
+            with self._state:
+                if answer:
+                    self._become(work)
+                self._is_answering = False
+
+    def _become(self, other: Session) -> None:
+        """Take over what another session has read."""
+        own = ("_reads", "_state", "_is_answering")
+        self.__dict__.update({k: v for k, v in other.__dict__.items() if k not in own})
 
     def _written(self, ids: list[int], generation: dict[str, Any], stream: bool) -> Iterator[str]:
         """Go on from what was read: the text piece by piece, and its token ids into `ids`."""
         self._end_text()
         if not self._open:
             raise ValueError("nothing was read and the prompt is empty: there is nothing to go on")
-        options = _generation_options(generation, self.model, self.tokenizer)
+        options = generation_options(generation, self.model, self.tokenizer)
+        stopping = list(options.pop("stopping_criteria", None) or ())
         prompt = self._tensor(self._open).to(self.model.device)
         model: Any = self.model  # transformers' own annotations want its models only
 
-        def run(**more: Any) -> Tensor:
+        def run(stopping_criteria: Sequence[Any] = (), **more: Any) -> Tensor:
+            criteria = StoppingCriteriaList([*stopping, *stopping_criteria])
             out: Tensor = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 past_key_values=self._cache,
+                stopping_criteria=criteria,
                 **options,
                 **more,
             )
@@ -365,19 +517,23 @@ class Session:
             ids.extend(run()[0, prompt.shape[1] :].tolist())
             yield "" if self.tokenizer is None else self._decode(ids)
 
-    def _turn(self, message: str) -> Turn:
-        first = self._turns == 0
-        return render_turn(self.tokenizer, message, first, began=self.stats().tokens > 0)
+    def _turn(
+        self,
+        prompt: str | Sequence[Message],
+        options: ChatOptions = PLAIN,
+        answered: bool = True,
+    ) -> Turn:
+        first, began = self._turns == 0, self.stats().tokens > 0
+        return render_turn(self.tokenizer, prompt, first, began, options, answered)
 
     def _text_stream(self) -> TokenStream:
         if self._stream is None:
             raise ValueError("this session has no tokenizer; give it one, or read token ids")
         return self._stream
 
-    def _ids_of(self, text: str) -> list[int]:
-        """Ids of text that stands for itself, special tokens written out."""
-        text.encode()  # refuse what is no text
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    @property
+    def _plain(self) -> PlainText:
+        return PlainText.of(self.tokenizer)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -392,38 +548,26 @@ class Session:
         return torch.tensor([ids])
 
 
-def _pieces(source: Source) -> Iterator[str | list[int]]:
-    """Text in blocks and token ids in lists, in their order."""
-    if isinstance(source, str):
-        yield from cut_blocks(source)
-    elif isinstance(source, Tensor):
-        for block in source.flatten().split(_IDS_AT_A_TIME):
-            yield [int(token) for token in block.tolist()]
-    elif hasattr(source, "read"):
-        yield from read_blocks(cast("IO[str]", source), str(getattr(source, "name", "the file")))
-    elif isinstance(source, Sequence) and source and all(isinstance(x, int) for x in source):
-        yield [int(cast("int", token)) for token in source]
-    else:
-        for item in source:
-            if isinstance(item, int):
-                yield [item]
-            else:
-                yield from _pieces(item)
+def _with_system(prompt: Any, system: str | None) -> Any:
+    """A prompt behind a system message."""
+    if system is None:
+        return prompt
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return [{"role": "system", "content": system}, *prompt]
 
 
-def _generation_options(
-    given: dict[str, Any], model: CometForCausalLM, tokenizer: Any
-) -> dict[str, Any]:
-    """Options for `generate`: one answer, of bounded length."""
-    for name, only in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
-        for source in (given.get(name), getattr(given.get("generation_config"), name, None)):
-            if source is not None and source != only:
-                raise ValueError(f"{name}={source!r}: a session writes one answer, as text")
-    options = dict(given)
-    bounded = ("max_new_tokens", "max_length", "generation_config")
-    if not any(name in options for name in bounded):
-        options["max_new_tokens"] = _NEW_TOKENS
-    if model.generation_config.pad_token_id is None and "pad_token_id" not in options:
-        known = None if tokenizer is None else tokenizer.pad_token_id
-        options["pad_token_id"] = known if known is not None else 0
-    return options
+def _ended(answer: Sequence[int], closing: Sequence[int], stops: Collection[int]) -> list[int]:
+    """An answer's ids as they stand in a conversation: with the template's closing, once.
+
+    Args:
+        answer: ids as they were written.
+        closing: ids of what the chat template writes behind an answer.
+        stops: control tokens that end generation. One of them that the template does not write
+            there is left out.
+    """
+    for shared in range(min(len(answer), len(closing)), 0, -1):
+        if list(answer[-shared:]) == list(closing[:shared]):
+            return [*answer, *closing[shared:]]
+    said = answer[:-1] if closing and answer[-1] in stops else answer
+    return [*said, *closing]

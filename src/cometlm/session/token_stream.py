@@ -9,37 +9,57 @@ do not merge across the start of a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
+
+from cometlm.session.plain_text import PlainText, Spans, num_tokens
 
 _CONTEXT = 1024  # characters in front of the window whose tokens are known
 _WINDOW = 16384  # characters to collect before tokenising
 _MARGIN = 512  # characters at the end that wait for what follows
-_BLOCK = 16384  # characters taken at a time: tokenising needs many times their size in memory
 
 
 class TokenStream:
     """Tokens of a text that comes in pieces.
 
+    Args:
+        tokenizer: its tokenizer.
+        vocabulary: how many ids there are; None: as many as the tokenizer has.
+
     Raises:
         ValueError: a tokenizer that gives no offsets (a slow one).
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{type(tokenizer).__name__} gives no offsets; streaming needs a fast tokenizer"
             )
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._text = ""
+        self._special = False  # whether control tokens in _text count as such
         self._done = 0  # characters of _text whose tokens were given out
         self._enough = _WINDOW  # characters of _text at which it is tokenised
         self._started = False
 
-    def feed(self, text: str) -> list[int]:
-        """Add text; return the tokens that can no longer change."""
+    def feed(self, text: str, special: bool = False) -> list[int]:
+        """Add text; return the tokens that can no longer change.
+
+        Args:
+            special: control tokens that are written in it count as such; else they are text. Where
+                this changes, the text before ends.
+
+        Raises:
+            ValueError: text with tokens that the vocabulary lacks; nothing of it is taken.
+        """
+        if not text:
+            return []
+        goes_on = special == self._special
+        self._refuse_unknown(self._text[-_MARGIN:] if goes_on else "", text, special)
+        ids = [] if goes_on else self.finish()
+        self._special = special
         self._text += text
-        return self.settle() if len(self._text) >= self._enough else []
+        return ids + self.settle() if len(self._text) >= self._enough else ids
 
     def settle(self) -> list[int]:
         """The tokens that can no longer change, without waiting for a window of text."""
@@ -62,12 +82,13 @@ class TokenStream:
 
     def state(self) -> dict[str, Any]:
         """What the stream holds, as JSON values."""
-        return {"text": self._text, "done": self._done, "started": self._started}
+        state = {"text": self._text, "done": self._done, "started": self._started}
+        return {**state, "special": True} if self._special else state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
         self._text, self._done = state["text"], state["done"]
-        self._started = state["started"]
+        self._started, self._special = state["started"], state.get("special", False)
         self._enough = len(self._text) + _WINDOW
 
     def _emit(self, final: bool) -> list[int]:
@@ -93,11 +114,38 @@ class TokenStream:
         ids, spans = self._encode(self._text[self._done :])  # the context misleads: do without
         return ids, [(start + self._done, end + self._done) for start, end in spans]
 
-    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode(self, text: str, special: bool | None = None) -> tuple[list[int], Spans]:
+        if not (self._special if special is None else special):
+            return PlainText.of(self._tokenizer).encode_with_spans(text)
         encoded = self._tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            text,
+            add_special_tokens=False,
+            split_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
         return encoded["input_ids"], encoded["offset_mapping"]
+
+    def _refuse_unknown(self, before: str, text: str, special: bool) -> None:
+        """Refuse new text with tokens that the model does not have, before it is taken.
+
+        Tokenising it for that is only needed where the tokenizer has more tokens than the model.
+        """
+        tokens = num_tokens(self._tokenizer)
+        if self._vocabulary is None or tokens <= self._vocabulary:
+            return
+        control = () if special else PlainText.of(self._tokenizer).control.values()
+        spelled = sum(number >= self._vocabulary for number in control)
+        if tokens - spelled <= self._vocabulary:
+            return  # the others are control tokens, which text has none of
+        ids, spans = self._encode(before + text, special)
+        for number, (begin, end) in zip(ids, spans, strict=True):
+            if number >= self._vocabulary:
+                raise ValueError(
+                    f"token ids must lie in 0 … {self._vocabulary - 1}, but the tokenizer has "
+                    f"{number} for {(before + text)[begin:end]!r}: resize the model's embeddings "
+                    "(resize_token_embeddings), or take the tokenizer that belongs to it"
+                )
 
     def _last_cut(self, spans: list[tuple[int, int]]) -> int:
         """Index of the last token that may begin the next window, or 0."""
@@ -116,27 +164,3 @@ class TokenStream:
         ids: list[int] = self._tokenizer("")["input_ids"]
         eos = self._tokenizer.eos_token_id
         return ids[:-1] if ids and ids[-1] == eos and eos != self._tokenizer.bos_token_id else ids
-
-
-def cut_blocks(text: str) -> Iterator[str]:
-    """A string block by block, so that a long one is not tokenised at once."""
-    for start in range(0, len(text), _BLOCK):
-        yield text[start : start + _BLOCK]
-
-
-def read_blocks(file: IO[str], name: str) -> Iterator[str]:
-    """Text of a file block by block.
-
-    Raises:
-        ValueError: the file is not UTF-8 text.
-    """
-    while True:
-        try:
-            block = file.read(_BLOCK)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not UTF-8 text: {error.reason}") from error
-        if "\0" in block:
-            raise ValueError(f"{name} is not text: it holds a zero byte")
-        if not block:
-            return
-        yield block

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cometlm.session.chat_template import render_turn
+from cometlm.session.plain_text import PlainText
 from cometlm.tasks.scoring import exact
 
 Split = Literal["train", "test"]
@@ -112,9 +113,8 @@ class Task(ABC):
         return random.Random(f"{type(self).__name__}/{self.split}/{self.seed}/{index}")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of text in the middle of a document: no special tokens around it."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        """Ids of text in the middle of a document: no special tokens around it, and none in it."""
+        return PlainText.of(self.tokenizer).encode(text)
 
 
 def turn_ids(
@@ -132,12 +132,11 @@ def turn_ids(
     turn = render_turn(tokenizer, question, first=first, began=True)
     # What follows the answer up to its end-of-turn token belongs to it: it says when to stop.
     # The rest of the frame, if any, stands in front of the next question.
-    end, *rest = tokenizer.encode(turn.closing, add_special_tokens=False)
-    opening = tokenizer.encode(turn.opening, add_special_tokens=False)
-    asked = opening if first else [*rest, *opening]
+    end, *rest = turn.closing_ids
+    asked = turn.opening_ids if first else [*rest, *turn.opening_ids]
     if answer is None:
         return asked, []
-    return asked, [*tokenizer.encode(answer, add_special_tokens=False), end]
+    return asked, [*PlainText.of(tokenizer).encode(answer), end]
 
 
 def asked_at_the_end(questions: Sequence[Question]) -> list[Question]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cometlm.session.plain_text import PlainText
+
 _TRIES = 32  # places of files that hold no text, one after the other
 _NEAR = 16  # tokens within which a word begins, if one does
 _WORD_MARK = "▁"  # what pieces of SentencePiece begin with where a word begins
@@ -55,7 +57,7 @@ class Haystack:
             size = min(len(text), max(64, missing * 7))
             start = rng.randrange(len(text) - size + 1)
             piece = text[start : start + size].decode("utf-8", errors="ignore")
-            found = self._tokenizer.encode(piece, add_special_tokens=False)[:missing]
+            found = PlainText.of(self._tokenizer).encode(piece)[:missing]
             in_vain = 0 if found else in_vain + 1
             if in_vain == _TRIES:
                 raise ValueError(f"{path} must hold text in UTF-8, got none in {_TRIES} places")

@@ -1,0 +1,157 @@
+"""What a session is given to read, as text and token ids in their order.
+
+What has one meaning is taken. The rest is refused by name, before anything of it is read where
+that can be known.
+"""
+
+from __future__ import annotations
+
+import io
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from cometlm.text_file import UTF8, cut_blocks, read_blocks
+
+Ids = Sequence[int] | Tensor
+Plain = str | bytes | os.PathLike[str] | IO[str] | IO[bytes] | Ids | Mapping[str, Any]
+Source = Plain | Iterable[Plain]
+
+_IDS_AT_A_TIME = 65536  # taken from a tensor
+_TAKEN = (
+    "text, token ids, a path, an open file, what a tokenizer gives for one text, or an iterable of "
+    "these"
+)
+
+
+def pieces(source: Source, encoding: str = UTF8) -> Iterator[str | list[int]]:
+    """Text in blocks and token ids in lists, in their order.
+
+    Args:
+        source: text; bytes of text; a path or an open file; token ids as a sequence, an array or a
+            tensor [N] or [1, N]; a mapping with the `input_ids` of one text; an iterable of these.
+        encoding: of bytes, and of files that were not opened as text.
+
+    Raises:
+        ValueError: something else.
+        OSError: a file cannot be read.
+    """
+    given: Any = source
+    if isinstance(given, str):
+        yield from cut_blocks(given)
+    elif isinstance(given, (bytes, bytearray, memoryview)):
+        yield from read_blocks(io.BytesIO(given), "the bytes", encoding)
+    elif isinstance(given, os.PathLike):
+        with open(given, "rb") as file:
+            yield from read_blocks(file, os.fspath(given), encoding)
+    elif isinstance(given, Mapping):
+        yield from pieces(_only_row(given), encoding)
+    elif _is_file(given):
+        yield from read_blocks(given, str(getattr(given, "name", "the file")), encoding)
+    elif _is_array(given):
+        yield from _of_array(given, encoding)
+    elif isinstance(given, Sequence) and given and set(map(type, given)) == {int}:
+        yield list(given)
+    else:
+        yield from _of_iterable(given, encoding)
+
+
+def _of_iterable(given: Any, encoding: str) -> Iterator[str | list[int]]:
+    _check(given, "read()")
+    if isinstance(given, Sequence):  # what can be looked at twice is refused before it is begun
+        for i, item in enumerate(given):
+            if not _is_id(item):
+                _check(item, f"item {i} of what read()")
+    for i, item in enumerate(given):
+        if _is_id(item):
+            yield [operator.index(item)]
+        else:
+            _check(item, f"item {i} of what read()")
+            yield from pieces(item, encoding)
+
+
+def _check(given: Any, where: str) -> None:
+    """Refuse what cannot be read."""
+    if isinstance(given, Mapping):
+        if {"role", "content"} <= given.keys():
+            raise ValueError(f"{where} got is a message of a chat: ask() and chat() take messages")
+        if "input_ids" not in given:
+            raise ValueError(f"{where} got is a {type(given).__name__} without input_ids")
+    elif isinstance(given, (set, frozenset)):
+        raise ValueError(f"{where} got is a {type(given).__name__}, which has no order")
+    elif not (isinstance(given, (Iterable, os.PathLike)) or _is_array(given) or _is_file(given)):
+        raise ValueError(f"{where} got is {given!r}, a {type(given).__name__}; give {_TAKEN}")
+
+
+def _is_file(given: Any) -> bool:
+    return hasattr(given, "read")
+
+
+def _is_id(given: Any) -> bool:
+    """Whether this is a whole number, of Python, NumPy or torch; truth values are none."""
+    if isinstance(given, (bool, str)) or getattr(given, "ndim", None):
+        return False
+    if _is_array(given) and not _holds_ids(given):
+        return False
+    try:
+        operator.index(given)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_array(given: Any) -> bool:
+    return hasattr(given, "__array__") and hasattr(given, "dtype")
+
+
+def _holds_ids(array: Any) -> bool:
+    if isinstance(array, Tensor):
+        fractional = array.is_floating_point() or array.is_complex()
+        return not fractional and array.dtype != torch.bool
+    return getattr(array.dtype, "kind", "O") in "iu"
+
+
+def _of_array(array: Any, encoding: str) -> Iterator[str | list[int]]:
+    """Ids of an array or tensor of one row; of an array of texts, the texts."""
+    if getattr(array.dtype, "kind", "") in "OSUT" and not isinstance(array, Tensor):
+        yield from pieces(list(array), encoding)
+        return
+    shape = list(array.shape)
+    if not _holds_ids(array):
+        raise ValueError(
+            f"token ids must be whole numbers, got {type(array).__name__} of {array.dtype}"
+        )
+    if len(shape) > 2 or (len(shape) == 2 and shape[0] != 1):
+        raise ValueError(
+            f"token ids must be those of one text, [N] or [1, N], got {type(array).__name__} of "
+            f"shape {shape}"
+        )
+    flat = array.reshape(-1)
+    for begin in range(0, len(flat), _IDS_AT_A_TIME):
+        yield [int(token) for token in flat[begin : begin + _IDS_AT_A_TIME].tolist()]
+
+
+def _only_row(given: Mapping[str, Any]) -> Source:
+    """The ids of what a tokenizer gave, if they are those of one text without padding."""
+    _check(given, "what read()")
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    if isinstance(ids, Sequence) and ids and not _is_id(ids[0]):
+        if len(ids) > 1:
+            raise ValueError(f"input_ids must be those of one text, got those of {len(ids)}")
+        ids = ids[0]
+    if mask is not None and not all(_flat(mask)):
+        raise ValueError("input_ids must be without padding, got an attention_mask with zeros")
+    return cast("Source", ids)
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    rows = values.tolist() if hasattr(values, "tolist") else values
+    for row in rows:
+        if isinstance(row, Sequence):
+            yield from row
+        else:
+            yield row

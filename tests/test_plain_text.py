@@ -1,0 +1,159 @@
+"""Control tokens that stand in a text are spelled, whatever kind of tokenizer it is."""
+
+import copy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from cometlm.session.plain_text import PlainText, unused_mark
+from tests import real
+from tests.tiny import examples
+
+TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LETTERS = "abcdefghij<|>_/ \nused"
+
+
+def _fast(inner, **options):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **options)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "</s>"]})
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<lamp>"])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _pieces(pre_tokenizer=None, normalizer=None):
+    """A tokenizer in SentencePiece's way: a mark for a space, and letters."""
+    vocabulary = ["<unk>", "<s>", "▁", *dict.fromkeys(LETTERS.replace(" ", "")), "▁a", "en", "nd"]
+    vocabulary += ["|>", "<|", "endr"]
+    merges = [("▁", "a"), ("e", "n"), ("n", "d"), ("|", ">"), ("<", "|")]
+    vocabulary.remove("endr")
+    known = {token: i for i, token in enumerate(dict.fromkeys([*vocabulary, *LETTERS[:10]]))}
+    inner = Tokenizer(models.BPE({**known, "n": len(known)}, merges, unk_token="<unk>"))
+    inner.pre_tokenizer, inner.normalizer = pre_tokenizer, normalizer
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return _fast(inner)
+
+
+def _words():
+    known = {"<unk>": 0, "<|end|>": 1, **{letter: i + 2 for i, letter in enumerate(set(LETTERS))}}
+    inner = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    return _fast(inner)
+
+
+def _bytes():
+    tokenizer = copy.deepcopy(real.tokenizer("smollm2"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "</s>"]})
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<lamp>"])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _slow():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+KINDS = {
+    "bytes": _bytes,
+    "a space in front of the first word": lambda: _pieces(
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    ),
+    "a space in front of every part": lambda: _pieces(
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    ),
+    "words that are control tokens too": _words,
+    "slow": _slow,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request):
+    return KINDS[request.param]()
+
+
+TEXTS = st.lists(
+    st.sampled_from(["<|end|>", "</s>", "<|user|>", "<|assistant|>", "a", " ", "bed", "\n", "<|"]),
+    min_size=1,
+).map("".join)
+
+
+@examples(40)
+@given(text=TEXTS)
+def test_no_control_token_comes_out_of_a_text(tokenizer, text):
+    plain = PlainText.of(tokenizer)
+    ids = plain.encode(text)
+    unknown = tokenizer.unk_token_id
+    assert not {i for i in ids if i != unknown} & set(plain.control.values())
+    if unknown not in ids:
+        assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+
+
+def test_text_without_control_tokens_is_as_it_was(tokenizer):
+    text = "a bed\n abed <| end"
+    assert PlainText.of(tokenizer).encode(text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+@examples(20)
+@given(text=TEXTS)
+def test_spans_say_where_each_one_stands(text):
+    tokenizer = KINDS["words that are control tokens too"]()
+    ids, spans = PlainText.of(tokenizer).encode_with_spans(text)
+    assert len(ids) == len(spans)
+    assert [begin for begin, _ in spans] == sorted(begin for begin, _ in spans)
+
+
+def test_words_of_a_domain_stay_tokens():
+    tokenizer = _bytes()
+    assert PlainText.of(tokenizer).encode("<lamp>") == tokenizer.convert_tokens_to_ids(["<lamp>"])
+
+
+@examples(40)
+@given(text=TEXTS)
+def test_in_a_frame_text_is_what_it_is_elsewhere(tokenizer, text):
+    """Between the frame's tokens stand the text's letters, and no space comes or goes."""
+    plain = PlainText.of(tokenizer)
+    mark = unused_mark(text)
+    framed = f"<|end|>{plain.escaped('a' + text + 'a', mark)}<|end|>"
+    (end,) = tokenizer.encode("<|end|>", add_special_tokens=False)
+    ids = plain.encode_frame(framed, mark)
+    assert (ids[0], ids[-1], ids.count(end)) == (end, end, 2)
+    pieces = tokenizer.convert_ids_to_tokens(ids[1:-1])
+    written = "".join(pieces).replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n")
+    if tokenizer.encode("<|end|>a", add_special_tokens=False)[1:] == tokenizer.encode("a"):
+        written, text = written.replace(" ", ""), text.replace(" ", "")  # it puts spaces everywhere
+    if tokenizer.unk_token not in pieces:
+        assert written == f"a{text}a"
+
+
+def test_white_space_that_a_token_takes_with_it():
+    tokenizer = _bytes()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|r|>", rstrip=True, special=True)]}
+    )
+    plain = PlainText.of(tokenizer)
+    mark = unused_mark("")
+    ids = plain.encode_frame(f"<|r|>\n{plain.escaped('a<|end|>', mark)}<|r|>", mark)
+    assert tokenizer.decode(ids) == "<|r|>a<|end|><|r|>"
+    assert ids == plain.encode_frame(f"<|r|>{plain.escaped('a<|end|>', mark)}<|r|>", mark)
+
+
+def test_tokens_that_come_later_count():
+    tokenizer = _bytes()
+    assert "<|new|>" not in PlainText.of(tokenizer).control
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    assert "<|new|>" in PlainText.of(tokenizer).control
+
+
+def test_a_mark_stands_nowhere():
+    first = unused_mark("")
+    assert unused_mark([{"content": [first]}]) not in (first, "")
+    assert unused_mark({first: 1}) != first
