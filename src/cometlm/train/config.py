@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from cometlm.checkpoints.backbones import Bits
 from cometlm.tasks import TASKS
+from cometlm.tasks.story import CORPORA_OF
 from cometlm.train.chunk_plans import PLANS
 
 Mode = Literal["memory", "lora", "full"]
 Log = Callable[[str], None]  # hears what a person should know of a run
+TASK_QUESTIONS = "tasks"  # among the prompts of `Keep`
 # Fields of trl's that a run has itself.
 _OURS = {
     "output_dir": "output",
@@ -122,6 +124,41 @@ class Mixture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Keep:
+    """A slice of every batch that keeps the language of the backbone; see `train.keep`.
+
+    Attributes:
+        weight: what a nat of divergence from the backbone counts beside a nat of the loss.
+        tokens: of each batch that are held to the backbone.
+        prose_share: how many of them are running text; the others are answers to prompts.
+        corpora: where running text comes from.
+        prompts: "everyday", "faq", "tasks" (the questions of the run's tasks, which nothing
+            answers here) and files of your own, a prompt a line.
+        answer_tokens: tokens of an answer at most.
+    """
+
+    weight: float = 1.0
+    tokens: int = 512
+    prose_share: float = 0.5
+    corpora: tuple[str, ...] = CORPORA_OF["train"]
+    prompts: tuple[str, ...] = ("everyday", "faq", TASK_QUESTIONS)
+    answer_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"keep.weight must be more than 0, got {self.weight}")
+        for name in ("tokens", "answer_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"keep.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.prose_share <= 1:
+            raise ValueError(f"keep.prose_share must lie in 0 … 1, got {self.prose_share}")
+        if self.prose_share > 0 and not self.corpora:
+            raise ValueError(f"keep.corpora must name one for prose_share={self.prose_share}")
+        if self.prose_share < 1 and not self.prompts:
+            raise ValueError(f"keep.prompts must name some for prose_share={self.prose_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Start:
     """What a new memory's tokens are like before training; each is a text, repeated as needed.
 
@@ -159,6 +196,7 @@ class TrainConfig:
         records: training data, a file or a name that `data.read_records` takes; or
         mixture: samples of tasks.
         evaluate: records to measure the loss on, as `records`; not with `mixture`.
+        keep: what holds the model to its backbone within a chunk; None: nothing does.
         chunks: where samples are cut.
         recompute: how a training step saves memory.
         compile: put cells through `torch.compile`, where it works.
@@ -189,6 +227,7 @@ class TrainConfig:
     records: str | None = None
     mixture: Mixture | None = None
     evaluate: str | None = None
+    keep: Keep | None = None
     chunks: ChunkSettings = field(default_factory=ChunkSettings)
     recompute: Recompute = Recompute()
     compile: bool = False
@@ -227,6 +266,11 @@ class TrainConfig:
                 f"mode full trains the backbone, which quantization {self.quantization} freezes: "
                 "use mode memory or lora"
             )
+        if self.keep is not None and self.mode == "full":
+            raise ValueError(
+                "keep holds the model to its frozen backbone, which mode full trains: use mode "
+                "memory or lora"
+            )
         for name, own in _OURS.items():
             if name in self.trainer:
                 raise ValueError(f"trainer.{name} is a field of the run itself: {own}")
@@ -249,6 +293,7 @@ class TrainConfig:
             "evaluate": self.evaluate is not None,
             "compile": self.compile,
             "quantization": self.quantization is not None,
+            "keep": self.keep is not None,
             'mixture.ask "probes"': probes,
         }
         for name in (name for name, is_set in clashing.items() if is_set):

@@ -76,6 +76,16 @@ class MixtureBatches:
                         "leaves out questions that belong on the way, and text_share is 0"
                     )
 
+    def questions(self) -> list[str]:
+        """What is asked about some shortest samples of each task."""
+        shortest = self._settings.tokens[0]
+        samples = (
+            self._sample(name, task, index, shortest)
+            for name, task in zip(self._settings.tasks, self._tasks, strict=True)
+            for index in range(_CHECKED)
+        )
+        return [question.text for sample in samples for question in sample.questions]
+
     def _sample(self, name: str, task: Task, index: int, tokens: int) -> Sample:
         try:
             return task.sample(index, tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cometlm.model_loader import load
 from cometlm.parallel.p2p import PipelineError
 from cometlm.train.chunk_plans import Chunking
 from cometlm.train.config import ChunkSettings, Log, LoraSettings, TrainConfig
+from cometlm.train.keep import KeepBatches, answers_for
 from cometlm.train.lengths import (
     check_enough_chunks,
     check_lengths,
@@ -141,6 +142,7 @@ def make_trainer(
                 f"{arguments.max_steps}: there are no more batches"
             )
         batches.check(model.config.comet_config.chunk_size)
+        common |= _keeping(config, model, tokenizer, arguments, batches.questions, log)
         warn_of_single_chunks(mixture.tokens[1], config, model, log)
         return CometTrainer(
             **common,
@@ -155,6 +157,7 @@ def make_trainer(
     arguments = _arguments(config, model.device)
     if "messages" in records.column_names and "assistant_only_loss" not in config.trainer:
         arguments.assistant_only_loss = True
+    common |= _keeping(config, model, tokenizer, arguments, list, log)
     with _marked(tokenizer):
         trainer = CometTrainer(
             **common,
@@ -259,6 +262,30 @@ def _as_dataset(batches: MixtureBatches) -> Dataset:
         return {name: [one.get(name) for one in made] for name in names}
 
     return Dataset.from_dict({"batch": list(range(len(batches)))}).with_transform(make)
+
+
+def _keeping(
+    config: TrainConfig,
+    model: CometForCausalLM,
+    tokenizer: Any,
+    arguments: SFTConfig,
+    questions: Callable[[], list[str]],
+    log: Log,
+) -> dict[str, Any]:
+    """What holds the model to its backbone, as arguments of the trainer.
+
+    Args:
+        questions: gives those of the run's tasks.
+    """
+    settings = config.keep
+    if settings is None:
+        return {}
+    with arguments.main_process_first(desc="the backbone's answers"):
+        folder = Path(config.output)
+        answered = answers_for(model, tokenizer, settings, questions, folder, log)
+    longest = model.config.comet_config.chunk_size
+    batches = KeepBatches(settings, tokenizer, answered, longest, config.seed)
+    return {"keep": batches, "keep_weight": settings.weight}
 
 
 def _chunking(settings: ChunkSettings, tokenizer: Any, seed: int) -> Chunking:

@@ -44,6 +44,7 @@ from cometlm.train.chunk_parallel import (
     share_samples,
 )
 from cometlm.train.chunk_plans import Chunking
+from cometlm.train.keep import KEEP, KeepBatches, keep_loss
 from cometlm.train.mixture import probes_of
 from cometlm.train.probes import ANSWERS, Probe, Questions, Together
 from cometlm.train.trainable import parameter_groups
@@ -59,6 +60,8 @@ class CometTrainer(SFTTrainer):
         gate_factor: the gates' learning rate as a multiple of the memory's.
         chunking: where samples are cut, or None for the model's own plan.
         answer_weight: what the answers' loss counts beside the text's, where batches have probes.
+        keep: rows that hold the model to its backbone, a batch for each batch that is learned.
+        keep_weight: what their loss counts beside the text's.
         in_order: take the samples in their order.
         whole: save the backbone too, since it is trained.
         chunk_parallel: ranks that share each sample (`torchrun`), see `train.chunk_parallel`.
@@ -74,6 +77,8 @@ class CometTrainer(SFTTrainer):
         gate_factor: float = 1.0,
         chunking: Chunking | None = None,
         answer_weight: float = 1.0,
+        keep: KeepBatches | None = None,
+        keep_weight: float = 1.0,
         in_order: bool = False,
         whole: bool = False,
         chunk_parallel: int = 1,
@@ -84,6 +89,7 @@ class CometTrainer(SFTTrainer):
         self._factors = (memory_factor, gate_factor)
         self._chunking = chunking
         self._answer_weight = answer_weight
+        self._keep, self._keep_weight = keep, keep_weight
         self._in_order = in_order
         self._whole = whole
         self._micro_steps = (-1, 0)  # the step, and how many of its batches came before this one
@@ -238,10 +244,15 @@ class CometTrainer(SFTTrainer):
         loss = loss * sharing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
-        if probes and out.observed:
-            # A text's loss is a part of the whole step's then; answers' are means of their batch.
-            shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+        # A text's loss is a part of the whole step's then; others are means of their batch.
+        shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+        kept = self._kept() if mode == "train" else None
+        if kept is not None or (probes and out.observed):
             self._metrics[mode]["text_loss"].append(float(loss.detach()) * shares)
+        if kept is not None:
+            self._metrics[mode][KEEP].append(float(kept.detach()))
+            loss = loss + self._keep_weight * kept / shares
+        if probes and out.observed:
             for name, score in out.observed.items():
                 self._metrics[mode][name].append(float(score.mean.detach()) * sharing)
                 weight = self._answer_weight if name == ANSWERS else 1.0
@@ -261,6 +272,13 @@ class CometTrainer(SFTTrainer):
             self._total_train_tokens += int(read.sum()) // sharing
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return (loss, out) if return_outputs else loss
+
+    def _kept(self) -> Tensor | None:
+        """How far the model is from its backbone; ranks of a group all say the same."""
+        if self._keep is None:
+            return None
+        with alone(self._comet):
+            return keep_loss(self._comet, self._keep[self._batch])
 
     @contextlib.contextmanager
     def _asking(self, probes: Sequence[Probe]) -> Iterator[None]:
