@@ -159,6 +159,35 @@ class Keep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gates:
+    """How gates learn; see `train.gates`.
+
+    Attributes:
+        whiten: take their steps where what they look at is white. Without that they only learn a
+            share that is the same whatever is read.
+        batches: of the run that are looked at for this, before the first step.
+        shrinkage: share of the covariance that is replaced by its mean variance.
+        start: with `whiten`, the logit that a new memory's gates begin with; at 2 a state keeps 88%
+            of itself in each chunk.
+    """
+
+    whiten: bool = False
+    batches: int = 8
+    shrinkage: float = 0.02
+    start: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise ValueError(f"gates.batches must be at least 1, got {self.batches}")
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(
+                f"gates.shrinkage must be more than 0 and at most 1, got {self.shrinkage}"
+            )
+        if not math.isfinite(self.start):
+            raise ValueError(f"gates.start must be a number, got {self.start}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Start:
     """What a new memory's tokens are like before training; each is a text, repeated as needed.
 
@@ -197,14 +226,14 @@ class TrainConfig:
         mixture: samples of tasks.
         evaluate: records to measure the loss on, as `records`; not with `mixture`.
         keep: what holds the model to its backbone within a chunk; None: nothing does.
+        gates: how gates learn.
         chunks: where samples are cut.
         recompute: how a training step saves memory.
         compile: put cells through `torch.compile`, where it works.
         seed: of a new memory, adapters, a mixture's samples, chunk plans and the order of records.
         learning_rate: of everything but the memory.
         memory_factor: the memory's learning rate, as a multiple of that.
-        gate_factor: the gates' learning rate, as a multiple of the memory's. What a gate looks at
-            has a long mean, so that each step moves all that it does at once.
+        gate_factor: the gates' learning rate, as a multiple of the memory's.
         warmup: steps over which the rate of a new optimiser rises from 0.
         max_length: longest sample in tokens; None is any. Longer ones are an error, unless
         cut: is set, which drops what is too long from their ends.
@@ -228,6 +257,7 @@ class TrainConfig:
     mixture: Mixture | None = None
     evaluate: str | None = None
     keep: Keep | None = None
+    gates: Gates = Gates()
     chunks: ChunkSettings = field(default_factory=ChunkSettings)
     recompute: Recompute = Recompute()
     compile: bool = False
@@ -271,6 +301,8 @@ class TrainConfig:
                 "keep holds the model to its frozen backbone, which mode full trains: use mode "
                 "memory or lora"
             )
+        if self.gates.whiten and self.trainer.get("fp16"):
+            raise ValueError("gates.whiten takes gradients as they are: not with trainer.fp16")
         for name, own in _OURS.items():
             if name in self.trainer:
                 raise ValueError(f"trainer.{name} is a field of the run itself: {own}")
@@ -294,6 +326,7 @@ class TrainConfig:
             "compile": self.compile,
             "quantization": self.quantization is not None,
             "keep": self.keep is not None,
+            "gates.whiten": self.gates.whiten,
             'mixture.ask "probes"': probes,
         }
         for name in (name for name, is_set in clashing.items() if is_set):

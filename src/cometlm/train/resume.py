@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS
 from cometlm.train.config import Log, LoraSettings, TrainConfig
 from cometlm.train.config_file import config_of
+from cometlm.train.gates import FILE as WHITENING
 from cometlm.train.trainer import STATE
 
 SETTINGS = "train.json"
@@ -68,7 +69,7 @@ def set_aside(output: Path, log: Log = print) -> None:
     Raises:
         OSError: it cannot be moved.
     """
-    parts = (WEIGHTS, "config.json", BACKBONE, LORA, STATE, SETTINGS)
+    parts = (WEIGHTS, "config.json", BACKBONE, LORA, STATE, WHITENING, SETTINGS)
     left = sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     left += [output / part for part in parts]
     left = [path for path in left if path.exists()]

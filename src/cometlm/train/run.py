@@ -22,8 +22,10 @@ from cometlm.data.records import read_records
 from cometlm.device import as_dtype
 from cometlm.model_loader import load
 from cometlm.parallel.p2p import PipelineError
+from cometlm.train.chunk_parallel import alone
 from cometlm.train.chunk_plans import Chunking
 from cometlm.train.config import ChunkSettings, Log, LoraSettings, TrainConfig
+from cometlm.train.gates import WhitenedGates, check_room, whitened_gates
 from cometlm.train.keep import KeepBatches, answers_for
 from cometlm.train.lengths import (
     check_enough_chunks,
@@ -88,6 +90,8 @@ def train(
         )
     lora = config.lora or LoraSettings()
     adapters = lora_config(lora.r, lora.alpha, lora.dropout, lora.modules)
+    if config.gates.whiten:
+        check_room(model)
     torch.manual_seed(config.seed)
     set_trainable(model, config.mode, adapters)
     log(describe_trained(model))
@@ -108,6 +112,10 @@ def train(
         log(f"all {trainer.args.max_steps} steps are done")
         trainer.take(checkpoint)
     else:
+        if config.gates.whiten:
+            trainer.gates = _whitened(config, trainer, model, tokenizer, checkpoint is not None)
+            if is_new and checkpoint is None:
+                trainer.gates.start(config.gates.start)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
@@ -280,12 +288,29 @@ def _keeping(
     settings = config.keep
     if settings is None:
         return {}
-    with arguments.main_process_first(desc="the backbone's answers"):
+    with arguments.main_process_first(local=False, desc="the backbone's answers"):
         folder = Path(config.output)
         answered = answers_for(model, tokenizer, settings, questions, folder, log)
     longest = model.config.comet_config.chunk_size
     batches = KeepBatches(settings, tokenizer, answered, longest, config.seed)
     return {"keep": batches, "keep_weight": settings.weight}
+
+
+def _whitened(
+    config: TrainConfig,
+    trainer: CometTrainer,
+    model: CometForCausalLM,
+    tokenizer: Any,
+    going_on: bool,
+) -> WhitenedGates:
+    """Gates that learn where all is white; the first rank looks, and all read its file."""
+    dataset: Any = trainer.train_dataset
+    batches = (trainer.data_collator([dataset[number]]) for number in range(len(dataset)))
+    chunking = _chunking(config.chunks, tokenizer, config.seed)
+    with trainer.args.main_process_first(local=False, desc="what gates look at"), alone(model):
+        known = going_on or not trainer.is_world_process_zero()
+        folder = Path(config.output)
+        return whitened_gates(model, config.gates, batches, chunking, folder, known)
 
 
 def _chunking(settings: ChunkSettings, tokenizer: Any, seed: int) -> Chunking:

@@ -44,6 +44,7 @@ from cometlm.train.chunk_parallel import (
     share_samples,
 )
 from cometlm.train.chunk_plans import Chunking
+from cometlm.train.gates import WhitenedGates
 from cometlm.train.keep import KEEP, KeepBatches, keep_loss
 from cometlm.train.mixture import probes_of
 from cometlm.train.probes import ANSWERS, Probe, Questions, Together
@@ -68,6 +69,9 @@ class CometTrainer(SFTTrainer):
         shard_weights: shard weights, gradients and the optimiser's state over the others (FSDP2).
         alike: what all ranks must have the same, by name.
         others: `SFTTrainer`'s own.
+
+    Attributes:
+        gates: how gates learn; None: as all else does. To be set before `train`.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class CometTrainer(SFTTrainer):
         self._chunking = chunking
         self._answer_weight = answer_weight
         self._keep, self._keep_weight = keep, keep_weight
+        self.gates: WhitenedGates | None = None
         self._in_order = in_order
         self._whole = whole
         self._micro_steps = (-1, 0)  # the step, and how many of its batches came before this one
@@ -123,7 +128,11 @@ class CometTrainer(SFTTrainer):
             rate, decay = self.args.learning_rate, self.args.weight_decay
             memory, gate = self._factors
             groups = parameter_groups(model, rate, memory, decay, gate)
+            if self.gates is not None:
+                groups = self.gates.stand_in(groups)
             self.optimizer = kind(groups, **options)
+            if self.gates is not None:
+                self.gates.watch(self.optimizer)
         return cast("torch.optim.Optimizer", self.optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
