@@ -14,6 +14,7 @@ from cometlm.tasks.keys import Keys
 from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
 from cometlm.tasks.questions import Questions
+from cometlm.tasks.recall import Recall
 from cometlm.tasks.traces import Traces
 from cometlm.tasks.tracking import Tracking
 
@@ -26,6 +27,7 @@ _OURS: dict[str, type[Task]] = {
     "traces": Traces,
     "questions": Questions,
     "continue": Continuation,
+    "recall": Recall,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
 

@@ -82,6 +82,7 @@ class Mixture:
         steps: optimiser steps; each takes a batch for every group of ranks that share one, times
             `trainer.gradient_accumulation_steps`.
         tokens: shortest and longest context; each octave between them is as likely as any.
+        grow: steps over which the longest context grows from the shortest to what `tokens` says.
         batch_tokens: tokens of one batch, which is as many samples of one length as fit.
         ask: "end" asks questions at the end of the text. "probes" asks them on the way, each time
             of a fork of the memory that is then forgotten: many answers for one reading.
@@ -94,6 +95,7 @@ class Mixture:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: int
     tokens: tuple[int, int]
+    grow: int = 0
     batch_tokens: int
     ask: Literal["end", "probes"] = "end"
     text_share: float = 0.0
@@ -117,6 +119,8 @@ class Mixture:
         for name in ("steps", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"mixture.{name} must be at least 1, got {getattr(self, name)}")
+        if self.grow < 0:
+            raise ValueError(f"mixture.grow must be at least 0, got {self.grow}")
         if not 0 <= self.text_share <= 1:
             raise ValueError(f"mixture.text_share must lie in 0 … 1, got {self.text_share}")
         if self.answer_weight < 0:
