@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -29,8 +29,6 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from cometlm.checkpoints.atomic_write import read_weights
-from cometlm.checkpoints.lora import load_lora
 from cometlm.checkpoints.memory import check_can_save
 from cometlm.compat import leave_to_itself
 from cometlm.core.causal_lm import CometForCausalLM
@@ -47,10 +45,10 @@ from cometlm.train.chunk_plans import Chunking
 from cometlm.train.gates import WhitenedGates
 from cometlm.train.keep import KEEP, KeepBatches, keep_loss
 from cometlm.train.mixture import probes_of
-from cometlm.train.probes import ANSWERS, Probe, Questions, Together
+from cometlm.train.prepare import restore
+from cometlm.train.probes import ANSWERS, asking
+from cometlm.train.resume import STATE
 from cometlm.train.trainable import parameter_groups
-
-STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
 
 
 class CometTrainer(SFTTrainer):
@@ -244,7 +242,7 @@ class CometTrainer(SFTTrainer):
         if probes:
             inputs["close_last"] = True  # so that they are asked at the end of the text too
         together = nullcontext() if mode == "train" else alone(self._comet)
-        with together, self._asking(probes):
+        with together, asking(self._comet, probes):
             out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
         loss = out.loss
         sharing = self._sharing if mode == "train" else 1
@@ -288,20 +286,6 @@ class CometTrainer(SFTTrainer):
             return None
         with alone(self._comet):
             return keep_loss(self._comet, self._keep[self._batch])
-
-    @contextlib.contextmanager
-    def _asking(self, probes: Sequence[Probe]) -> Iterator[None]:
-        """Ask these questions while the context is open, beside an observer that is there."""
-        plan = self._comet.training_plan
-        if probes:
-            observers = [one for one in (plan.observer, Questions(probes)) if one is not None]
-            # Only chunks of given lengths are closed, and their questions asked, where a text ends.
-            chunking = plan.chunking or Chunking.of({"fixed": 1.0})
-            self._plan(observer=Together(observers), chunking=chunking)
-        try:
-            yield
-        finally:
-            self._comet.training_plan = plan
 
     def _where(self) -> str:
         """The step and the beginnings of the batch's samples, for a person to find them by."""
@@ -386,20 +370,6 @@ class CometTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         restore(self._comet, self.state.best_model_checkpoint, whole=self._whole)
-
-
-def restore(model: CometForCausalLM, checkpoint: str | Path, whole: bool) -> None:
-    """Put what a checkpoint holds into a model that has the same parts."""
-    from transformers import AutoModelForCausalLM
-
-    from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS, load_memory
-
-    folder = Path(checkpoint)
-    load_memory(model, read_weights(folder / WEIGHTS), str(folder))
-    load_lora(model, folder / LORA)
-    if whole:
-        saved = AutoModelForCausalLM.from_pretrained(folder / BACKBONE, dtype=model.dtype)
-        cast("nn.Module", model._backbone).load_state_dict(saved.state_dict())
 
 
 def last_checkpoint(output: str | Path | None) -> Path | None:
