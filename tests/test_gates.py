@@ -264,7 +264,7 @@ def test_a_new_memory_starts_with_states_that_last(settings, start, tmp_path):
     how = load_whitening(Path(config.output))
     for name, gate in gates_of(model).items():
         assert error(gate[0], 3 * how[name].bias) < 1e-5
-        assert float(gate[0] @ how[name].mean) == pytest.approx(3, abs=1e-4)
+        assert float((gate[0] @ how[name].mean).detach()) == pytest.approx(3, abs=1e-4)
 
 
 @pytest.mark.slow
