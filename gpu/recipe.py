@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], help="change a field: key=value")
     options = parser.parse_args(arguments)
     sizes = () if options.own_sizes else SIZES
-    torch.set_float32_matmul_precision("high")  # trained weights are in float32
+    if torch.accelerator.is_available():
+        torch.set_float32_matmul_precision("high")  # trained weights are in float32
     try:
         config = read_config(options.recipe, [*sizes, f"output={options.out}", *options.set])
         steps = train_for(
