@@ -36,7 +36,7 @@ from cometlm.train.config import TASK_QUESTIONS, Keep, Log
 
 KEEP = "keep_loss"
 ANSWERS_FILE = "keep.json"  # in a run's folder: the backbone's answers
-_AT_ONCE = 16  # prompts that are answered together
+_AT_ONCE = 64  # prompts that are answered together
 
 
 @dataclass(frozen=True)
