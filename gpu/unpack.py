@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from bundle import version
+from bundle import TEXTS_FILE, version
 from pieces import (
     MANIFEST,
     Manifest,
@@ -114,10 +114,15 @@ def install(home: Path, own_version: str) -> Path | None:
 
 
 def _install_wheels(archive: Path, work: Path) -> None:
-    """Unpack the wheels and install them into `work/site`."""
+    """Unpack the wheels and install them into `work/site`, texts of corpora into its `texts`."""
     wheels = work / "wheels"
     with zipfile.ZipFile(archive) as file:
         file.extractall(wheels)
+    texts = wheels / TEXTS_FILE
+    if texts.exists():
+        with zipfile.ZipFile(texts) as file:
+            file.extractall(work / "site" / "texts")
+        texts.unlink()
     command = [
         *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
         *("--no-index", "--no-deps", "--no-cache-dir", "--target", str(work / "site")),

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,8 @@ import pieces
 import unpack
 from cometlm import __version__
 from cometlm.checkpoints.backbones import BUILT_IN
+from cometlm.data.corpora import CORPORA
+from cometlm.tasks import questions
 
 ROOT = Path(__file__).parents[1]
 ORIGIN = pieces.Origin("1.0", "0123abc", "3.12")
@@ -219,6 +222,9 @@ def test_versions_are_those_that_are_tested():
     wanted = {wheel.name: wheel.version for wheel in bundle.WHEELS}
     known = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     assert wanted["gguf"] == known["gguf"]
+    *training, data = bundle.TRAINING
+    assert all(known[wheel.name] == wheel.version for wheel in training)
+    assert questions.INSTALL.endswith(f"{data.name}=={data.version}")
     (package,) = BUILT_IN["smollm2"].packages
     assert wanted[package] == BUILT_IN["smollm2"].version
     assert bundle.version() == __version__
@@ -277,6 +283,9 @@ def test_what_pip_cannot_do_is_an_error(tmp_path, capsys):
 OWN = "1.2.3"
 MARKED = "import pytest\n@pytest.mark.{mark}\ndef test_it():\n    {body}\n"  # run.sh looks for it
 BENCHMARK = "import sys\nopen(sys.argv[sys.argv.index('--out') + 1], 'w').write(str(sys.argv[1:]))"
+
+
+TRAINING = "import sys, fake; print(sys.argv[1:])"
 
 
 def write_wheel(folder, name="fake"):
@@ -355,7 +364,7 @@ def test_marked_tests_run_with_the_bundle(checkout, fake):
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("verb", ["check", "test", "bench", "all"])
+@pytest.mark.parametrize("verb", ["check", "test", "bench", "train", "all"])
 def test_a_bundle_that_is_not_whole_is_one_line_and_nothing_is_installed(checkout, fake, verb):
     (fake / "piece-01").unlink()
     run(checkout, "put", "fake")
@@ -414,6 +423,26 @@ def test_the_benchmark_runs_also_after_a_test_failed(checkout):
     said = (checkout.parent / "out" / "gpu.json").read_text()
     assert "'--device', 'cpu'" in said
     assert "'--minutes', '3'" in said
+
+
+def test_training_finds_the_texts_that_a_bundle_brings(checkout, tmp_path, monkeypatch):
+    """Where the library looks for corpora; an archive of texts is no wheel."""
+    (tmp_path / "one.txt").write_text("Once.")
+    corpus = SimpleNamespace(files=lambda: [tmp_path / "one.txt"])
+    monkeypatch.setattr(CORPORA, "_known", {"tales": corpus})
+    texts = bundle.pack_texts(["tales"], tmp_path / bundle.TEXTS_FILE)
+    bundle.pack([texts, write_wheel(tmp_path)], tmp_path / "bundle.zip")
+    data = (tmp_path / "bundle.zip").read_bytes()
+    cut(tmp_path / "fake", data, limit=400, origin=replace(ORIGIN, version=OWN))
+    (checkout / "gpu" / "recipe.py").write_text(TRAINING)
+    run(checkout, "put", "fake")
+    done = run(checkout, "train", "--minutes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = checkout.parent / "home" / "cache" / "texts" / "tales" / "one.txt"
+    assert kept.read_text() == "Once."
+    said = (checkout.parent / "out" / "gpu-train.log").read_text()
+    assert "'--device', 'cpu', '--out'" in said
+    assert "'--minutes', '1'" in said
 
 
 def test_no_marked_test_is_an_error(checkout):

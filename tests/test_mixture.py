@@ -49,6 +49,43 @@ def test_each_row_is_asked_all_its_questions(uneven):
         assert probe.since == tuple(n if count > number else 0 for count, n in pairs)
 
 
+class Long(Task):
+    """Every third sample needs more room than the others."""
+
+    def sample(self, index, tokens):
+        least = 400 if index % 3 == 0 else 40
+        if tokens < least:
+            raise ValueError(f"tokens must be at least {least}, got {tokens}")
+        return Sample([index % 1000] * tokens)
+
+
+def test_samples_that_are_too_long_make_room_for_others(monkeypatch):
+    monkeypatch.setitem(TASKS._known, "long", Long)
+    settings = Mixture(tasks={"long": 1}, steps=3, tokens=(50, 50), batch_tokens=500)
+    batches = MixtureBatches(settings, tokenizer("smollm2"), seed=0)
+    batches.check(12)
+    rows = [row[0] for number in range(3) for row in batches[number]["input_ids"]]
+    assert len(rows) == 30
+    assert batches[2] == MixtureBatches(settings, tokenizer("smollm2"), seed=0)[2]
+    short = replace(settings, tokens=(30, 30))
+    with refused("mixture.tasks.long: tokens must be at least 400, got 30"):
+        MixtureBatches(short, tokenizer("smollm2"), seed=0).check(12)
+
+
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_texts_grow_with_the_steps(uneven, per_step):
+    lengths = {"tokens": (20, 320), "batch_tokens": 320}
+    settings = Mixture(**{**uneven, **lengths}, ask="probes", grow=8)
+    batches = MixtureBatches(settings, tokenizer("smollm2"), seed=0, per_step=per_step)
+    lengths = [max(map(len, batches[number]["input_ids"])) for number in range(64 * per_step)]
+    for number, length in enumerate(lengths):
+        steps = min(8, number / per_step + 1)
+        assert 19 <= length <= 20 * 16 ** (steps / 8) + 1
+    assert max(lengths[8 * per_step :]) > 200
+    with refused("mixture.grow must be at least 0, got -1"):
+        replace(settings, grow=-1)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -122,7 +122,7 @@ print("every module")
 """
 
 # Modules that stand on the extra `train`; `cometlm train` says which when they cannot be imported.
-NEED_TRL = {"cometlm.train.resume", "cometlm.train.trainer", "cometlm.train.run"}
+NEED_TRL = {"cometlm.train.trainer", "cometlm.train.run"}
 
 
 @pytest.fixture(scope="module")

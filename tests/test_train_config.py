@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cometlm.train import run as running
+from cometlm.train import prepare
 from cometlm.train.config import TrainConfig
 from cometlm.train.config_file import read_config
 from cometlm.train.trainer import last_checkpoint
@@ -41,9 +41,9 @@ def test_comet_is_for_new_memories(settings, start, tmp_path):
     changes = {"mixture": {**settings["mixture"], "steps": 1}, **plain}
     changes["sizes"] = {"chunk_size": 12, "readout_tokens": 3, "stride": 4, "capacity": 5}
     seen = []
-    own = running.start_like
+    own = prepare.start_like
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "start_like", lambda *args: seen.append(args[2]) or own(*args))
+        patch.setattr(prepare, "start_like", lambda *args: seen.append(args[2]) or own(*args))
         model = quietly(read_config(as_config(settings, tmp_path, **changes)))
     assert [one.readout for one in seen] == ["the"]
     assert model.config.comet_config.chunk_size == 12

@@ -16,6 +16,7 @@ from cometlm.tasks.lcr import LongReasoning
 from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
 from cometlm.tasks.questions import Questions
+from cometlm.tasks.recall import Recall
 from cometlm.tasks.scrolls import Scrolls
 from cometlm.tasks.traces import Traces
 from cometlm.tasks.tracking import Tracking
@@ -32,6 +33,7 @@ _OURS: dict[str, type[Task]] = {
     "scrolls": Scrolls,
     "lcr": LongReasoning,
     "continue": Continuation,
+    "recall": Recall,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
 

@@ -60,6 +60,29 @@ def share_found(said: str, parts: Sequence[str]) -> float:
     return sum(found(said, [part]) for part in parts) / len(parts)
 
 
+def words_in_order(said: str, answers: Iterable[str]) -> float:
+    """The share of an answer's words that were said in their order, 0 … 1, for the best answer.
+
+    The longest common subsequence, as in ROUGE-L, over the words of the answer; other words may
+    stand between them, so look at `f1` too.
+    """
+    ours = _plain(said).split()
+    theirs = [_plain(answer).split() for answer in answers]
+    return max((_common(ours, words) / len(words) for words in theirs if words), default=0)
+
+
+def _common(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(theirs) + 1)
+    for word in ours:
+        before = row
+        row = [0]
+        for place, other in enumerate(theirs):
+            longest = max(row[place], before[place + 1])
+            row.append(before[place] + 1 if word == other else longest)
+    return row[-1]
+
+
 def f1(said: str, answers: Iterable[str]) -> float:
     """The harmonic mean of precision and recall of words, 0 … 1, for the answer where it is best.
 

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from cometlm.checkpoints.backbones import Bits
 from cometlm.tasks import TASKS
+from cometlm.tasks.story import CORPORA_OF
 from cometlm.train.chunk_plans import PLANS
 
 Mode = Literal["memory", "lora", "full"]
 Log = Callable[[str], None]  # hears what a person should know of a run
+TASK_QUESTIONS = "tasks"  # among the prompts of `Keep`
 # Fields of trl's that a run has itself.
 _OURS = {
     "output_dir": "output",
@@ -80,6 +82,7 @@ class Mixture:
         steps: optimiser steps; each takes a batch for every group of ranks that share one, times
             `trainer.gradient_accumulation_steps`.
         tokens: shortest and longest context; each octave between them is as likely as any.
+        grow: steps over which the longest context grows from the shortest to what `tokens` says.
         batch_tokens: tokens of one batch, which is as many samples of one length as fit.
         ask: "end" asks questions at the end of the text. "probes" asks them on the way, each time
             of a fork of the memory that is then forgotten: many answers for one reading.
@@ -92,6 +95,7 @@ class Mixture:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     steps: int
     tokens: tuple[int, int]
+    grow: int = 0
     batch_tokens: int
     ask: Literal["end", "probes"] = "end"
     text_share: float = 0.0
@@ -115,10 +119,76 @@ class Mixture:
         for name in ("steps", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"mixture.{name} must be at least 1, got {getattr(self, name)}")
+        if self.grow < 0:
+            raise ValueError(f"mixture.grow must be at least 0, got {self.grow}")
         if not 0 <= self.text_share <= 1:
             raise ValueError(f"mixture.text_share must lie in 0 … 1, got {self.text_share}")
         if self.answer_weight < 0:
             raise ValueError(f"mixture.answer_weight must be at least 0, got {self.answer_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """A slice of every batch that keeps the language of the backbone; see `train.keep`.
+
+    Attributes:
+        weight: what a nat of divergence from the backbone counts beside a nat of the loss.
+        tokens: of each batch that are held to the backbone.
+        prose_share: how many of them are running text; the others are answers to prompts.
+        corpora: where running text comes from.
+        prompts: "everyday", "faq", "tasks" (the questions of the run's tasks, which nothing
+            answers here) and files of your own, a prompt a line.
+        answer_tokens: tokens of an answer at most.
+    """
+
+    weight: float = 1.0
+    tokens: int = 512
+    prose_share: float = 0.5
+    corpora: tuple[str, ...] = CORPORA_OF["train"]
+    prompts: tuple[str, ...] = ("everyday", "faq", TASK_QUESTIONS)
+    answer_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"keep.weight must be more than 0, got {self.weight}")
+        for name in ("tokens", "answer_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"keep.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.prose_share <= 1:
+            raise ValueError(f"keep.prose_share must lie in 0 … 1, got {self.prose_share}")
+        if self.prose_share > 0 and not self.corpora:
+            raise ValueError(f"keep.corpora must name one for prose_share={self.prose_share}")
+        if self.prose_share < 1 and not self.prompts:
+            raise ValueError(f"keep.prompts must name some for prose_share={self.prose_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """How gates learn; see `train.gates`.
+
+    Attributes:
+        whiten: take their steps where what they look at is white. Without that they only learn a
+            share that is the same whatever is read.
+        batches: of the run that are looked at for this, before the first step.
+        shrinkage: share of the covariance that is replaced by its mean variance.
+        start: with `whiten`, the logit that a new memory's gates begin with; at 2 a state keeps 88%
+            of itself in each chunk.
+    """
+
+    whiten: bool = False
+    batches: int = 8
+    shrinkage: float = 0.02
+    start: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise ValueError(f"gates.batches must be at least 1, got {self.batches}")
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(
+                f"gates.shrinkage must be more than 0 and at most 1, got {self.shrinkage}"
+            )
+        if not math.isfinite(self.start):
+            raise ValueError(f"gates.start must be a number, got {self.start}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +229,15 @@ class TrainConfig:
         records: training data, a file or a name that `data.read_records` takes; or
         mixture: samples of tasks.
         evaluate: records to measure the loss on, as `records`; not with `mixture`.
+        keep: what holds the model to its backbone within a chunk; None: nothing does.
+        gates: how gates learn.
         chunks: where samples are cut.
         recompute: how a training step saves memory.
         compile: put cells through `torch.compile`, where it works.
         seed: of a new memory, adapters, a mixture's samples, chunk plans and the order of records.
         learning_rate: of everything but the memory.
         memory_factor: the memory's learning rate, as a multiple of that.
-        gate_factor: the gates' learning rate, as a multiple of the memory's. What a gate looks at
-            has a long mean, so that each step moves all that it does at once.
+        gate_factor: the gates' learning rate, as a multiple of the memory's.
         warmup: steps over which the rate of a new optimiser rises from 0.
         max_length: longest sample in tokens; None is any. Longer ones are an error, unless
         cut: is set, which drops what is too long from their ends.
@@ -189,6 +260,8 @@ class TrainConfig:
     records: str | None = None
     mixture: Mixture | None = None
     evaluate: str | None = None
+    keep: Keep | None = None
+    gates: Gates = Gates()
     chunks: ChunkSettings = field(default_factory=ChunkSettings)
     recompute: Recompute = Recompute()
     compile: bool = False
@@ -227,6 +300,13 @@ class TrainConfig:
                 f"mode full trains the backbone, which quantization {self.quantization} freezes: "
                 "use mode memory or lora"
             )
+        if self.keep is not None and self.mode == "full":
+            raise ValueError(
+                "keep holds the model to its frozen backbone, which mode full trains: use mode "
+                "memory or lora"
+            )
+        if self.gates.whiten and self.trainer.get("fp16"):
+            raise ValueError("gates.whiten takes gradients as they are: not with trainer.fp16")
         for name, own in _OURS.items():
             if name in self.trainer:
                 raise ValueError(f"trainer.{name} is a field of the run itself: {own}")
@@ -249,6 +329,8 @@ class TrainConfig:
             "evaluate": self.evaluate is not None,
             "compile": self.compile,
             "quantization": self.quantization is not None,
+            "keep": self.keep is not None,
+            "gates.whiten": self.gates.whiten,
             'mixture.ask "probes"': probes,
         }
         for name in (name for name, is_set in clashing.items() if is_set):

@@ -22,6 +22,7 @@ from cometlm.train.probes import Probe
 
 _ROWS = 1 << 12  # more than any batch has
 PROBES = ("probe_ids", "probe_labels", "probe_since", "probe_until")
+_TRIES = 16  # samples of one place in a batch, where what has to stand in them is too long
 _CHECKED = 16  # samples of each task that are drawn before a run
 
 
@@ -76,19 +77,32 @@ class MixtureBatches:
                         "leaves out questions that belong on the way, and text_share is 0"
                     )
 
+    def questions(self) -> list[str]:
+        """What is asked about some shortest samples of each task."""
+        shortest = self._settings.tokens[0]
+        samples = (
+            self._sample(name, task, index, shortest)
+            for name, task in zip(self._settings.tasks, self._tasks, strict=True)
+            for index in range(_CHECKED)
+        )
+        return [question.text for sample in samples for question in sample.questions]
+
     def _sample(self, name: str, task: Task, index: int, tokens: int) -> Sample:
-        try:
-            return task.sample(index, tokens)
-        except ValueError as error:
-            raise ValueError(f"mixture.tasks.{name}: {error}") from error
+        """A sample of a task; where one needs more tokens than these, another."""
+        refused: list[ValueError] = []
+        while len(refused) < _TRIES:
+            try:
+                return task.sample(index + len(refused) * _ROWS // _TRIES, tokens)
+            except ValueError as error:
+                refused.append(error)
+        raise ValueError(f"mixture.tasks.{name}: {refused[0]}") from refused[0]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Batch `number`: `input_ids` and `labels` of its rows, and with probes `PROBES`."""
         rng = random.Random(f"{self._seed}/{number}")
         tasks = list(zip(self._settings.tasks, self._tasks, strict=True))
         ((name, task),) = rng.choices(tasks, self._weights)
-        shortest, longest = self._settings.tokens
-        length = round(shortest * (longest / shortest) ** rng.random())  # octaves alike
+        length = self._length(number, rng)
         rows = max(1, self._settings.batch_tokens // length)
         first = number * _ROWS
         samples = [self._sample(name, task, first + row, length) for row in range(rows)]
@@ -100,6 +114,13 @@ class MixtureBatches:
         if self._settings.ask == "probes":
             batch |= self._probes(samples)
         return batch
+
+    def _length(self, number: int, rng: random.Random) -> int:
+        """Tokens of a batch's contexts; octaves are alike."""
+        shortest, longest = self._settings.tokens
+        growing = self._settings.grow * self._per_step
+        grown = min(1.0, (number + 1) / growing) if growing else 1.0
+        return round(shortest * (longest / shortest) ** (grown * rng.random()))
 
     def _row(self, sample: Sample, rng: random.Random) -> tuple[list[int], list[int]]:
         """Ids and labels of one sample."""

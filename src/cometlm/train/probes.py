@@ -9,13 +9,16 @@ Legend: B batch, A tokens of a probe, M readout tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.core.observer import ChunkObserver, ClosedChunk, Score
+from cometlm.train.chunk_plans import Chunking
 
 ANSWERS, READOUT = "answer_loss", "readout_loss"
 
@@ -157,6 +160,21 @@ class Together(ChunkObserver):
         return {
             name: score for one in self._observers for name, score in one.after_chunk(chunk).items()
         }
+
+
+@contextmanager
+def asking(model: CometForCausalLM, probes: Sequence[Probe]) -> Iterator[None]:
+    """Ask these questions while the context is open, beside an observer that is there."""
+    plan = model.training_plan
+    if probes:
+        observers = [one for one in (plan.observer, Questions(probes)) if one is not None]
+        # Only chunks of given lengths are closed, and their questions asked, where a text ends.
+        chunking = plan.chunking or Chunking.of({"fixed": 1.0})
+        model.training_plan = replace(plan, observer=Together(observers), chunking=chunking)
+    try:
+        yield
+    finally:
+        model.training_plan = plan
 
 
 def _only(labels: Tensor, rows: Sequence[bool]) -> Tensor:

@@ -13,9 +13,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS
 from cometlm.train.config import Log, LoraSettings, TrainConfig
 from cometlm.train.config_file import config_of
-from cometlm.train.trainer import STATE
+from cometlm.train.gates import FILE as WHITENING
 
 SETTINGS = "train.json"
+STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
 EARLIER = "earlier"  # folders in the output for what stood there before a restart
 # What may differ between a run and its resumption without changing what is learned, or with the
 # same batches on another number of ranks, or more of them.
@@ -35,9 +36,7 @@ def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
         ValueError: names the fields that differ, with both values.
     """
     try:
-        # Through the class, so that fields that are newer than the file have their defaults.
-        values = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-        before = json.loads(json.dumps(config_of(values).to_dict()))
+        found = differing(output, config)
     except FileNotFoundError as error:
         raise ValueError(
             f"{output} holds {checkpoint.name} but no {SETTINGS} of a run to go on with; use "
@@ -48,18 +47,30 @@ def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
             f"{output / SETTINGS} cannot be compared with this configuration ({error}); use "
             "--restart to begin anew, or another output"
         ) from error
-    now = json.loads(json.dumps(config.to_dict()))
-    before, now = _decisive(before), _decisive(now)
-    differing = [
+    if found:
+        raise ValueError(
+            f"{output} holds checkpoints of another configuration ({'; '.join(found)}); "
+            "use --restart to begin anew, or another output"
+        )
+
+
+def differing(output: Path, config: TrainConfig) -> list[str]:
+    """Settings that decide what is learned and are others than a folder's, with both values.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        ValueError: its settings are damaged.
+    """
+    # Through the class, so that fields that are newer than the file have their defaults.
+    values = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    before, now = (
+        _decisive(json.loads(json.dumps(one.to_dict()))) for one in (config_of(values), config)
+    )
+    return [
         f"{name}: was {before.get(name)!r}, is {now[name]!r}"
         for name in now
         if before.get(name) != now[name]
     ]
-    if differing:
-        raise ValueError(
-            f"{output} holds checkpoints of another configuration ({'; '.join(differing)}); "
-            "use --restart to begin anew, or another output"
-        )
 
 
 def set_aside(output: Path, log: Log = print) -> None:
@@ -68,7 +79,7 @@ def set_aside(output: Path, log: Log = print) -> None:
     Raises:
         OSError: it cannot be moved.
     """
-    parts = (WEIGHTS, "config.json", BACKBONE, LORA, STATE, SETTINGS)
+    parts = (WEIGHTS, "config.json", BACKBONE, LORA, STATE, WHITENING, SETTINGS)
     left = sorted(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     left += [output / part for part in parts]
     left = [path for path in left if path.exists()]

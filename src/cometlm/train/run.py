@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,15 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig
 
-from cometlm.checkpoints.adapters import has_adapter
 from cometlm.checkpoints.atomic_write import write_whole
-from cometlm.checkpoints.source import Source
 from cometlm.compat import ACTIVATION_CHECKPOINTING
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.data.records import read_records
-from cometlm.device import as_dtype
-from cometlm.model_loader import load
 from cometlm.parallel.p2p import PipelineError
-from cometlm.train.chunk_plans import Chunking
-from cometlm.train.config import ChunkSettings, Log, LoraSettings, TrainConfig
+from cometlm.train.chunk_parallel import alone
+from cometlm.train.config import Log, TrainConfig
+from cometlm.train.gates import WhitenedGates, whitened_gates
+from cometlm.train.keep import KeepBatches, answers_for
 from cometlm.train.lengths import (
     check_enough_chunks,
     check_lengths,
@@ -31,10 +29,9 @@ from cometlm.train.lengths import (
     warn_of_single_chunks,
 )
 from cometlm.train.mixture import MixtureBatches, collate
+from cometlm.train.prepare import chunking_of, prepare
 from cometlm.train.resume import SETTINGS, check_same, set_aside
-from cometlm.train.start import start_like
 from cometlm.train.templates import generation_template
-from cometlm.train.trainable import lora_config, set_trainable
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
 
@@ -62,36 +59,8 @@ def train(
     if checkpoint is not None:
         check_same(output, config, checkpoint)
         log(f"going on from {checkpoint}")
-    source = Source.resolve(config.model)
-    is_new = bool(config.comet) or not source.has_memory
-    if config.comet and source.is_checkpoint:
-        raise ValueError(
-            f"model {config.model} is a checkpoint and has its memory: comet is for new ones; say "
-            "in sizes what this one is to be read with"
-        )
-    sizes = {**config.comet, **config.sizes, **({"seed": config.seed} if is_new else {})}
-    merge = config.mode == "full"  # an adapter is trained on, or becomes a part of the whole
-    model, tokenizer = load(
-        source,
-        device=device,
-        dtype=as_dtype(config.dtype),
-        quantization=config.quantization,
-        merge=merge,
-        **sizes,
-    )
-    if is_new and checkpoint is None:
-        start_like(model, tokenizer, config.start)
-    if config.lora is not None and has_adapter(model):
-        raise ValueError(
-            f"lora is for new adapters, and model {config.model} goes on with its own: leave it out"
-        )
-    lora = config.lora or LoraSettings()
-    adapters = lora_config(lora.r, lora.alpha, lora.dropout, lora.modules)
-    torch.manual_seed(config.seed)
-    set_trainable(model, config.mode, adapters)
-    log(describe_trained(model))
-    if config.compile:
-        model.model.train().compile_cells()
+    going_on = checkpoint is not None
+    model, tokenizer, is_new = prepare(config, device=device, going_on=going_on, log=log)
     try:
         trainer = make_trainer(config, model, tokenizer, log)
     except (RuntimeError, ImportError) as error:  # trl and its reporters: something is missing
@@ -107,6 +76,10 @@ def train(
         log(f"all {trainer.args.max_steps} steps are done")
         trainer.take(checkpoint)
     else:
+        if config.gates.whiten:
+            trainer.gates = _whitened(config, trainer, model, tokenizer, going_on)
+            if is_new and not going_on:
+                trainer.gates.start(config.gates.start)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
@@ -127,7 +100,7 @@ def make_trainer(
         "shard_weights": config.shard_weights,
         "alike": {"the configuration": config.to_dict()},
     }
-    chunking = _chunking(config.chunks, tokenizer, config.seed)
+    chunking = chunking_of(config.chunks, tokenizer, config.seed)
     common |= {"chunking": chunking, "whole": config.mode == "full"}
     if config.mixture is not None:
         mixture = config.mixture
@@ -141,6 +114,7 @@ def make_trainer(
                 f"{arguments.max_steps}: there are no more batches"
             )
         batches.check(model.config.comet_config.chunk_size)
+        common |= _keeping(config, model, tokenizer, arguments, batches.questions, log)
         warn_of_single_chunks(mixture.tokens[1], config, model, log)
         return CometTrainer(
             **common,
@@ -155,6 +129,7 @@ def make_trainer(
     arguments = _arguments(config, model.device)
     if "messages" in records.column_names and "assistant_only_loss" not in config.trainer:
         arguments.assistant_only_loss = True
+    common |= _keeping(config, model, tokenizer, arguments, list, log)
     with _marked(tokenizer):
         trainer = CometTrainer(
             **common,
@@ -169,14 +144,6 @@ def make_trainer(
         check_lengths(trainer.eval_dataset, config)
     check_enough_chunks(trainer.train_dataset, config, model.config.comet_config.chunk_size)
     return trainer
-
-
-def describe_trained(model: CometForCausalLM) -> str:
-    """How many weights are trained, and where."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    memory = sum(p.numel() for name, p in named if ".comet." in name)
-    others = sum(p.numel() for name, p in named if ".comet." not in name)
-    return f"training {memory:,} weights of the memory and {others:,} of the backbone"
 
 
 def _arguments(config: TrainConfig, device: torch.device, steps: int | None = None) -> SFTConfig:
@@ -261,13 +228,42 @@ def _as_dataset(batches: MixtureBatches) -> Dataset:
     return Dataset.from_dict({"batch": list(range(len(batches)))}).with_transform(make)
 
 
-def _chunking(settings: ChunkSettings, tokenizer: Any, seed: int) -> Chunking:
-    """The chunk plans that settings name."""
-    return Chunking.of(
-        settings.plans,
-        tokenizer,
-        seed=seed,
-        sizes=settings.sizes,
-        strides=settings.strides,
-        capacities=settings.capacities,
-    )
+def _keeping(
+    config: TrainConfig,
+    model: CometForCausalLM,
+    tokenizer: Any,
+    arguments: SFTConfig,
+    questions: Callable[[], list[str]],
+    log: Log,
+) -> dict[str, Any]:
+    """What holds the model to its backbone, as arguments of the trainer.
+
+    Args:
+        questions: gives those of the run's tasks.
+    """
+    settings = config.keep
+    if settings is None:
+        return {}
+    with arguments.main_process_first(local=False, desc="the backbone's answers"):
+        folder = Path(config.output)
+        answered = answers_for(model, tokenizer, settings, questions, folder, log)
+    longest = model.config.comet_config.chunk_size
+    batches = KeepBatches(settings, tokenizer, answered, longest, config.seed)
+    return {"keep": batches, "keep_weight": settings.weight}
+
+
+def _whitened(
+    config: TrainConfig,
+    trainer: CometTrainer,
+    model: CometForCausalLM,
+    tokenizer: Any,
+    going_on: bool,
+) -> WhitenedGates:
+    """Gates that learn where all is white; the first rank looks, and all read its file."""
+    dataset: Any = trainer.train_dataset
+    batches = (trainer.data_collator([dataset[number]]) for number in range(len(dataset)))
+    chunking = chunking_of(config.chunks, tokenizer, config.seed)
+    with trainer.args.main_process_first(local=False, desc="what gates look at"), alone(model):
+        known = going_on or not trainer.is_world_process_zero()
+        folder = Path(config.output)
+        return whitened_gates(model, config.gates, batches, chunking, folder, known)

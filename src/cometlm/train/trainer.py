@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -30,8 +30,6 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from cometlm.checkpoints.atomic_write import read_weights
-from cometlm.checkpoints.lora import load_lora
 from cometlm.checkpoints.memory import check_can_save
 from cometlm.compat import leave_to_itself
 from cometlm.core.causal_lm import CometForCausalLM
@@ -45,11 +43,13 @@ from cometlm.train.chunk_parallel import (
     share_samples,
 )
 from cometlm.train.chunk_plans import Chunking
+from cometlm.train.gates import WhitenedGates
+from cometlm.train.keep import KEEP, KeepBatches, keep_loss
 from cometlm.train.mixture import probes_of
-from cometlm.train.probes import ANSWERS, Probe, Questions, Together
+from cometlm.train.prepare import restore
+from cometlm.train.probes import ANSWERS, asking
+from cometlm.train.resume import STATE
 from cometlm.train.trainable import parameter_groups
-
-STATE = "trainer_state.json"  # the Trainer writes it last: a checkpoint that has it is whole
 
 
 class CometTrainer(SFTTrainer):
@@ -60,12 +60,17 @@ class CometTrainer(SFTTrainer):
         gate_factor: the gates' learning rate as a multiple of the memory's.
         chunking: where samples are cut, or None for the model's own plan.
         answer_weight: what the answers' loss counts beside the text's, where batches have probes.
+        keep: rows that hold the model to its backbone, a batch for each batch that is learned.
+        keep_weight: what their loss counts beside the text's.
         in_order: take the samples in their order.
         whole: save the backbone too, since it is trained.
         chunk_parallel: ranks that share each sample (`torchrun`), see `train.chunk_parallel`.
         shard_weights: shard weights, gradients and the optimiser's state over the others (FSDP2).
         alike: what all ranks must have the same, by name.
         others: `SFTTrainer`'s own.
+
+    Attributes:
+        gates: how gates learn; None: as all else does. To be set before `train`.
     """
 
     def __init__(
@@ -75,6 +80,8 @@ class CometTrainer(SFTTrainer):
         gate_factor: float = 1.0,
         chunking: Chunking | None = None,
         answer_weight: float = 1.0,
+        keep: KeepBatches | None = None,
+        keep_weight: float = 1.0,
         in_order: bool = False,
         whole: bool = False,
         chunk_parallel: int = 1,
@@ -85,6 +92,8 @@ class CometTrainer(SFTTrainer):
         self._factors = (memory_factor, gate_factor)
         self._chunking = chunking
         self._answer_weight = answer_weight
+        self._keep, self._keep_weight = keep, keep_weight
+        self.gates: WhitenedGates | None = None
         self._in_order = in_order
         self._whole = whole
         self._micro_steps = (-1, 0)  # the step, and how many of its batches came before this one
@@ -118,7 +127,11 @@ class CometTrainer(SFTTrainer):
             rate, decay = self.args.learning_rate, self.args.weight_decay
             memory, gate = self._factors
             groups = parameter_groups(model, rate, memory, decay, gate)
+            if self.gates is not None:
+                groups = self.gates.stand_in(groups)
             self.optimizer = kind(groups, **options)
+            if self.gates is not None:
+                self.gates.watch(self.optimizer)
         return cast("torch.optim.Optimizer", self.optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
@@ -237,7 +250,7 @@ class CometTrainer(SFTTrainer):
         if probes:
             inputs["close_last"] = True  # so that they are asked at the end of the text too
         together = nullcontext() if mode == "train" else alone(self._comet)
-        with together, self._asking(probes):
+        with together, asking(self._comet, probes):
             out = model(**{**inputs, "use_cache": False}, num_items_in_batch=num_items_in_batch)
         loss = out.loss
         sharing = self._sharing if mode == "train" else 1
@@ -246,10 +259,15 @@ class CometTrainer(SFTTrainer):
         loss = loss * sharing
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
-        if probes and out.observed:
-            # A text's loss is a part of the whole step's then; answers' are means of their batch.
-            shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+        # A text's loss is a part of the whole step's then; others are means of their batch.
+        shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+        kept = self._kept() if mode == "train" else None
+        if kept is not None or (probes and out.observed):
             self._metrics[mode]["text_loss"].append(float(loss.detach()) * shares)
+        if kept is not None:
+            self._metrics[mode][KEEP].append(float(kept.detach()))
+            loss = loss + self._keep_weight * kept / shares
+        if probes and out.observed:
             for name, score in out.observed.items():
                 self._metrics[mode][name].append(float(score.mean.detach()) * sharing)
                 weight = self._answer_weight if name == ANSWERS else 1.0
@@ -270,19 +288,12 @@ class CometTrainer(SFTTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return (loss, out) if return_outputs else loss
 
-    @contextlib.contextmanager
-    def _asking(self, probes: Sequence[Probe]) -> Iterator[None]:
-        """Ask these questions while the context is open, beside an observer that is there."""
-        plan = self._comet.training_plan
-        if probes:
-            observers = [one for one in (plan.observer, Questions(probes)) if one is not None]
-            # Only chunks of given lengths are closed, and their questions asked, where a text ends.
-            chunking = plan.chunking or Chunking.of({"fixed": 1.0})
-            self._plan(observer=Together(observers), chunking=chunking)
-        try:
-            yield
-        finally:
-            self._comet.training_plan = plan
+    def _kept(self) -> Tensor | None:
+        """How far the model is from its backbone; ranks of a group all say the same."""
+        if self._keep is None:
+            return None
+        with alone(self._comet):
+            return keep_loss(self._comet, self._keep[self._batch])
 
     def _where(self) -> str:
         """The step and the beginnings of the batch's samples, for a person to find them by."""
@@ -367,20 +378,6 @@ class CometTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         restore(self._comet, self.state.best_model_checkpoint, whole=self._whole)
-
-
-def restore(model: CometForCausalLM, checkpoint: str | Path, whole: bool) -> None:
-    """Put what a checkpoint holds into a model that has the same parts."""
-    from transformers import AutoModelForCausalLM
-
-    from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS, load_memory
-
-    folder = Path(checkpoint)
-    load_memory(model, read_weights(folder / WEIGHTS), str(folder))
-    load_lora(model, folder / LORA)
-    if whole:
-        saved = AutoModelForCausalLM.from_pretrained(folder / BACKBONE, dtype=model.dtype)
-        cast("nn.Module", model._backbone).load_state_dict(saved.state_dict())
 
 
 def last_checkpoint(output: str | Path | None) -> Path | None:

@@ -1,0 +1,61 @@
+"""Prompts that a user might begin with, by name: what a backbone answers without any context.
+
+Train and test share none. To learn or measure with prompts of your own, name a file, a prompt a
+line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from cometlm.data.corpora import corpus_files
+
+Split = Literal["train", "test"]
+_FAQ_OF_TEST = ("perlfaq3.pod", "perlfaq9.pod")
+_MARKED = re.compile(r"[A-Z]<+ ?([^<>]*?) ?>+")  # C<print> and the like
+
+
+def prompts_of(name: str, split: Split) -> list[str]:
+    """The prompts of a name, always in the same order.
+
+    Args:
+        name: "everyday" (small talk, facts, chores), "faq" (what Perl's manual is asked; Debian's
+            package), or a file of your own, which is the same for both splits.
+        split: which of them.
+
+    Raises:
+        ValueError: neither a name nor a file, or a file without prompts.
+        OSError: a file or package that cannot be read or fetched.
+    """
+    if name in SOURCES:
+        return SOURCES[name](split)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"prompts must be {', '.join(SOURCES)} or a file, got {name!r}")
+    found = _lines(path)
+    if not found:
+        raise ValueError(f"{path} must hold prompts, a line each, got none")
+    return found
+
+
+def _everyday(split: Split) -> list[str]:
+    return _lines(Path(__file__).parent / f"everyday-{split}.txt")
+
+
+def _faq(split: Split) -> list[str]:
+    """Headings that ask, without their marks; whole files belong to a split."""
+    files = [file for file in corpus_files("perl") if re.fullmatch(r"perlfaq\d\.pod", file.name)]
+    wanted = [file for file in files if (file.name in _FAQ_OF_TEST) == (split == "test")]
+    heads = (line.removeprefix("=head2 ") for file in wanted for line in _lines(file, "=head2 "))
+    return [_MARKED.sub(r"\1", head) for head in heads if head.endswith("?")]
+
+
+def _lines(path: Path, beginning: str = "") -> list[str]:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and line.startswith(beginning)]
+
+
+SOURCES: dict[str, Callable[[Split], list[str]]] = {"everyday": _everyday, "faq": _faq}

@@ -1,0 +1,318 @@
+"""Keeping the backbone what it is: what is compared, what it teaches, and what a run keeps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cometlm.data.prompts import SOURCES, prompts_of
+from cometlm.train.config import Keep
+from cometlm.train.config_file import config_of, read_config
+from cometlm.train.keep import (
+    ANSWERS_FILE,
+    Answered,
+    KeepBatches,
+    Rows,
+    answers_for,
+    as_backbone,
+    keep_loss,
+)
+from cometlm.train.mixture import MixtureBatches
+from cometlm.train.trainable import lora_config, set_trainable
+from language import beside, dialogue
+from tests.rank_runs import assert_same_run, stop_at_half, trained, trained_on
+from tests.rank_runs import settings as of_ranks
+from tests.real import tiny_comet as with_words
+from tests.real import tokenizer
+from tests.runs import WORDS, as_config, heard, logged, quietly, records_run, settings, start
+from tests.tiny import batch_of, error, refused, tiny_backbone, tiny_comet
+
+__all__ = ["of_ranks", "settings", "start"]  # fixtures
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
+
+
+def rows_of(count, length):
+    ids = batch_of(count, length)
+    return Rows(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def adapted(model, r=4):
+    """With fresh adapters, which change nothing yet."""
+    set_trainable(model, "lora", lora_config(r=r, alpha=2 * r))
+    return model.train()
+
+
+def push_away(model, spread=0.3):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * spread)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
+def test_an_untouched_model_is_its_backbone(family):
+    """Up to its first compression token, which the backbone does not have."""
+    model = adapted(tiny_comet(family, stride=12))
+    assert abs(float(keep_loss(model, rows_of(3, 11)).detach())) < 1e-12
+    pushed = keep_loss(adapted(tiny_comet(family, stride=4)), rows_of(3, 11))
+    assert float(pushed.detach()) > 1e-4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_it_is_the_divergence_from_the_backbone_alone(recompute):
+    """Compared with a backbone of its own, at the tokens that are counted."""
+    model = adapted(tiny_comet("llama", stride=4))
+    push_away(model)
+    if recompute:
+        model.activation_checkpointing_enable()
+    rows = rows_of(2, 11)
+    rows.counted[0, :5] = False
+    rows.counted[1, 7:] = False
+    loss = keep_loss(model, rows)
+    with torch.no_grad():
+        theirs = tiny_backbone("llama")(rows.ids).logits.log_softmax(-1)
+        ours = model(rows.ids, logits_to_keep=0).logits.log_softmax(-1)
+        wanted = (theirs.exp() * (theirs - ours)).sum(-1)[rows.counted].mean()
+    assert error(loss, wanted) < 1e-9
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) <= (
+            ".comet." in name or ".lora_" in name
+        )
+    assert model.model.comet.compression.grad.any()
+    assert any(p.grad.any() for n, p in model.named_parameters() if ".lora_A" in n)
+
+
+def test_the_backbone_is_seen_through_dropout_and_comes_back_as_it_was():
+    model = tiny_comet("llama")
+    set_trainable(model, "lora", lora_config(r=2, dropout=0.5))
+    model.train()
+    push_away(model)
+    ids = batch_of(2, 9)
+    wanted = tiny_backbone("llama")(ids).logits
+    with torch.no_grad(), as_backbone(model):
+        assert error(model._backbone(ids).logits, wanted) < 1e-12
+    assert model.training
+    assert error(model(ids, logits_to_keep=0).logits, wanted) > 1e-3
+
+
+def test_a_model_that_was_pushed_away_comes_back():
+    torch.manual_seed(0)
+    model = adapted(tiny_comet("llama", stride=12))
+    push_away(model, 0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    descent = torch.optim.Adam(trained, lr=1e-2)
+    rows = rows_of(4, 11)
+    first = float(keep_loss(model, rows).detach())
+    for _ in range(150):
+        descent.zero_grad()
+        keep_loss(model, rows).backward()
+        descent.step()
+    assert float(keep_loss(model, rows).detach()) < first / 10
+
+
+def test_what_the_benchmark_measures():
+    """Nothing between a backbone and itself; once weights moved, what a run measures."""
+    model = adapted(tiny_comet("llama", stride=12)).eval()
+    answered = [Answered(ids[:4], ids[4:]) for ids in batch_of(3, 10).tolist()]
+    rows = dialogue(answered)
+    found = beside(model, tiny_backbone("llama"), rows)
+    assert found["tokens"] == 18
+    assert abs(found["kl"]) < 1e-12
+    assert found["perplexity_ratio"] == pytest.approx(1)
+    push_away(model)
+    found = beside(model, tiny_backbone("llama"), rows)
+    assert found["kl"] == pytest.approx(float(keep_loss(model, joined(rows)).detach()))
+    assert found["perplexity_ratio"] == pytest.approx(
+        found["perplexity"] / found["perplexity_backbone"]
+    )
+
+
+def joined(rows):
+    return Rows(torch.cat([one.ids for one in rows]), torch.cat([one.counted for one in rows]))
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(WORDS * 50)
+    return str(tmp_path / "text.txt")
+
+
+def batches(text, answered=(), **changes):
+    options = {"tokens": 50, "prose_share": 0.4, "corpora": (text,), **changes}
+    return KeepBatches(Keep(**options), tokenizer("smollm2"), answered, 12, seed=3)
+
+
+def test_a_batch_has_its_share_of_prose_and_of_answers(text):
+    answered = [Answered([5, 6, 7], [8, 9]), Answered([4, 3], [2, 1, 2, 1, 2])]
+    made = batches(text, answered)
+    rows = made[7]
+    assert int(rows.counted.sum()) == 50
+    prose = [row for row, held in zip(rows.ids, rows.counted, strict=True) if held[0]]
+    assert sum(map(len, prose)) >= 20
+    said = [(tuple(one.asked), tuple(one.answer)) for one in answered]
+    for ids, held in zip(rows.ids.tolist(), rows.counted.tolist(), strict=True):
+        if not held[0]:
+            first = held.index(True)
+            answer = [ids[place + 1] for place, is_held in enumerate(held) if is_held]
+            assert any(
+                tuple(ids[: first + 1]) == asked and tuple(answer) == own[: len(answer)]
+                for asked, own in said
+            )
+    assert torch.equal(made[7].ids, batches(text, answered)[7].ids)
+    assert not torch.equal(made[8].ids, rows.ids)
+    with refused("keep.prose_share must be 1 without prompts"):
+        batches(text)
+    assert batches(text, prose_share=1.0)[0].counted.all(1).sum() >= 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weight": 0}, "keep.weight must be more than 0, got 0"),
+        ({"tokens": 0}, "keep.tokens must be at least 1, got 0"),
+        ({"answer_tokens": 0}, "keep.answer_tokens must be at least 1, got 0"),
+        ({"prose_share": 1.5}, "keep.prose_share must lie in 0 … 1, got 1.5"),
+        ({"corpora": ()}, "keep.corpora must name one"),
+        ({"prompts": ()}, "keep.prompts must name some"),
+    ],
+)
+def test_settings_out_of_bounds(changes, said):
+    with refused(said):
+        Keep(**changes)
+
+
+def test_prompts_of_train_and_test_are_others(tmp_path, monkeypatch):
+    manual = tmp_path / "perl"
+    manual.mkdir()
+    (manual / "perlfaq1.pod").write_text("=head2 What is C<print>?\n\n=head2 On names\n")
+    (manual / "perlfaq3.pod").write_text("=head2 How do I F<debug>?\n")
+    (manual / "perlop.pod").write_text("=head2 What else?\n")
+    found = sorted(manual.iterdir())
+    monkeypatch.setattr("cometlm.data.prompts.corpus_files", lambda name: found)
+    assert prompts_of("faq", "train") == ["What is print?"]
+    assert prompts_of("faq", "test") == ["How do I debug?"]
+    for name in SOURCES:
+        train, test = (prompts_of(name, split) for split in ("train", "test"))
+        assert not set(train) & set(test)
+    own = tmp_path / "own.txt"
+    own.write_text("\nWho?\n  What? \n")
+    assert prompts_of(str(own), "train") == ["Who?", "What?"]
+    own.write_text("\n")
+    with refused("own.txt must hold prompts, a line each, got none"):
+        prompts_of(str(own), "train")
+    with refused("prompts must be everyday, faq or a file, got 'nothing'"):
+        prompts_of("nothing", "train")
+
+
+# --- the backbone's answers ---------------------------------------------------------------------
+
+
+def test_answers_are_the_backbones_and_made_once(tmp_path):
+    model, words = adapted(with_words(chunk_size=96)), tokenizer("smollm2")
+    push_away(model)
+    own = tmp_path / "own.txt"
+    own.write_text("Who are you?\nWhat is salt?\n")
+    keep = Keep(prompts=(str(own), "tasks"), answer_tokens=5)
+    said = []
+    args = (model, words, keep, lambda: ["Who are you?", "Where is it?"], tmp_path, said.append)
+    answered = answers_for(*args)
+    assert len(answered) == 3
+    backbone = tiny_backbone("llama", vocab_size=len(words))
+    prompts = ["Who are you?", "What is salt?", "Where is it?"]
+    for one, prompt in zip(answered, prompts, strict=True):
+        talk = [{"role": "user", "content": prompt}]
+        shown = words.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        assert words.decode(one.asked) == shown
+        with torch.no_grad():
+            logits = backbone(torch.tensor([one.asked + one.answer])).logits[0]
+        assert logits.argmax(-1).tolist()[len(one.asked) - 1 : -1] == one.answer
+    assert model.training
+    assert answers_for(*args) == answered
+    assert len(said) == 1
+    assert answers_for(model, words, replace(keep, answer_tokens=4), *args[3:]) != answered
+    assert len(said) == 2
+    with refused("keep.answer_tokens must be at most "):
+        answers_for(model, words, replace(keep, answer_tokens=90), *args[3:])
+    assert answers_for(model, words, replace(keep, prose_share=1.0), *args[3:]) == []
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def keeping(settings, **changes):
+    """A run that keeps its backbone: prose alone, which needs no long chunks."""
+    (text,) = settings["mixture"]["options"]["passkey"]["corpora"]
+    return {**settings, "keep": {"tokens": 40, "prose_share": 1.0, "corpora": [text], **changes}}
+
+
+def test_a_run_keeps_its_backbone_and_logs_how_far_it_is(settings, tmp_path):
+    config = read_config(as_config(keeping(settings, weight=2.0), tmp_path))
+    quietly(config)
+    rows = logged(config.output)
+    assert len(rows) == 4
+    for row in rows:
+        text, kept = float(row["text_loss"]), float(row["keep_loss"])
+        assert kept > 0
+        assert float(row["loss"]) == pytest.approx(text + 2 * kept, rel=1e-2)
+    Path(config.output, "checkpoint-4", "trainer_state.json").unlink()  # stopped after step 2
+    said = heard(config)
+    assert said[0].endswith("checkpoint-2")
+    again = logged(config.output)
+    assert [row["keep_loss"] for row in again] == [row["keep_loss"] for row in rows]
+    with refused("keep: was"):
+        quietly(replace(config, keep=None))
+
+
+def test_a_run_keeps_the_answers_in_its_folder(settings, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("Who?\n")
+    changes = {"prose_share": 0.5, "prompts": [str(own), "tasks"], "answer_tokens": 4}
+    options = {**keeping(settings, **changes), "sizes": {"chunk_size": 96}}
+    config = read_config(as_config(options, tmp_path))
+    said = heard(config)
+    assert any("the backbone answers" in line for line in said)
+    kept = json.loads(Path(config.output, ANSWERS_FILE).read_text())
+    batches = MixtureBatches(config.mixture, tokenizer("smollm2"), config.seed)
+    assert kept["made_for"]["prompts"] == ["Who?", *dict.fromkeys(batches.questions())]
+    assert all(float(row["keep_loss"]) > 0 for row in logged(config.output))
+
+
+def test_records_are_learned_beside_the_backbone_too(settings, tmp_path):
+    options = keeping(settings)
+    config = records_run(options, tmp_path, [{"text": WORDS * 3}] * 4)
+    quietly(config)
+    for row in logged(config.output):
+        both = float(row["text_loss"]) + float(row["keep_loss"])
+        assert float(row["loss"]) == pytest.approx(both, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mode": "full"}, "keep holds the model to its frozen backbone, which mode full trains"),
+        ({"shard_weights": True}, "keep needs whole weights on each rank: not with shard_weights"),
+    ],
+)
+def test_where_there_is_no_backbone_to_look_at(settings, changes, said):
+    with refused(said):
+        config_of({**keeping(settings), **changes})
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_sample_keep_the_same_backbone(of_ranks, tmp_path):
+    """The wave reads the sample; each rank has the whole of what is kept."""
+    options = {**keeping(of_ranks), "mode": "lora", "lora": {"r": 2}}
+    path = as_config(options, tmp_path)
+    trained(path, f"output={tmp_path / 'one'}")
+    trained_on(2, path, "chunk_parallel=2", f"output={tmp_path / 'two'}")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    stop_at_half(tmp_path / "one")
+    trained(path, f"output={tmp_path / 'one'}")
+    assert_same_run(tmp_path / "one", tmp_path / "two")

@@ -1,0 +1,147 @@
+"""The loop without trl: the same steps, stopped and gone on, in small files."""
+
+import json
+
+import pytest
+import torch
+
+import cometlm
+import recipe as gpu_recipe
+from cometlm.checkpoints.atomic_write import read_weights
+from cometlm.train import loop as plain
+from cometlm.train.config_file import config_of
+from cometlm.train.loop import PROGRESS, save_split, train_for
+from tests.runs import logged, quietly, settings, start
+from tests.tiny import error, refused
+
+__all__ = ["settings", "start"]  # fixtures
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
+
+
+@pytest.fixture
+def options(settings):
+    """Questions on the way, a kept backbone, four steps."""
+    (text,) = settings["mixture"]["options"]["passkey"]["corpora"]
+    mixture = {**settings["mixture"], "tokens": [150, 200], "batch_tokens": 400, "ask": "probes"}
+    keep = {"tokens": 30, "prose_share": 1.0, "corpora": [text]}
+    changes = {"mixture": mixture, "sizes": {"chunk_size": 56}, "keep": keep, "trainer": {}}
+    return {**settings, **changes}
+
+
+def looped(options, **changes):
+    """What a loop says of each step."""
+    said = []
+    config = config_of({**options, **changes})
+    train_for(config, 5, device="cpu", log=said.append)
+    return [line for line in said if line.startswith("step")]
+
+
+def figures(line):
+    words = line.split()
+    return {name: float(value) for name, value in zip(words[2:-3:2], words[3:-2:2], strict=True)}
+
+
+def test_its_steps_are_those_of_a_run(options, tmp_path):
+    """Of losses and weights."""
+    lines = looped(options, output=str(tmp_path / "loop"))
+    config = config_of(
+        {**options, "trainer": {"logging_steps": 1, "disable_tqdm": True}, "output": str(tmp_path)}
+    )
+    quietly(config)
+    assert len(lines) == 4
+    for line, row in zip(lines, logged(tmp_path), strict=True):
+        ours = figures(line)
+        for name in ("loss", "text_loss", "answer_loss", "keep_loss"):
+            assert ours[name] == pytest.approx(float(row[name]), rel=2e-3), name
+        assert ours["norm"] == pytest.approx(float(row["grad_norm"]), rel=2e-2)
+    ids = torch.arange(5, 90)[None]
+    models = [
+        cometlm.load(str(f), device="cpu")[0] for f in (tmp_path / "loop" / "step-4", tmp_path)
+    ]
+    with torch.no_grad():
+        assert error(models[0](ids).logits, models[1](ids).logits) < 1e-3
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_it_goes_on_where_it_was_stopped(options, tmp_path, whiten):
+    """After a crash, or because its time is over; whitened gates alone begin anew."""
+    options["gates"] = {"whiten": whiten, "batches": 1}
+    whole = looped(options, output=str(tmp_path / "whole"))
+    config = config_of({**options, "output": str(tmp_path / "parts")})
+
+    def crash(line):
+        if line.startswith("step 3"):
+            raise OSError("the machine is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        train_for(config, 5, device="cpu", log=crash)
+    assert json.loads((tmp_path / "parts" / PROGRESS).read_text())["steps"] == 2
+    assert train_for(config, 0, device="cpu", log=lambda line: None) == 2
+    lines = looped(options, output=str(tmp_path / "parts"))
+    assert [line.split()[1] for line in lines] == ["3", "4"]
+    assert figures(lines[0])["loss"] == figures(whole[2])["loss"]
+    if not whiten:
+        assert figures(lines[1]) == figures(whole[3])
+        weights = [
+            read_weights(tmp_path / f / "step-4" / "model.safetensors") for f in ("whole", "parts")
+        ]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
+        "progress.json", "step-4", "train.json",
+    ]  # fmt: skip
+    with refused("holds a run with other settings (seed: was 0, is 1)"):
+        looped(options, output=str(tmp_path / "parts"), seed=1)
+
+
+def test_moments_are_split_into_small_files(tmp_path):
+    tensors = {f"w{n}": torch.randn(n, 100) for n in (2, 3, 4, 1, 5)}
+    paths = save_split(tensors, tmp_path, largest=2100)
+    assert len(paths) == 3
+    assert max(path.stat().st_size for path in paths) < 2100 + 600
+    found = {}
+    for path in paths:
+        found |= read_weights(path)
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    with refused("w5 takes 2.0 KiB, and a file may have at most 2.0 KiB"):
+        save_split(tensors, tmp_path, largest=1999)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mode": "full", "keep": None}, "mode full is not for a loop without trl"),
+        ({"records": "a.jsonl", "mixture": None}, "records is not for a loop without trl"),
+        ({"trainer": {"packing": True}}, "trainer.packing is not for a loop without trl"),
+        ({"chunk_parallel": 2}, "chunk_parallel is not for a loop without trl"),
+    ],
+)
+def test_what_it_does_not_have_is_refused(options, tmp_path, changes, said):
+    with refused(said):
+        looped(options, **{"output": str(tmp_path), **changes})
+
+
+def test_a_loss_that_is_not_finite_ends_it_before_it_is_saved(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(plain, "keep_loss", lambda model, rows: torch.tensor(float("nan")))
+    with pytest.raises(FloatingPointError, match="step 1"):
+        looped(options, output=str(tmp_path))
+    assert not (tmp_path / PROGRESS).exists()
+
+
+def test_the_script_trains_a_recipe(options, tmp_path, capfd):
+    """At its own sizes here; what is wrong is one line."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(options))
+    out = tmp_path / "out"
+    common = [str(path), "--device", "cpu", "--out", str(out), "--workers", "1"]
+    assert gpu_recipe.main([*common, "--own-sizes", "--set", "mixture.steps=2"]) == 0
+    said = capfd.readouterr().out
+    assert "tokens/s" in said
+    assert f"saved {out}/step-2" in said
+    assert "2 steps are done" in said
+    model, _ = cometlm.load(str(out / "step-2"), device="cpu")
+    assert model.config.comet_config.chunk_size == 56
+    assert gpu_recipe.main([*common, "--own-sizes", "--set", "mixture.steps=3"]) == 0
+    assert f"saved {out}/step-3 " in capfd.readouterr().out
+    assert gpu_recipe.main(common) == 1
+    assert "other settings (mixture: was" in capfd.readouterr().err
