@@ -22,7 +22,6 @@ from cometlm.tasks.base import Question, Sample, Task, turn_ids
 
 OUT_OF_MEMORY = "out of memory"  # what an answer's error begins with, where there was too little
 _SPARE = 16  # tokens that an answer may be longer than what it should be
-_PIECE = 256  # tokens of a text that are foreseen before they are read
 
 Place = tuple[int, int, int]
 
@@ -184,10 +183,7 @@ def _foreseen(reader: Reader, sample: Sample, tokens: int, index: int) -> Answer
     found: list[float] = []
     try:
         reader.read(context[:1])
-        for begin in range(1, len(context), _PIECE):
-            piece = context[begin : begin + _PIECE]
-            found += reader.loglikelihood(piece)
-            reader.read(piece)
+        found = [token.loglikelihood for token in reader.read_foreseen(context[1:])]
         nbytes = reader.nbytes
     except TooLongError as error:
         return Answer(**known, error=str(error))

@@ -24,6 +24,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+from cometlm.core.foreseen import Foreseen
 from cometlm.extras import EVAL, lacks
 from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
 from cometlm.methods.full import CacheReader, token_limit
@@ -102,9 +103,9 @@ class RetrieveReader(Reader):
         self._share_index_of(asked)
         return asked._prompted(options["max_new_tokens"]).answer((), **options)
 
-    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
-        """See `Reader.loglikelihood`."""
-        return self._prompted(len(ids)).loglikelihood(ids)
+    def foresee(self, ids: Sequence[int]) -> list[Foreseen]:
+        """See `Reader.foresee`."""
+        return self._prompted(len(ids)).foresee(ids)
 
     @property
     def nbytes(self) -> int:
