@@ -13,6 +13,7 @@ from rich.text import Text
 
 from cometlm.cli import options
 from cometlm.cli.console import UNTRAINED, err, is_untrained, out, resolve_quietly
+from cometlm.cli.lm_eval import eval_with_harness
 from cometlm.device import as_dtype, readable_bytes
 from cometlm.eval.page import write_page
 from cometlm.eval.report import differences, summarize
@@ -69,18 +70,27 @@ def eval_(
         int | None, typer.Option(min=1, help="Default: what the right answer takes, and 16 more.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what the task draws.")] = 0,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Or tasks of lm-evaluation-harness, with commas.")
+    ] = None,
 ) -> None:
     """Ask a model about long texts, read in one way or another, and count what it gets right."""
-    _check_what(task, data, tokens, option)
     allowed = None if budget is None else Budget.parse(budget)
+    if lm_eval is not None:
+        more = {"report": report, "by": by, "max_new_tokens": max_new_tokens, "seed": seed}
+        _check_harness_alone(task=task, data=data, option=option, **more)
+        loader, methods = _loader(model, loading), method or ["comet"]
+        if not eval_with_harness(lm_eval, loader, methods, allowed, tokens or [], samples, output):
+            raise typer.Exit(1)
+        return
+    _check_what(task, data, tokens, option)
     chosen = dict(_key_and_value(text) for text in option or [])
     methods = list(dict.fromkeys(method or ["comet"]))
     for registry, names in ((TASKS, [task] if task else []), (METHODS, methods)):
         for name in names:
             registry.find(name)  # before anything is loaded
-    sizes = loading.sizes()
-    bits: Any = loading.quantization
-    loader = Loader(resolve_quietly(model), loading.device, as_dtype(loading.dtype), bits, sizes)
+    sizes, bits = loading.sizes(), loading.quantization
+    loader = _loader(model, loading)
     made: Task
     if data is not None:
         own_data = made = Own(loader.tokenizer, path=data, seed=seed)
@@ -148,10 +158,25 @@ def eval_(
         raise typer.Exit(1)
 
 
+def _loader(model: str, loading: options.LoadOptions) -> Loader:
+    bits: Any = loading.quantization
+    dtype = as_dtype(loading.dtype)
+    return Loader(resolve_quietly(model), loading.device, dtype, bits, loading.sizes())
+
+
 def _check_folder(report: Path | None) -> None:
     """Say now, not after an hour, that a report cannot be written."""
     if report is not None and not report.parent.is_dir():
         raise ValueError(f"--report {report}: its folder is missing")
+
+
+def _check_harness_alone(**given: Any) -> None:
+    """Refuse what says nothing to lm-evaluation-harness."""
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not go with --lm-eval, got {value!r}"
+            )
 
 
 def _check_what(

@@ -205,3 +205,9 @@ class Method(ABC):
 def generation_options(given: dict[str, Any]) -> dict[str, Any]:
     """Options for `generate`: greedy and of bounded length, unless they say."""
     return {"do_sample": False, "num_beams": 1, "max_new_tokens": 256, **given}
+
+
+def num_shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    pairs = zip(ours, theirs, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

@@ -26,7 +26,14 @@ from typing import Any
 
 from cometlm.core.foreseen import Foreseen
 from cometlm.extras import EVAL, lacks
-from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
+from cometlm.methods.base import (
+    Budget,
+    Method,
+    Reader,
+    TooLongError,
+    generation_options,
+    num_shared,
+)
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
 from cometlm.session.chat_template import render_turn
@@ -152,8 +159,8 @@ class RetrieveReader(Reader):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
         opening = render_turn(self.tokenizer, "", first=True, began=True).opening
         frame = self.tokenizer.encode(opening, add_special_tokens=False)
-        begin = _num_shared(ids, frame)
-        end = len(ids) - _num_shared(ids[begin:][::-1], frame[::-1])
+        begin = num_shared(ids, frame)
+        end = len(ids) - num_shared(ids[begin:][::-1], frame[::-1])
         return str(self.tokenizer.decode(ids[begin:end], skip_special_tokens=True))
 
     def _text(self, span: range) -> str:
@@ -232,9 +239,3 @@ def _joined(spans: Sequence[range]) -> list[range]:
         else:
             joined.append(span)
     return joined
-
-
-def _num_shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many items two sequences have in common at their beginning."""
-    pairs = zip(ours, theirs, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
