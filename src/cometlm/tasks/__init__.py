@@ -14,6 +14,7 @@ from cometlm.tasks.keys import Keys
 from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
 from cometlm.tasks.questions import Questions
+from cometlm.tasks.ruler import Ruler
 from cometlm.tasks.traces import Traces
 from cometlm.tasks.tracking import Tracking
 
@@ -25,6 +26,7 @@ _OURS: dict[str, type[Task]] = {
     "behaviour": Behaviour,
     "traces": Traces,
     "questions": Questions,
+    "ruler": Ruler,
     "continue": Continuation,
 }
 TASKS: Registry[type[Task]] = Registry("task", "cometlm.tasks", _OURS)
