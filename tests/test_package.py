@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 
 import cometlm
 from cometlm.checkpoints.backbones import _GGUF_READERS
+from cometlm.tasks.ruler import NEEDED
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -121,8 +122,12 @@ for name in MODULES:
 print("every module")
 """
 
-# Modules that stand on the extra `train`; `cometlm train` says which when they cannot be imported.
-NEED_TRL = {"cometlm.train.trainer", "cometlm.train.run"}
+# Modules that stand on an extra; the command line says which when they cannot be imported.
+NEED_EXTRAS = {
+    "cometlm.eval.lm_eval",
+    "cometlm.train.trainer",
+    "cometlm.train.run",
+}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +135,7 @@ def bare(tmp_path_factory):
     """What a bare install does: import the package, show help, be asked to train, and the rest."""
     config = tmp_path_factory.mktemp("bare") / "run.yaml"
     config.write_text("{model: smollm2, output: out, records: data.jsonl}")
-    modules = sorted(set(map(module_name, FILES)) - NEED_TRL)
+    modules = sorted(set(map(module_name, FILES)) - NEED_EXTRAS)
     return run_bare(BARE.replace("MODULES", repr(modules)), str(config))
 
 
@@ -195,13 +200,20 @@ def test_every_import_is_declared(path):
     for owners, module, at_top in third_party(path):
         if not owners & BASE:
             assert owners & set.union(*EXTRAS.values()), f"{module} is in no extra"
-            assert not at_top or module_name(path) in NEED_TRL, f"{module} is not in every install"
+            assert not at_top or module_name(path) in NEED_EXTRAS, (
+                f"{module} is not in every install"
+            )
 
 
 def test_every_declared_package_is_imported():
-    """What nobody imports must not be installed; transformers imports those that read GGUF."""
+    """What nobody imports must not be installed.
+
+    transformers imports those that read GGUF, and RULER's scripts what they need.
+    """
     used = set().union(*(owners for path in FILES for owners, _, _ in third_party(path)))
-    assert set.union(BASE, *EXTRAS.values()) - used - set(_GGUF_READERS) == set()
+    theirs = {*_GGUF_READERS, *NEEDED}
+    assert set.union(BASE, *EXTRAS.values()) - used - theirs == set()
+    assert set(NEEDED) <= EXTRAS["ruler"]
     assert set(_GGUF_READERS) <= EXTRAS["demo"]
 
 

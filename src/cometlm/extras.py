@@ -8,6 +8,7 @@ from importlib.util import find_spec
 # Double quotes: cmd.exe on Windows passes single ones on to pip.
 EVAL = 'pip install "cometlm[eval]"'
 PLOT = 'pip install "cometlm[plot]"'
+RULER = 'pip install "cometlm[ruler]"'
 TRAIN = 'pip install "cometlm[train]"'
 
 

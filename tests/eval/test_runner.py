@@ -7,7 +7,7 @@ import torch
 
 from cometlm.eval.report import differences, summarize
 from cometlm.eval.runner import OUT_OF_MEMORY, Answer, answer_to, evaluate
-from cometlm.methods import Reader, TooLongError
+from cometlm.methods import Foreseen, Reader, TooLongError
 from cometlm.tasks import Question, Sample, Task
 from cometlm.tasks.base import turn_ids
 from tests.real import tokenizer
@@ -54,8 +54,8 @@ class Counter(Reader):
         self.asked.append((len(self.ids), list(ids), generation))
         return f" {len(self.ids)}<|im_end|>"
 
-    def loglikelihood(self, ids):
-        return [0.0] * len(ids)
+    def foresee(self, ids):
+        return [Foreseen(0.0, True)] * len(ids)
 
     @property
     def nbytes(self):
@@ -128,9 +128,9 @@ def test_a_text_that_the_task_cannot_make_so_short_is_a_row(words):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried\nmuch"), MemoryError()])
-def test_a_text_that_takes_takes_too_much_memory_is_a_row(words, error):
+def test_a_text_that_takes_too_much_memory_is_a_row(words, error):
     class Greedy(Guessing):
-        def loglikelihood(self, ids):
+        def foresee(self, ids):
             raise error
 
         def fork(self):
@@ -174,9 +174,9 @@ class Silent(Counting):
 class Guessing(Counter):
     """Foresees a token by its number, if all before it were read."""
 
-    def loglikelihood(self, ids):
+    def foresee(self, ids):
         assert ids[0] == len(self.ids)
-        return [-float(id_) for id_ in ids]
+        return [Foreseen(-float(id_), False) for id_ in ids]
 
 
 def test_a_text_without_questions_is_foreseen(words):

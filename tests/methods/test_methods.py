@@ -16,6 +16,7 @@ from tests.sessions import going_on, tokenizer_of
 from tests.tiny import random_ids, refused, tiny_backbone, tiny_comet
 
 GREEDY = {"max_new_tokens": 6, "eos_token_id": None}
+LONG = {"max_new_tokens": 22, "do_sample": False, "eos_token_id": None}
 VOCABULARY = 3000
 
 
@@ -92,6 +93,37 @@ def test_loglikelihoods_follow_one_another(empty):
     apart = reader.loglikelihood(more[:5]) + after.loglikelihood(more[5:])
     if not isinstance(empty, WindowReader | TruncateReader):  # which forget by length
         assert reader.loglikelihood(more) == pytest.approx(apart, rel=1e-9)
+
+
+def test_what_is_foreseen_while_it_is_read(empty):
+    """As when it is foreseen first, and read then."""
+    ids = ids_of(20, seed=1)
+    readers = [empty.fork(), empty.fork()]
+    for reader in readers:
+        reader.read(ids_of(30))
+    found = readers[0].read_foreseen(ids)
+    assert len(found) == 20
+    if not isinstance(empty, WindowReader | TruncateReader):  # which forget by length
+        want = readers[1].loglikelihood(ids)
+        assert [one.loglikelihood for one in found] == pytest.approx(want, rel=1e-5)
+    readers[1].read(ids)
+    (first, _), more = readers, ids_of(9, seed=2)
+    assert first.loglikelihood(more) == pytest.approx(readers[1].loglikelihood(more), rel=1e-5)
+
+
+def test_greedy_tokens_are_the_likeliest(model, backbone, words):
+    """Across chunk borders, and no others are."""
+    ids = ids_of(30)
+    session, full = Session(model), CacheReader(backbone, words, 250)
+    for reader in (session, full):
+        reader.read(ids)
+    prompt = torch.tensor([ids])
+    out = backbone.generate(prompt, attention_mask=torch.ones_like(prompt), **LONG)
+    for reader, written in ((session, session.continuation(22)), (full, out[0, 30:].tolist())):
+        changed = [*written[:-1], (written[-1] + 1) % len(words)]
+        found = [reader.fork().read_foreseen(ids) for ids in (written, changed)]
+        assert [one.is_likeliest for one in found[0]] == [True] * 22
+        assert [one.is_likeliest for one in found[1]] == [True] * 21 + [False]
 
 
 def test_all_agree_where_everything_fits(model, backbone, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,16 @@ import yaml
 from rich.text import Text
 
 from cometlm.cli import options
-from cometlm.cli.console import UNTRAINED, err, is_untrained, out, silence_libraries
+from cometlm.cli.console import (
+    UNTRAINED,
+    err,
+    is_untrained,
+    out,
+    resolve_quietly,
+    silence_libraries,
+)
+from cometlm.cli.lm_eval import eval_with_harness
+from cometlm.device import as_dtype
 from cometlm.eval.comparison import Comparison, Watch
 from cometlm.eval.config import EvalConfig, MethodConfig, TaskConfig, read_config
 from cometlm.eval.page import write_page
@@ -21,7 +31,7 @@ from cometlm.eval.results import Cell, name_of, readable_seconds, write_results
 from cometlm.eval.rows import Forecast, Rows
 from cometlm.eval.runner import Answer
 from cometlm.eval.tables import tables
-from cometlm.methods import METHODS, Reader
+from cometlm.methods import METHODS, Budget, Loader, Reader
 from cometlm.methods.comet import CometReader
 from cometlm.tasks import TASKS
 
@@ -87,6 +97,10 @@ class OneTask:
         ),
     ] = None
     seed: Annotated[int, typer.Option(help="Of what the task draws.", rich_help_panel=_ONE)] = 0
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(help="Or tasks of lm-evaluation-harness, with commas.", rich_help_panel=_ONE),
+    ] = None
 
     def config(self, model: str, loading: options.LoadOptions) -> EvalConfig:
         """A comparison on one task.
@@ -164,6 +178,8 @@ def eval_(
         _run(config, rows, report or page, summary, by)
     elif set_:
         raise ValueError(f"--set goes with a YAML file, got {set_[0]!r} for {model}")
+    elif asked.lm_eval is not None:
+        _run_harness(model, loading, asked, output, {"report": report, "by": by})
     else:
         _run(asked.config(model, loading), output, report, None, by)
 
@@ -180,6 +196,41 @@ def _refuse_beside(loading: options.LoadOptions, asked: OneTask) -> None:
     if given:
         option = given[0].replace("_", "-")
         raise ValueError(f"--{option} does not go with a YAML file; change a field with --set")
+
+
+def _run_harness(
+    model: str,
+    loading: options.LoadOptions,
+    asked: OneTask,
+    output: Path | None,
+    more: Mapping[str, Any],
+) -> None:
+    """Run tasks of lm-evaluation-harness.
+
+    Raises:
+        ValueError: options that say nothing to it.
+        typer.Exit: nothing could be measured.
+    """
+    names = ("task", "data", "option", "max_new_tokens", "seed")
+    for name, value in {**{name: getattr(asked, name) for name in names}, **more}.items():
+        if value:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} does not go with --lm-eval, got {value!r}")
+    bits: Any = loading.quantization
+    loader = Loader(
+        resolve_quietly(model), loading.device, as_dtype(loading.dtype), bits, loading.sizes()
+    )
+    is_measured = eval_with_harness(
+        str(asked.lm_eval),
+        loader,
+        asked.method or ["comet"],
+        None if asked.budget is None else Budget.parse(asked.budget),
+        asked.tokens or [],
+        asked.samples,
+        output,
+    )
+    if not is_measured:
+        raise typer.Exit(1)
 
 
 def _run(

@@ -17,12 +17,11 @@ import torch
 from cometlm.device import peak_memory, reset_peak_memory
 from cometlm.eval.metrics import NATS
 from cometlm.methods.base import Reader, TooLongError
-from cometlm.tasks.base import Question, Sample, Task, turn_ids
+from cometlm.tasks.base import Question, Sample, Task, asked_ids, turn_ids
 from cometlm.tasks.story import DECILES
 
 OUT_OF_MEMORY = "out of memory"  # what an answer's error begins with, where there was too little
 _SPARE = 16  # tokens that an answer may be longer than what it should be
-_PIECE = 256  # tokens of a text that are foreseen before they are read
 
 Place = tuple[int, int, int]
 
@@ -230,10 +229,7 @@ def _foreseen(reader: Reader, sample: Sample) -> Answer:
     try:
         reader.check_room(len(context))
         reader.read(context[:1])
-        for begin in range(1, len(context), _PIECE):
-            piece = context[begin : begin + _PIECE]
-            found += reader.loglikelihood(piece)
-            reader.read(piece)
+        found = [token.loglikelihood for token in reader.read_foreseen(context[1:])]
         nbytes = reader.nbytes
     except TooLongError as error:
         return replace(unsaid, error=str(error))
@@ -284,9 +280,10 @@ class _Asked:
     def of(cls, tokenizer: Any, question: Question, max_new_tokens: int | None) -> _Asked:
         """How a question is asked."""
         turns = [turn_ids(tokenizer, question.text, answer) for answer in question.answers]
-        (asked, right), *_ = turns
+        (_, right), *_ = turns
         longest = max(len(answer) for _, answer in turns)
-        return cls(asked, max_new_tokens or longest + _SPARE, right[-1])
+        most = max_new_tokens or question.max_new_tokens or longest + _SPARE
+        return cls(asked_ids(tokenizer, question), most, right[-1])
 
     @property
     def num_tokens(self) -> int:

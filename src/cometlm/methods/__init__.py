@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cometlm.core.foreseen import Foreseen
 from cometlm.methods.base import Budget, Method, Reader, TooLongError
 from cometlm.methods.comet import Comet
 from cometlm.methods.full import Full
@@ -29,4 +30,4 @@ METHODS: Registry[type[Method]] = Registry(
     },
 )
 
-__all__ = ["METHODS", "Budget", "Loader", "Method", "Reader", "TooLongError"]
+__all__ = ["METHODS", "Budget", "Foreseen", "Loader", "Method", "Reader", "TooLongError"]

@@ -26,7 +26,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cometlm.core.foreseen import Foreseen
 from cometlm.methods.loader import Loader
+
+_FORESEEN_AT_A_TIME = 256  # tokens that a reader which forgets by length foresees before it reads
 
 
 class TooLongError(ValueError):
@@ -150,13 +153,31 @@ class Reader(ABC):
         """
 
     @abstractmethod
-    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
-        """Log-probability, in nats, of each of these ids coming next; the reader stays as it is.
+    def foresee(self, ids: Sequence[int]) -> list[Foreseen]:
+        """How likely each of these ids is to come next; the reader stays as it is.
 
         Raises:
             ValueError: nothing was read.
             TooLongError: as `read`.
         """
+
+    def read_foreseen(self, ids: Sequence[int]) -> list[Foreseen]:
+        """Read on, and say of each id how likely it was, after all that stood before it.
+
+        Raises:
+            ValueError: nothing was read.
+            TooLongError: as `read`.
+        """
+        found: list[Foreseen] = []
+        for begin in range(0, len(ids), _FORESEEN_AT_A_TIME):
+            piece = ids[begin : begin + _FORESEEN_AT_A_TIME]
+            found += self.foresee(piece)
+            self.read(piece)
+        return found
+
+    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
+        """Log-probability, in nats, of each of these ids coming next; see `foresee`."""
+        return [token.loglikelihood for token in self.foresee(ids)]
 
     @property
     @abstractmethod
@@ -186,3 +207,9 @@ class Method(ABC):
 def generation_options(given: dict[str, Any]) -> dict[str, Any]:
     """Options for `generate`: greedy and of bounded length, unless they say."""
     return {"do_sample": False, "num_beams": 1, "max_new_tokens": 256, **given}
+
+
+def num_shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many items two sequences have in common at their beginning."""
+    pairs = zip(ours, theirs, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

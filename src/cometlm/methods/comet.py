@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.core.foreseen import Foreseen
 from cometlm.core.model import position_limit
 from cometlm.methods.base import Budget, Method, Reader, generation_options
 from cometlm.methods.loader import Loader
@@ -128,9 +129,13 @@ class CometReader(Reader):
         assert isinstance(said, str)
         return said
 
-    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
-        """See `Reader.loglikelihood`."""
-        return self.session.loglikelihood(ids)
+    def foresee(self, ids: Sequence[int]) -> list[Foreseen]:
+        """See `Reader.foresee`."""
+        return self.session.fork().read_foreseen(ids)
+
+    def read_foreseen(self, ids: Sequence[int]) -> list[Foreseen]:
+        """See `Reader.read_foreseen`."""
+        return self.session.read_foreseen(ids)
 
     @property
     def nbytes(self) -> int:

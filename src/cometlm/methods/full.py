@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cometlm.compat import CACHE
+from cometlm.core.foreseen import Foreseen, foreseen
 from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
 from cometlm.methods.loader import Loader, max_positions
 
@@ -93,18 +94,20 @@ class CacheReader(Reader):
         new = out[0, prompt.shape[1] :].tolist()
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
-    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
-        """See `Reader.loglikelihood`."""
+    def foresee(self, ids: Sequence[int]) -> list[Foreseen]:
+        """See `Reader.foresee`."""
+        return self.fork().read_foreseen(ids)
+
+    def read_foreseen(self, ids: Sequence[int]) -> list[Foreseen]:
+        """See `Reader.read_foreseen`."""
         self._check_begun()
         self.check_room(len(ids))
-        fork = self.fork()
-        given = [*fork._waiting, *ids[:-1]]
-        found: list[float] = []
+        found: list[Foreseen] = []
         for begin in range(0, len(ids), self.piece):
-            piece = slice(begin, begin + self.piece)
-            logits = fork._forward(given[piece], logits_to_keep=0)  # [1, n, vocabulary]
-            of_ids = torch.tensor(ids[piece], device=logits.device)[:, None]
-            found += logits[0].float().log_softmax(-1).gather(1, of_ids)[:, 0].tolist()
+            piece = list(ids[begin : begin + self.piece])
+            logits = self._forward([*self._waiting, *piece[:-1]], logits_to_keep=0)
+            self._waiting = piece[-1:]
+            found += foreseen(logits[0], piece)
         return found
 
     @property

@@ -68,6 +68,17 @@ class Loader:
         assert isinstance(self._kept, CometForCausalLM)
         return self._kept
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that was loaded last.
+
+        Raises:
+            ValueError: none was.
+        """
+        if self._kept is None:
+            raise ValueError("no model was loaded yet")
+        return self._kept
+
     def backbone(self) -> PreTrainedModel:
         """The backbone, as it was before any training with a memory.
 

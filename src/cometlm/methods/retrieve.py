@@ -24,8 +24,16 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+from cometlm.core.foreseen import Foreseen
 from cometlm.extras import EVAL, lacks
-from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
+from cometlm.methods.base import (
+    Budget,
+    Method,
+    Reader,
+    TooLongError,
+    generation_options,
+    num_shared,
+)
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
 from cometlm.session.chat_template import render_turn
@@ -102,9 +110,9 @@ class RetrieveReader(Reader):
         self._share_index_of(asked)
         return asked._prompted(options["max_new_tokens"]).answer((), **options)
 
-    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
-        """See `Reader.loglikelihood`."""
-        return self._prompted(len(ids)).loglikelihood(ids)
+    def foresee(self, ids: Sequence[int]) -> list[Foreseen]:
+        """See `Reader.foresee`."""
+        return self._prompted(len(ids)).foresee(ids)
 
     @property
     def nbytes(self) -> int:
@@ -150,8 +158,8 @@ class RetrieveReader(Reader):
         if not getattr(self.tokenizer, "chat_template", None):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
         frame = render_turn(self.tokenizer, "", first=True, began=True).opening_ids
-        begin = _num_shared(ids, frame)
-        end = len(ids) - _num_shared(ids[begin:][::-1], frame[::-1])
+        begin = num_shared(ids, frame)
+        end = len(ids) - num_shared(ids[begin:][::-1], frame[::-1])
         return str(self.tokenizer.decode(ids[begin:end], skip_special_tokens=True))
 
     def _text(self, span: range) -> str:
@@ -230,9 +238,3 @@ def _joined(spans: Sequence[range]) -> list[range]:
         else:
             joined.append(span)
     return joined
-
-
-def _num_shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many items two sequences have in common at their beginning."""
-    pairs = zip(ours, theirs, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

@@ -18,6 +18,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from cometlm.core.foreseen import Foreseen
 from cometlm.methods.base import Budget, Method, Reader
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
@@ -120,9 +121,9 @@ class SummaryReader(Reader):
         """See `Reader.answer`."""
         return self._reader().answer(ids, **generation)
 
-    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
-        """See `Reader.loglikelihood`."""
-        return self._reader().loglikelihood(ids)
+    def foresee(self, ids: Sequence[int]) -> list[Foreseen]:
+        """See `Reader.foresee`."""
+        return self._reader().foresee(ids)
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from cometlm.core.foreseen import Foreseen
 from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
@@ -62,9 +63,9 @@ class TruncateReader(Reader):
         options = generation_options(generation)
         return self._reader(len(ids) + options["max_new_tokens"]).answer(ids, **options)
 
-    def loglikelihood(self, ids: Sequence[int]) -> list[float]:
-        """See `Reader.loglikelihood`."""
-        return self._reader(len(ids)).loglikelihood(ids)
+    def foresee(self, ids: Sequence[int]) -> list[Foreseen]:
+        """See `Reader.foresee`."""
+        return self._reader(len(ids)).foresee(ids)
 
     @property
     def nbytes(self) -> int:

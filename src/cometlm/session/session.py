@@ -32,6 +32,7 @@ from transformers import StoppingCriteriaList
 
 from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.core.foreseen import Foreseen, foreseen
 from cometlm.session import file as session_file
 from cometlm.session.chat_template import PLAIN, ChatOptions, Message, Turn, render_turn
 from cometlm.session.options import generation_options, stop_ids, template_variables
@@ -42,6 +43,7 @@ from cometlm.session.text_stream import streamed
 from cometlm.session.token_stream import TokenStream
 from cometlm.text_file import UTF8
 
+_LOGITS_AT_A_TIME = 256  # positions: a vocabulary is wide
 _ANSWER_SHARE = 8  # a question has room for an eighth of a chunk behind it
 
 
@@ -274,30 +276,42 @@ class Session:
             pass
         return written
 
-    @torch.no_grad()
     def loglikelihood(self, ids: Sequence[int]) -> list[float]:
         """Log-probability, in nats, of each of these ids coming next; the session stays as it is.
 
         Raises:
             ValueError: nothing was read yet; otherwise as `read`.
         """
+        return [token.loglikelihood for token in self.fork().read_foreseen(ids)]
+
+    @torch.no_grad()
+    def read_foreseen(self, ids: Sequence[int]) -> list[Foreseen]:
+        """Read token ids, and say of each how likely it was to come next.
+
+        Each chunk of them is run twice or three times: to see what is likely, and to be read.
+
+        Raises:
+            ValueError: nothing was read yet; otherwise as `read`.
+        """
         self._check(ids)
-        fork = self.fork()
-        fork._end_text()
-        if not fork._open:
+        self._end_text()
+        if not self._open:
             raise ValueError("nothing was read: there is nothing that ids could follow")
         size = self.model.config.comet_config.chunk_size
-        found: list[float] = []
+        found: list[Foreseen] = []
         while len(found) < len(ids):
             # What a chunk has room for; behind a full one, the token that closes it.
-            piece = list(ids[len(found) :][: max(1, size - len(fork._open))])
-            given = fork._tensor([*fork._open, *piece[:-1]])
-            out = self.model(
-                given, past_key_values=fork._cache, use_cache=True, logits_to_keep=len(piece)
+            piece = list(ids[len(found) :][: max(1, size - len(self._open))])
+            out = self.model.model(
+                self._tensor([*self._open, *piece[:-1]]),
+                past_key_values=self._cache,
+                use_cache=True,
+                hidden_to_keep=len(piece),
             )
-            of_ids = torch.tensor(piece, device=out.logits.device)[:, None]
-            found += out.logits[0].float().log_softmax(-1).gather(1, of_ids)[:, 0].tolist()
-            fork.read(piece)
+            hidden = out.last_hidden_state[:, -len(piece) :].split(_LOGITS_AT_A_TIME, dim=1)
+            for begin, part in zip(range(0, len(piece), _LOGITS_AT_A_TIME), hidden, strict=True):
+                found += foreseen(self.model.logits(part)[0], piece[begin:][: part.shape[1]])
+            self.read(piece)
         return found
 
     def fork(self, *, without: Collection[str] = ()) -> Self:

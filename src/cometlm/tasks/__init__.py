@@ -17,6 +17,7 @@ from cometlm.tasks.own import Own
 from cometlm.tasks.passkey import Passkey
 from cometlm.tasks.questions import Questions
 from cometlm.tasks.recall import Recall
+from cometlm.tasks.ruler import Ruler
 from cometlm.tasks.scrolls import Scrolls
 from cometlm.tasks.traces import Traces
 from cometlm.tasks.tracking import Tracking
@@ -32,6 +33,7 @@ _OURS: dict[str, type[Task]] = {
     "documents": Documents,
     "scrolls": Scrolls,
     "lcr": LongReasoning,
+    "ruler": Ruler,
     "continue": Continuation,
     "recall": Recall,
 }

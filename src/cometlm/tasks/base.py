@@ -40,6 +40,8 @@ class Question:
         after: tokens of the context that have been read when it is asked; None: all of them.
         evidence: where in the context its answer stands, in tokens; empty where it is not said.
         until: tokens of the context up to which the answers are right; None: all of them.
+        answer_prefix: how the answer begins; it is given away, and answers go on from it.
+        max_new_tokens: of an answer at most; None: what the right one takes, and some more.
         meta: what a report may group by, beside the sample's.
     """
 
@@ -48,6 +50,8 @@ class Question:
     after: int | None = None
     evidence: tuple[range, ...] = ()
     until: int | None = None
+    answer_prefix: str = ""
+    max_new_tokens: int | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -137,6 +141,13 @@ def turn_ids(
     if answer is None:
         return asked, []
     return asked, [*PlainText.of(tokenizer).encode(answer), end]
+
+
+def asked_ids(tokenizer: Any, question: Question) -> list[int]:
+    """A question in the tokenizer's chat template, up to where it is answered."""
+    asked, _ = turn_ids(tokenizer, question.text)
+    begun: list[int] = tokenizer.encode(question.answer_prefix, add_special_tokens=False)
+    return [*asked, *begun]
 
 
 def asked_at_the_end(questions: Sequence[Question]) -> list[Question]:

@@ -171,7 +171,8 @@ class MixtureBatches:
         return self._turn(sample.questions[number], first=True)
 
     def _turn(self, question: Question, first: bool) -> tuple[list[int], list[int]]:
-        return turn_ids(self._tokenizer, question.text, question.answers[0], first=first)
+        answer = question.answer_prefix + question.answers[0]
+        return turn_ids(self._tokenizer, question.text, answer, first=first)
 
 
 def _task(name: str, settings: Mixture, tokenizer: Any, seed: int) -> Task:
