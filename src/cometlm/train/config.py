@@ -159,6 +159,8 @@ class TrainConfig:
         records: training data, a file or a name that `data.read_records` takes; or
         mixture: samples of tasks.
         evaluate: records to measure the loss on, as `records`; not with `mixture`.
+        special: control tokens that are written in records, such as `<|im_end|>`, count as such:
+            for texts that a chat template rendered already. Else they are text.
         chunks: where samples are cut.
         recompute: how a training step saves memory.
         compile: put cells through `torch.compile`, where it works.
@@ -189,6 +191,7 @@ class TrainConfig:
     records: str | None = None
     mixture: Mixture | None = None
     evaluate: str | None = None
+    special: bool = False
     chunks: ChunkSettings = field(default_factory=ChunkSettings)
     recompute: Recompute = Recompute()
     compile: bool = False

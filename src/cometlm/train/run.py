@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from cometlm.data.records import read_records
 from cometlm.device import as_dtype
 from cometlm.model_loader import load
 from cometlm.parallel.p2p import PipelineError
+from cometlm.train.arguments import typed
 from cometlm.train.chunk_plans import Chunking
 from cometlm.train.config import ChunkSettings, Log, LoraSettings, TrainConfig
 from cometlm.train.lengths import (
@@ -32,8 +31,8 @@ from cometlm.train.lengths import (
 )
 from cometlm.train.mixture import MixtureBatches, collate
 from cometlm.train.resume import SETTINGS, check_same, set_aside
+from cometlm.train.samples import Samples
 from cometlm.train.start import start_like
-from cometlm.train.templates import generation_template
 from cometlm.train.trainable import lora_config, set_trainable
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
@@ -153,15 +152,15 @@ def make_trainer(
     assert config.records is not None
     records = read_records(config.records)
     arguments = _arguments(config, model.device)
-    if "messages" in records.column_names and "assistant_only_loss" not in config.trainer:
-        arguments.assistant_only_loss = True
-    with _marked(tokenizer):
-        trainer = CometTrainer(
-            **common,
-            args=arguments,
-            train_dataset=records,
-            eval_dataset=read_records(config.evaluate) if config.evaluate else None,
-        )
+    samples = Samples(tokenizer, arguments, special=config.special)
+    learned = bool(config.trainer.get("assistant_only_loss", True))  # of a conversation
+    measured = read_records(config.evaluate) if config.evaluate else None
+    trainer = CometTrainer(
+        **common,
+        args=arguments,
+        train_dataset=samples.of(records, str(config.records), learned),
+        eval_dataset=measured and samples.of(measured, str(config.evaluate), learned),
+    )
     check_lengths(trainer.train_dataset, config, model, log)
     if config.cut and not arguments.packing:
         tell_cuts(trainer.train_dataset, config, len(records), log)
@@ -225,29 +224,16 @@ def _arguments(config: TrainConfig, device: torch.device, steps: int | None = No
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "dataloader_pin_memory": False,
         }
-    for name in config.trainer:
-        if name not in SFTConfig.__dataclass_fields__:
-            raise ValueError(f"trainer.{name} is no field of trl's SFTConfig")
+    chosen = typed(config.trainer)
     if config.trainer.get("packing") and not (config.max_length and config.cut):
         raise ValueError(
             "trainer.packing fills rows of max_length tokens and cuts what is longer: set "
             "max_length, and cut: true"
         )
-    arguments = SFTConfig(**{**options, **config.trainer})
+    arguments = SFTConfig(**{**options, **chosen})
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one model is one stream of memory: ranks, not threads, share work
     return arguments
-
-
-@contextlib.contextmanager
-def _marked(tokenizer: Any) -> Iterator[None]:
-    """While samples are tokenised, a template that marks the assistant's words, if there is one."""
-    own = tokenizer.chat_template
-    tokenizer.chat_template = generation_template(tokenizer) or own
-    try:
-        yield
-    finally:
-        tokenizer.chat_template = own
 
 
 def _as_dataset(batches: MixtureBatches) -> Dataset:
