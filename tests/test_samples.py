@@ -182,7 +182,8 @@ REFUSED = {
         ),
         "record 1 of data: the chat template marks nothing",
     ),
-    "a wrong template": ("{% generation %}{% for", "record 1 of data: "),
+    "a wrong template": ("{% for m in messages %}", "the chat template cannot render data: Unexp"),
+    "a wrong template with marks": ("{% generation %}{% for", "record 1 of data: "),
 }
 
 

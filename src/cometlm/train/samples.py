@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from trl import SFTConfig
@@ -84,16 +84,23 @@ class Samples:
         self._assistant_only = assistant_only
         if not assistant_only:
             return
-        self._template = generation_template(self._tokenizer)
+        try:
+            self._template = generation_template(self._tokenizer)
+        except RAISED as error:
+            raise ValueError(f"the chat template cannot render {self._source}: {error}") from error
         if self._template is None:
-            try:
-                self._template = get_training_chat_template(self._tokenizer)
-            except RAISED as error:
-                raise ValueError(
-                    "the chat template does not mark what the assistant says ({% generation %}), "
-                    "and trl knows no other for this model: set trainer.assistant_only_loss: "
-                    "false to learn whole conversations, or add the marks"
-                ) from error
+            self._template = self._template_of_trl()
+
+    def _template_of_trl(self) -> str | None:
+        """A template of trl's that marks what the assistant says."""
+        try:
+            return cast("str | None", get_training_chat_template(self._tokenizer))
+        except RAISED as error:
+            raise ValueError(
+                "the chat template does not mark what the assistant says ({% generation %}), and "
+                "trl knows no other for this model: set trainer.assistant_only_loss: false to "
+                "learn whole conversations, or add the marks"
+            ) from error
 
     def _sample(self, record: Mapping[str, Any], index: int) -> Sample:
         try:
