@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cometlm.train import prepare
+from cometlm.train.arguments import typed
 from cometlm.train.config import TrainConfig
 from cometlm.train.config_file import read_config
 from cometlm.train.trainer import last_checkpoint
@@ -140,3 +142,74 @@ def test_a_plan_or_a_trainer_field_that_does_not_exist(settings, tmp_path):
 def test_configurations_survive_json():
     config = TrainConfig(model="m", output="o", records="r")
     assert json.loads(json.dumps(config.to_dict()))["chunks"]["plans"] == {"fixed": 1.0}
+
+
+# --- YAML as people write it --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "trainer"])
+def test_a_key_that_stands_twice_is_refused(settings, tmp_path, key):
+    path = as_config(settings, tmp_path)
+    path.write_text(path.read_text() + f"\n{key}: 1\n{key}: 2\n")
+    with pytest.raises(ValueError, match=f"{key} stands twice, first in line"):
+        read_config(path)
+    path = as_config(settings, tmp_path, trainer={"logging_steps": 3})
+    path.write_text(
+        path.read_text().replace("logging_steps: 3", "logging_steps: 3\n  logging_steps: 4")
+    )
+    with pytest.raises(ValueError, match="logging_steps stands twice"):
+        read_config(path)
+
+
+def test_a_key_may_override_what_is_merged_in(tmp_path):
+    lines = ["model: x", "output: y", "records: z", "recompute: {<<: {every: 2}, every: 3}"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    assert read_config(tmp_path / "run.yaml").recompute.every == 3
+
+
+def test_a_home_is_expanded(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = read_config(as_config(settings, tmp_path, output="~/run", model="~/tiny"))
+    assert (config.output, config.model) == (str(tmp_path / "run"), str(tmp_path / "tiny"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ("model: x".encode("utf-16"), "run.yaml is not UTF-8 text: byte 1, in line 1.* as utf-16"),
+        ("a: 1\n# für mich".encode("latin-1"), "run.yaml is not UTF-8 text: byte 9, in line 2"),
+    ],
+)
+def test_another_encoding_is_named(tmp_path, raw, said):
+    (tmp_path / "run.yaml").write_bytes(raw)
+    with pytest.raises(ValueError, match=said):
+        read_config(tmp_path / "run.yaml")
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers():
+    given = yaml.safe_load(
+        "{adam_epsilon: 1e-8, max_steps: 1e1, num_train_epochs: '2', optim: sgd}"
+    )
+    assert typed(given) == {
+        "adam_epsilon": 1e-8,
+        "max_steps": 10,
+        "num_train_epochs": 2.0,
+        "optim": "sgd",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"weight_decay": "much"}, "trainer.weight_decay must be a number, got 'much'"),
+        ({"max_steps": "1.5"}, "trainer.max_steps must be a whole number, got '1.5'"),
+        ({"steps": 3}, "trainer.steps is no field of trl's SFTConfig"),
+        ({"deepspeed": "ds.json"}, "trainer.deepspeed: ds.json needs deepspeed"),
+        ({"optim": "galore_adamw"}, "trainer.optim: galore_adamw needs galore_torch"),
+    ],
+    ids=str,
+)
+def test_wrong_fields_of_the_trainer_are_named(monkeypatch, given, said):
+    monkeypatch.setattr("cometlm.extras.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        typed(given)

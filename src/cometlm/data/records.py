@@ -1,7 +1,8 @@
 """People's own training data as records that trl's trainers take.
 
 A record is a conversation (`messages`), a `prompt` with its `completion`, both as words or both as
-messages, or plain `text`. CoMeT's published data is read too: JSON lines of `uniq_id` and
+messages, or plain `text`. Beside messages there may be `tools`, and `chat_template_kwargs` (such as
+`enable_thinking`). CoMeT's published data is read too: JSON lines of `uniq_id` and
 `messages`, these as a string of JSON.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cometlm.extras import TRAIN, lacks
+from cometlm.session.chat_template import content_as_text
 from cometlm.text_file import read_blocks
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Placed = tuple[str, Record]  # a record and where it stands
 FORMS = (("messages",), ("prompt", "completion"), ("text",))
+_BESIDE = ("tools", "chat_template_kwargs")  # of the chat template
 _ENDINGS = (".jsonl", ".json")
 _OF_DATASETS = ("dataset_info.json", "dataset_dict.json")  # files that only describe a dataset
 _SHOWN = 5
@@ -35,7 +38,7 @@ def read_records(source: str | Path) -> Dataset:
             a dataset on the hub or of its directory, maybe with a split: "name:train[:1000]".
 
     Returns:
-        A dataset with the columns of one of `FORMS`, and no others.
+        A dataset with the columns of one of `FORMS`, and as JSON what stands beside messages.
 
     Raises:
         ValueError: a line that is not JSON, records of no known form or of several, empty ones,
@@ -54,7 +57,9 @@ def read_records(source: str | Path) -> Dataset:
     _refuse(records, lambda record: _form(record) != form, f"are not {form} like the first")
     _refuse(records, _is_empty, "are empty")
     _refuse(records, _has_no_answer, "have no assistant turn with words in it")
-    return Dataset.from_list([record for _, record in records])
+    beside = {name for _, record in records for name in _BESIDE if name in record}
+    missing = dict.fromkeys(sorted(beside))
+    return Dataset.from_list([{**missing, **record} for _, record in records])
 
 
 # --- where records come from --------------------------------------------------------------------
@@ -152,18 +157,44 @@ def _plain(where: str, record: Any) -> Record:
         _check_value(where, name, value)
     if len({type(value) for value in plain.values()}) > 1:
         raise ValueError(f"{where}: {' and '.join(names)} must both be words or both messages")
+    if any(isinstance(value, list) for value in plain.values()):
+        plain = {name: [_as_text(one) for one in value] for name, value in plain.items()}
+        plain |= {name: _as_json(where, name, record[name]) for name in _BESIDE if record.get(name)}
     return plain
+
+
+def _as_text(message: Record) -> Record:
+    """A message whose content is text, and not a list of parts of it."""
+    return {**message, "content": content_as_text("", message.get("content") or "")}
+
+
+def _as_json(where: str, name: str, value: Any) -> str:
+    """What stands beside messages, as a table can hold it, whatever its fields are."""
+    kind = list if name == "tools" else dict
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {name} is not JSON: {error}") from error
+    if not isinstance(given, kind):
+        raise ValueError(f"{where}: {name} must be a {kind.__name__}, got {type(given).__name__}")
+    return json.dumps(given, ensure_ascii=False)
 
 
 def _check_value(where: str, name: str, value: Any) -> None:
     if isinstance(value, list) and name != "text":
         for message in value:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            calls = isinstance(message, dict) and message.get("tool_calls")
+            needed = {"role"} if calls else {"role", "content"}
+            if not isinstance(message, dict) or not needed <= message.keys():
                 raise ValueError(
                     f"{where}: each of {name} must have role and content, got {message!r}"
                 )
             _check_words(where, f"{name}.role", message["role"])
-            _check_words(where, f"{name}.content", message["content"])
+            if message.get("content") is not None or not calls:
+                content = message["content"]
+                if isinstance(content, list):
+                    content = content_as_text(f"{where}: {name}", content)
+                _check_words(where, f"{name}.content", content)
     elif name == "messages":
         raise ValueError(f"{where}: messages must be a list, got {type(value).__name__}")
     else:
@@ -182,12 +213,13 @@ def _check_words(where: str, name: str, value: Any) -> None:
 def _form(record: Record) -> str:
     """The names of a record's columns, and whether they hold words or messages."""
     kind = " as messages" if any(isinstance(value, list) for value in record.values()) else ""
-    return " and ".join(record) + kind
+    return " and ".join(name for name in record if name not in _BESIDE) + kind
 
 
 def _learned(record: Record) -> Any:
     """What of a record is learned: its words, or the messages that hold them."""
-    return list(record.values())[-1]  # a prompt may be empty
+    names = [name for name in record if name not in _BESIDE]
+    return record[names[-1]]  # a prompt may be empty
 
 
 def _is_empty(record: Record) -> bool:
@@ -198,7 +230,8 @@ def _is_empty(record: Record) -> bool:
 def _has_no_answer(record: Record) -> bool:
     turns = _learned(record)
     return isinstance(turns, list) and not any(
-        turn["role"] == "assistant" and turn["content"].strip() for turn in turns
+        turn["role"] == "assistant" and (turn["content"].strip() or turn.get("tool_calls"))
+        for turn in turns
     )
 
 

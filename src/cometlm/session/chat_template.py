@@ -23,7 +23,7 @@ Message = Mapping[str, Any]
 
 # Digits, which no template writes in other letters.
 _QUESTION, _ANSWER = "918273645546372819", "192837465564738291"
-_RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class _Chat:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=head, **given
             )
-        except _RAISED as error:
+        except RAISED as error:
             raise ValueError(f"the tokenizer's chat template refuses this: {error}") from error
         return text
 

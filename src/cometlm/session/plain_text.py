@@ -35,6 +35,7 @@ class PlainText:
     Attributes:
         tokenizer: as given.
         control: ids of its control tokens, by their text.
+        special: those that the tokenizer calls special.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -45,10 +46,12 @@ class PlainText:
         self._added = {token.content: token for token in added.values()}
         # Some that a tokenizer calls special are not marked as such among those that it added.
         special = set(getattr(tokenizer, "all_special_tokens", ()))
+        special |= {token.content for token in added.values() if token.special}
+        self.special = frozenset(special)
         self.control: dict[str, int] = {
             token.content: number
             for number, token in added.items()
-            if token.special or token.content in special or _frames(token.content, literal)
+            if token.content in special or _frames(token.content, literal)
         }
 
     @classmethod
@@ -85,35 +88,46 @@ class PlainText:
             text: with the control tokens of what it was given marked (`escaped`).
             mark: with this character.
         """
-        live = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
+        return self.encode_frame_with_spans(text, mark)[0]
+
+    def encode_frame_with_spans(self, text: str, mark: str) -> tuple[list[int], Spans]:
+        """The same, and where in the marked text each one's characters stand, as elsewhere."""
         ids: list[int] = []
-        if mark not in text:
-            ids += self.tokenizer(text, **live)["input_ids"]
-            return ids
-        for part, is_plain in self._parts(text, mark):
-            if is_plain:
-                ids += self.encode_in_the_middle(part) if ids else self.encode(part)
+        spans: Spans = []
+        for begin, end, is_plain in self._parts(text, mark):
+            places = [i for i in range(begin, end) if not is_plain or text[i] != mark]
+            part = "".join(text[i] for i in places)
+            if not is_plain:
+                own, where = self._encode_live(part)
             else:
-                ids += self.tokenizer(part, **live)["input_ids"]
-        return ids
+                own, where = (
+                    self._encode_in_the_middle(part) if ids else self.encode_with_spans(part)
+                )
+            ids += own
+            spans += [
+                (places[first], places[last - 1] + 1) if last > first else (begin, begin)
+                for first, last in where
+            ]
+        return ids, spans
 
-    def encode_in_the_middle(self, text: str) -> list[int]:
-        """Ids of text behind other tokens: without the space that some put in front of a text."""
-        ids = self.encode(text)
-        if not self._begins_otherwise:
-            return ids
-        return self._behind_a_guard(self.encode, text) or ids
+    def escaped(self, given: Any, mark: str, control: Iterable[str] | None = None) -> Any:
+        """Messages, tools or the like, with `mark` behind the first character of control tokens.
 
-    def escaped(self, given: Any, mark: str) -> Any:
-        """Messages, tools or the like, with `mark` behind the first character of control tokens."""
+        Args:
+            given: strings, and mappings and sequences of them.
+            mark: stands nowhere in it (`unused_mark`).
+            control: those that are marked; None: all.
+        """
+        pattern = self._pattern if control is None else re.compile(_any_of(control))
         if isinstance(given, str):
-            return self._pattern.sub(lambda found: found[0][0] + mark + found[0][1:], given)
+            return pattern.sub(lambda found: found[0][0] + mark + found[0][1:], given)
         if isinstance(given, Mapping):
             return {
-                self.escaped(name, mark): self.escaped(value, mark) for name, value in given.items()
+                self.escaped(name, mark, control): self.escaped(value, mark, control)
+                for name, value in given.items()
             }
         if isinstance(given, (list, tuple)):
-            return [self.escaped(value, mark) for value in given]
+            return [self.escaped(value, mark, control) for value in given]
         return given
 
     # --- inside -----------------------------------------------------------------------------
@@ -138,31 +152,48 @@ class PlainText:
                 return list(behind[1:]) != self.encode("a")
         return False
 
-    def _parts(self, text: str, mark: str) -> list[tuple[str, bool]]:
-        """The text in parts without marks, and whether each is to be read as plain text.
+    def _parts(self, text: str, mark: str) -> Iterator[tuple[int, int, bool]]:
+        """Where the parts of a text begin and end, and whether each is to be read as plain text.
 
-        Those are what stands between two of the frame's tokens and has a marked one.
+        Those are what stands between two of the frame's tokens and has a mark.
         """
         marked = [content[0] + mark + content[1:] for content in self.control]
         pattern = re.compile(f"({_any_of(marked)})|({_any_of(self.control)})")
         borders = [(found.start(), found.end()) for found in pattern.finditer(text) if found[2]]
-        edges = [(0, 0), *borders, (len(text), len(text))]
-        parts: list[tuple[str, bool]] = []
+        edges = [(0, 0), *borders, (len(text), len(text))] if mark in text else []
         begin = 0
         for (start, end), (after, last) in pairwise(edges):
-            between = text[end:after]
-            if mark not in between:
-                continue
-            parts.append((text[begin:end], False))
-            parts.append((self._stripped(between, text[start:end], text[after:last]), True))
-            begin = after
-        parts.append((text[begin:], False))
-        return [(part.replace(mark, ""), plain) for part, plain in parts if part]
+            if mark in text[end:after]:
+                if end > begin:
+                    yield begin, end, False
+                before, behind = self._added.get(text[start:end]), self._added.get(text[after:last])
+                inner = text[end:after]
+                # Some tokens take the white space beside them with them.
+                left = len(inner) - len(inner.lstrip()) if before and before.rstrip else 0
+                right = len(inner) - len(inner.rstrip()) if behind and behind.lstrip else 0
+                yield end + left, after - right, True
+                begin = after
+        if len(text) > begin:
+            yield begin, len(text), False
 
-    def _stripped(self, text: str, before: str, after: str) -> str:
-        """Text between two tokens without the white space that they take with them."""
-        text = text.lstrip() if before and self._added[before].rstrip else text
-        return text.rstrip() if after and self._added[after].lstrip else text
+    def _encode_live(self, text: str) -> tuple[list[int], Spans]:
+        """Ids of text whose control tokens count."""
+        options = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
+        if not getattr(self.tokenizer, "is_fast", False):
+            return list(self.tokenizer(text, **options)["input_ids"]), []
+        encoded = self.tokenizer(text, return_offsets_mapping=True, **options)
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+    def _encode_in_the_middle(self, text: str) -> tuple[list[int], Spans]:
+        ids, spans = self.encode_with_spans(text)
+        if not self._begins_otherwise:
+            return ids, spans
+        for guard in _GUARDS:
+            first, (both, places) = self.encode(guard), self.encode_with_spans(guard + text)
+            if both[: len(first)] == first and self.tokenizer.unk_token_id not in first:
+                shifted = [(begin - 1, end - 1) for begin, end in places[len(first) :]]
+                return both[len(first) :], shifted
+        return ids, spans
 
     def _spell(self, text: str, ids: list[int], spans: Spans) -> tuple[list[int], Spans]:
         """Control tokens that the tokenizer found in spite of what it was told, spelled."""

@@ -229,6 +229,8 @@ class TrainConfig:
         records: training data, a file or a name that `data.read_records` takes; or
         mixture: samples of tasks.
         evaluate: records to measure the loss on, as `records`; not with `mixture`.
+        special: control tokens that are written in records, such as `<|im_end|>`, count as such:
+            for texts that a chat template rendered already. Else they are text.
         keep: what holds the model to its backbone within a chunk; None: nothing does.
         gates: how gates learn.
         chunks: where samples are cut.
@@ -260,6 +262,7 @@ class TrainConfig:
     records: str | None = None
     mixture: Mixture | None = None
     evaluate: str | None = None
+    special: bool = False
     keep: Keep | None = None
     gates: Gates = Gates()
     chunks: ChunkSettings = field(default_factory=ChunkSettings)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from cometlm.compat import ACTIVATION_CHECKPOINTING
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.data.records import read_records
 from cometlm.parallel.p2p import PipelineError
+from cometlm.train.arguments import typed
 from cometlm.train.chunk_parallel import alone
 from cometlm.train.config import Log, TrainConfig
 from cometlm.train.gates import WhitenedGates, whitened_gates
@@ -31,7 +31,7 @@ from cometlm.train.lengths import (
 from cometlm.train.mixture import MixtureBatches, collate
 from cometlm.train.prepare import chunking_of, prepare
 from cometlm.train.resume import SETTINGS, check_same, set_aside
-from cometlm.train.templates import generation_template
+from cometlm.train.samples import Samples
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
 
@@ -127,16 +127,16 @@ def make_trainer(
     assert config.records is not None
     records = read_records(config.records)
     arguments = _arguments(config, model.device)
-    if "messages" in records.column_names and "assistant_only_loss" not in config.trainer:
-        arguments.assistant_only_loss = True
     common |= _keeping(config, model, tokenizer, arguments, list, log)
-    with _marked(tokenizer):
-        trainer = CometTrainer(
-            **common,
-            args=arguments,
-            train_dataset=records,
-            eval_dataset=read_records(config.evaluate) if config.evaluate else None,
-        )
+    samples = Samples(tokenizer, arguments, special=config.special)
+    learned = bool(config.trainer.get("assistant_only_loss", True))  # of a conversation
+    measured = read_records(config.evaluate) if config.evaluate else None
+    trainer = CometTrainer(
+        **common,
+        args=arguments,
+        train_dataset=samples.of(records, str(config.records), learned),
+        eval_dataset=measured and samples.of(measured, str(config.evaluate), learned),
+    )
     check_lengths(trainer.train_dataset, config, model, log)
     if config.cut and not arguments.packing:
         tell_cuts(trainer.train_dataset, config, len(records), log)
@@ -192,29 +192,16 @@ def _arguments(config: TrainConfig, device: torch.device, steps: int | None = No
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "dataloader_pin_memory": False,
         }
-    for name in config.trainer:
-        if name not in SFTConfig.__dataclass_fields__:
-            raise ValueError(f"trainer.{name} is no field of trl's SFTConfig")
+    chosen = typed(config.trainer)
     if config.trainer.get("packing") and not (config.max_length and config.cut):
         raise ValueError(
             "trainer.packing fills rows of max_length tokens and cuts what is longer: set "
             "max_length, and cut: true"
         )
-    arguments = SFTConfig(**{**options, **config.trainer})
+    arguments = SFTConfig(**{**options, **chosen})
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one model is one stream of memory: ranks, not threads, share work
     return arguments
-
-
-@contextlib.contextmanager
-def _marked(tokenizer: Any) -> Iterator[None]:
-    """While samples are tokenised, a template that marks the assistant's words, if there is one."""
-    own = tokenizer.chat_template
-    tokenizer.chat_template = generation_template(tokenizer) or own
-    try:
-        yield
-    finally:
-        tokenizer.chat_template = own
 
 
 def _as_dataset(batches: MixtureBatches) -> Dataset:

@@ -1,0 +1,211 @@
+"""Records as token ids: what trl makes of them, but that text in them is only text.
+
+trl hands contents to the tokenizer with the frame around them, so that `<|im_end|>` in a document
+ends a turn. Here only the chat template's own tokens count (`session.plain_text`), unless records
+were rendered already. What the assistant says may hold those that it writes itself, such as
+`<think>`. trl then builds labels, cuts and packs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+from datasets import Dataset
+from trl import SFTConfig
+from trl.chat_template_utils import get_training_chat_template
+
+from cometlm.session.chat_template import RAISED
+from cometlm.session.plain_text import PlainText, unused_mark
+from cometlm.train.templates import generation_template
+
+Sample = dict[str, list[int]]
+
+
+class Samples:
+    """Makes samples of records.
+
+    Args:
+        tokenizer: the model's.
+        arguments: trl's; `assistant_only_loss` and `completion_only_loss` are turned into masks.
+        special: control tokens that are written in records count as such.
+
+    Raises:
+        ValueError: conversations for a tokenizer without a chat template.
+    """
+
+    def __init__(self, tokenizer: Any, arguments: SFTConfig, special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._plain = PlainText.of(tokenizer)
+        self._arguments = arguments
+        self._special = special
+        self._assistant_only = False
+        self._template: str | None = None
+        self._source = ""
+
+    def of(self, records: Dataset, source: str, assistant_only: bool = True) -> Dataset:
+        """Records as samples, whose masks say what is learned of them.
+
+        Args:
+            records: as `read_records` gives them.
+            source: what errors call them.
+            assistant_only: of a conversation, learn what the assistant says.
+
+        Raises:
+            ValueError: a record that the chat template refuses, or in which it marks nothing that
+                the assistant says; names it.
+        """
+        self._source = source
+        names = records.column_names
+        if "completion" in names and self._arguments.completion_only_loss is None:
+            self._arguments.completion_only_loss = True
+        first = records[0]
+        if any(isinstance(first.get(name), list) for name in ("messages", "prompt")):
+            self._prepare_template(assistant_only and "messages" in names)
+        # The masks are made here, and trl would look for conversations to make them of.
+        self._arguments.assistant_only_loss = False
+        return records.map(
+            self._sample,
+            with_indices=True,
+            remove_columns=names,
+            num_proc=self._arguments.dataset_num_proc,
+            desc=f"Tokenising {source}",
+        )
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _prepare_template(self, assistant_only: bool) -> None:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(
+                f"{self._source} holds conversations, and the model's tokenizer has no chat "
+                "template: give one to the model, or write records of text"
+            )
+        self._assistant_only = assistant_only
+        if not assistant_only:
+            return
+        try:
+            self._template = generation_template(self._tokenizer)
+        except RAISED as error:
+            raise ValueError(f"the chat template cannot render {self._source}: {error}") from error
+        if self._template is None:
+            self._template = self._template_of_trl()
+
+    def _template_of_trl(self) -> str | None:
+        """A template of trl's that marks what the assistant says."""
+        try:
+            return cast("str | None", get_training_chat_template(self._tokenizer))
+        except RAISED as error:
+            raise ValueError(
+                "the chat template does not mark what the assistant says ({% generation %}), and "
+                "trl knows no other for this model: set trainer.assistant_only_loss: false to "
+                "learn whole conversations, or add the marks"
+            ) from error
+
+    def _sample(self, record: Mapping[str, Any], index: int) -> Sample:
+        try:
+            return self._made(record)
+        except RAISED as error:
+            raise ValueError(f"record {index + 1} of {self._source}: {error}") from error
+
+    def _made(self, record: Mapping[str, Any]) -> Sample:
+        if "messages" in record:
+            ids, mask = self._conversation(record, record["messages"], self._assistant_only)
+            return {"input_ids": ids, "assistant_masks": mask} if mask else {"input_ids": ids}
+        if "text" in record:
+            return {"input_ids": self._text(record["text"])}
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, list):
+            asked, _ = self._conversation(record, prompt, False, head=True)
+            ids, _ = self._conversation(record, prompt + completion, False)
+        else:
+            asked, ids = self._text(prompt, end=False), self._text(prompt + completion)
+        pairs = zip(asked, ids, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(asked), len(ids)))
+        return {"input_ids": ids, "completion_mask": [0] * same + [1] * (len(ids) - same)}
+
+    def _text(self, text: str, end: bool = True) -> list[int]:
+        """Ids of a text, with the tokens that the tokenizer puts in front, and one that ends it."""
+        first = list(self._tokenizer("")["input_ids"])
+        stop = self._tokenizer.eos_token_id
+        if first and first[-1] == stop:  # some put it behind
+            first.pop()
+        if self._special:
+            options = {"add_special_tokens": False, "split_special_tokens": False}
+            ids = list(self._tokenizer(text, **options)["input_ids"])
+        else:
+            ids = self._plain.encode(text)
+        ended = not end or stop is None or ids[-1:] == [stop]
+        return [*first, *ids, *([] if ended else [stop])]
+
+    def _conversation(
+        self, record: Mapping[str, Any], messages: list[Any], masked: bool, head: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Ids of messages, and 1 for each that the assistant says, where that is wanted."""
+        tools = record.get("tools")
+        variables = record.get("chat_template_kwargs")
+        given: Any = [
+            without_none(messages),
+            json.loads(tools) if isinstance(tools, str) else tools,
+            json.loads(variables) if isinstance(variables, str) else variables or {},
+        ]
+        mark = unused_mark(given)
+        if not self._special:
+            given = [self._escaped(given[0], mark), *self._plain.escaped(given[1:], mark)]
+        common = {
+            "tools": given[1],
+            "chat_template": self._template,
+            "add_generation_prompt": head,
+            **given[2],
+        }
+        text = self._tokenizer.apply_chat_template(given[0], tokenize=False, **common)
+        out = self._tokenizer.apply_chat_template(
+            given[0], tokenize=True, return_dict=True, return_assistant_tokens_mask=masked, **common
+        )
+        ids, mask = list(out["input_ids"]), list(out["assistant_masks"]) if masked else []
+        if mark in text:
+            spans = (
+                self._tokenizer(
+                    text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                )["offset_mapping"]
+                if masked
+                else []
+            )
+            ids, places = self._plain.encode_frame_with_spans(text, mark)
+            said = bytearray(len(text))
+            for (begin, end), learned in zip(spans, mask, strict=True):
+                if learned:
+                    said[begin:end] = b"\1" * (end - begin)
+            mask = [int(any(said[begin:end])) for begin, end in places] if masked else []
+        if masked and 1 not in mask:
+            raise ValueError("the chat template marks nothing that the assistant says")
+        return ids, mask
+
+    def _escaped(self, messages: list[Any], mark: str) -> list[Any]:
+        """Messages with the control tokens in them marked; the assistant's own may stay."""
+        return [
+            self._plain.escaped(one, mark, self._of_turns if one["role"] == "assistant" else None)
+            for one in messages
+        ]
+
+    @property
+    def _of_turns(self) -> list[str]:
+        """Control tokens that no assistant writes within an answer."""
+        if self._turns is None:
+            talk = [{"role": role, "content": "so"} for role in ("user", "assistant", "user")]
+            try:
+                rendered = self._tokenizer.apply_chat_template(talk, tokenize=False)
+            except RAISED:
+                rendered = ""
+            special = self._plain.special
+            self._turns = [one for one in self._plain.control if one in special or one in rendered]
+        return self._turns
+
+    _turns: list[str] | None = None
+
+
+def without_none(value: Any) -> Any:
+    """Messages without the fields that a table gives to all of them since one has them."""
+    if isinstance(value, dict):
+        return {name: without_none(one) for name, one in value.items() if one is not None}
+    return [without_none(one) for one in value] if isinstance(value, list) else value
