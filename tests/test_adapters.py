@@ -122,6 +122,15 @@ def test_adapters_that_no_checkpoint_can_hold_are_refused_at_once(named, config)
         cometlm.attach(backbone, **SIZES)
 
 
+def test_an_adapter_that_counts_tokens_is_refused(named):
+    config = peft.LoraConfig(target_modules=Q, alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    with refused("alora_invocation_tokens must be None"):
+        attached(named).add_adapter(config)
+    model = peft.get_peft_model(attached(named), config)
+    with refused("alora_invocation_tokens must be None"):
+        model(input_ids=random_ids(20)[None])
+
+
 def test_an_adapter_inside_a_peft_model_that_no_checkpoint_can_hold(named, tmp_path):
     model = peft.get_peft_model(attached(named), peft.LoHaConfig(target_modules=Q))
     with refused("peft_type must be LORA or IA3"):

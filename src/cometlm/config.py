@@ -219,6 +219,10 @@ class CometModelConfig(PreTrainedConfig):
         """Rows of the backbone's embedding."""
         return int(self.text_config.vocab_size)  # type: ignore[union-attr]
 
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value  # type: ignore[union-attr]
+
     @property
     def hidden_size(self) -> int:
         """Width D of the backbone."""

@@ -154,10 +154,24 @@ def check_kind(config: Any) -> None:
             f"peft_type {kind} puts tokens or keys of its own before a text, which a memory would "
             f"have to carry from chunk to chunk: it is not supported, use {' or '.join(KINDS)}"
         )
+    refuse_offsets(config)
     if kind not in KINDS:
         raise ValueError(
             f"peft_type must be {' or '.join(KINDS)} for an adapter that a checkpoint is to hold, "
             f"got {kind}: merge it into the backbone first (merge_and_unload())"
+        )
+
+
+def refuse_offsets(config: Any) -> None:
+    """Refuse an adapter that counts a text's tokens, which come in chunks here.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "alora_invocation_tokens must be None: activated LoRA counts tokens from the end of a "
+            "text, and a memory reads it chunk by chunk, among tokens of its own"
         )
 
 

@@ -5,7 +5,8 @@ A checkpoint is a folder: `config.json` (model_type cometlm, with the backbone's
 `lora/` if the backbone has LoRA adapters, and `backbone/` where it is saved too.
 
 Footguns:
-    - The backbone is saved only if you ask (`backbone=True`), or if its vocabulary was resized.
+    - The backbone is saved only if you ask (`backbone=True`), or if no name brings it back: its
+      vocabulary was resized, or it was made of a config.
       Fine-tuned weights of it that are not an adapter's are lost otherwise.
     - An adapter's weights are in `lora/`, which loading reads, and beside the memory's, since
       transformers' Trainer reads that file and no other.
@@ -82,7 +83,7 @@ def save_model(
 
     Args:
         backbone: write the backbone too, into a subfolder; the checkpoint then needs nothing else.
-            One whose vocabulary was resized is always written.
+            One that no name brings back is always written.
         state_dict: weights to take instead of the model's own (gathered ones, when sharded).
         max_shard_size: of the backbone's files.
 
@@ -90,7 +91,7 @@ def save_model(
         ValueError: as `check_can_save`.
         OSError: the folder cannot be written.
     """
-    backbone = backbone or _is_resized(model)
+    backbone = backbone or _needs_backbone(model)
     check_can_save(model, backbone)
     if not backbone:
         _warn_of_what_is_lost(model)
@@ -127,10 +128,10 @@ def _warn_of_what_is_lost(model: CometForCausalLM) -> None:
         )
 
 
-def _is_resized(model: CometForCausalLM) -> bool:
-    """Whether the backbone has another vocabulary than the one that the checkpoint would name."""
+def _needs_backbone(model: CometForCausalLM) -> bool:
+    """Whether a checkpoint would name a backbone of another vocabulary, or could name none."""
     named = _vocabulary_of(model.config.backbone)
-    return model.resized or named not in (None, model.config.vocab_size)
+    return model.is_only_copy or named not in (None, model.config.vocab_size)
 
 
 def _vocabulary_of(backbone: str) -> int | None:

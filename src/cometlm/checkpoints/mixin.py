@@ -39,13 +39,13 @@ class CheckpointMixin:
         return bool(getattr(self._backbone, "lora_merged", False))
 
     @property
-    def resized(self) -> bool:
-        """Whether the backbone's vocabulary was given another size, so that it is another one."""
-        return bool(getattr(self._backbone, "vocabulary_resized", False))
+    def is_only_copy(self) -> bool:
+        """Whether no name brings the backbone back: it was resized, or made of a config."""
+        return bool(getattr(self._backbone, "only_copy", False))
 
-    def mark_resized(self) -> None:
-        """Say that the backbone is another one now."""
-        self._backbone.vocabulary_resized = True  # where detach() and attach() keep it
+    def mark_only_copy(self) -> None:
+        """Say that no name brings the backbone back, so that checkpoints hold it."""
+        self._backbone.only_copy = True  # where detach() and attach() keep it
 
     def changed_backbone_weights(self: Any) -> list[str]:
         """Names of the backbone's weights that are others than on `attach`, as far as samples say.
@@ -89,7 +89,7 @@ class CheckpointMixin:
             state_dict: weights to take instead of the model's own.
             push_to_hub: upload it then, to `repo_id` or a repository named like the folder.
             backbone: write the backbone too; by default only its name is kept, unless its
-                vocabulary was resized.
+                vocabulary was resized or it was made of a config.
             max_shard_size: of the backbone's files.
             kwargs: options of `push_to_hub`.
 

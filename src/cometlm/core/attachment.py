@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cometlm.backbones.families import keep_weights_in_place
-from cometlm.checkpoints.adapters import base_of, take_adapters
+from cometlm.checkpoints.adapters import base_of, refuse_offsets, take_adapters
 from cometlm.config import CometConfig, CometModelConfig
 from cometlm.core import attention
 from cometlm.core.model import checkpointing
@@ -100,13 +100,13 @@ class AttachmentMixin:
         self._backbone.resize_token_embeddings(new_num_tokens, *args, **options)
         model.model.embed_tokens = self._backbone.get_input_embeddings()
         model.lm_head = self._backbone.get_output_embeddings()
-        self._vocabulary = model.config.vocab_size
+        self._vocabulary = model.vocab_size = model.config.vocab_size
         if self._vocabulary != before:
-            model.mark_resized()
+            model.mark_only_copy()
         return cast("nn.Module", model.model.embed_tokens)
 
     def _check_attached(self) -> None:
-        """Refuse a model without a backbone, or one that was resized by itself.
+        """Refuse a model without a backbone, one that was resized by itself, or adapted by offsets.
 
         Raises:
             ValueError: it is so.
@@ -114,6 +114,8 @@ class AttachmentMixin:
         model: Any = self
         if self._undo is None:
             raise ValueError("this model was detached from its backbone; attach() again to use it")
+        for config in self.__dict__.get("peft_config", {}).values():
+            refuse_offsets(config)  # of a PeftModel round this one
         if model.config.vocab_size != self._vocabulary:
             raise ValueError(
                 f"the backbone's vocabulary was resized from {self._vocabulary} to "

@@ -80,7 +80,7 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         super().__init__(config)
         self.model = CometModel(config, parts)
         self.lm_head = parts.lm_head
-        self._vocabulary = config.vocab_size
+        self.vocab_size = self._vocabulary = config.vocab_size
         self._hold(undo)
         self.post_init()
         self.generation_config = copy.deepcopy(backbone.generation_config)
@@ -247,6 +247,7 @@ def _random_backbone(config: CometModelConfig) -> tuple[CometModelConfig, PreTra
     if text._attn_implementation == NAME:
         text._attn_implementation = None  # of a model that was made of the same config
     backbone: PreTrainedModel = AutoModelForCausalLM.from_config(text)
+    backbone.only_copy = True  # type: ignore[assignment]
     config.text_config = backbone.config
     return config, backbone
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Unpack, cast
+from typing import Any, NoReturn, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -278,6 +278,23 @@ class CometModel(CometPreTrainedModel):
             wanted = [p for p in self.parameters() if p.requires_grad]
             torch.autograd.grad(hidden.sum(), wanted, allow_unused=True)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: a checkpoint is of a whole `CometForCausalLM`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_PART_OF_A_MODEL)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible, as `save_pretrained`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_PART_OF_A_MODEL)
+
     def empty_cache(self, batch: int = 1) -> CometCache:
         """The cache before any text."""
         return CometCache.empty(len(self.cells), batch, self.config.comet_config)
@@ -474,6 +491,12 @@ class CometModel(CometPreTrainedModel):
         weight: Tensor = self.norm.weight  # type: ignore[assignment]
         like = torch.empty(0, dtype=weight.dtype, device=device_of(self.embed_tokens))
         return self._tables.of(max_positions, like, [device_of(cell) for cell in self.cells])
+
+
+_PART_OF_A_MODEL = (
+    "a CometModel has no checkpoint of its own: save and load the CometForCausalLM that it is a "
+    "part of"
+)
 
 
 def checkpointing(module: nn.Module) -> Iterator[nn.Module]:
