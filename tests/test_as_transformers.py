@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 import cometlm
 from cometlm import CometForCausalLM
@@ -284,7 +285,7 @@ def test_one_graph_for_a_whole_call_is_refused(small):
     torch._dynamo.reset()
 
 
-# --- Trainer ------------------------------------------------------------------------------------
+# --- trainers ------------------------------------------------------------------------------------
 
 
 def test_a_trainer_evaluates_to_a_loss(tmp_path):
@@ -298,6 +299,19 @@ def test_a_trainer_evaluates_to_a_loss(tmp_path):
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-4)
     assert called == [1]
+
+
+def test_trl_loads_a_model_by_its_path(saved):
+    model = CometForCausalLM.from_pretrained(saved)
+    for path in (saved, get_config_model_id(model.config)):
+        found = create_model_from_path(str(path), dtype="float32", device_map=None)
+        assert torch.equal(found(IDS).logits, model(IDS).logits)
+
+
+def test_a_model_without_its_head_has_no_checkpoint(small, tmp_path):
+    for call in (small.model.save_pretrained, type(small.model).from_pretrained):
+        with refused("a CometModel has no checkpoint of its own"):
+            call(tmp_path)
 
 
 def test_a_copy_is_a_model_of_its_own():
