@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -171,10 +171,12 @@ class CometModelConfig(PreTrainedConfig):
         comet: `CometConfig` as a dict; `comet_config` is the frozen object.
         suppressed_tokens: vocabulary ids that are never generated (the reserved rows of published
             checkpoints).
+        use_cache: return a cache where a call does not say.
     """
 
     model_type = "cometlm"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers' own form)
+    auto_map: ClassVar[dict[str, str]] = {}  # no code comes with a checkpoint; trl asks
     # What a Trainer that evaluates must not take for logits.
     keys_to_ignore_at_inference = ["past_key_values", "num_correct", "observed"]  # noqa: RUF012
 
@@ -182,6 +184,7 @@ class CometModelConfig(PreTrainedConfig):
     backbone: str = ""
     comet: dict[str, Any] | None = None
     suppressed_tokens: list[int] | None = None
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):
@@ -195,6 +198,17 @@ class CometModelConfig(PreTrainedConfig):
                     setattr(self, name, getattr(text, name))
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def around(cls, text_config: PreTrainedConfig, comet: CometConfig) -> CometModelConfig:
+        """The config of a backbone with a memory of these sizes."""
+        text: Any = text_config
+        before = text._attn_implementation, text._experts_implementation
+        named = str(text.name_or_path or "")
+        made = cls(text_config=text, backbone=named, comet=comet.to_dict())
+        # A config resets those of the configs inside it.
+        text._attn_implementation, text._experts_implementation = before
+        return made
+
     @property
     def comet_config(self) -> CometConfig:
         """The frozen sizes and switches."""
@@ -204,6 +218,10 @@ class CometModelConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         """Rows of the backbone's embedding."""
         return int(self.text_config.vocab_size)  # type: ignore[union-attr]
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value  # type: ignore[union-attr]
 
     @property
     def hidden_size(self) -> int:

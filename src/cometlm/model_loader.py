@@ -10,6 +10,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cometlm.checkpoints.backbones import Bits, quantization_of
+from cometlm.checkpoints.memory import check_vocabulary
 from cometlm.checkpoints.source import Source
 from cometlm.config import CometModelConfig
 from cometlm.core.attach import attach
@@ -73,13 +74,15 @@ def load(
     source = Source.resolve(name)
     memory = source.memory_config(**sizes)
     if memory is not None:
+        backbone = source.load_backbone(**where)
+        check_vocabulary(source.name, memory, backbone)
         model = CometForCausalLM.from_pretrained(
             str(source.memory_location),
-            backbone=source.load_backbone(**where),
+            backbone=backbone,
             config=memory,
             merge=merge,
         )
-        model.config.name_or_path = source.name
+        model.name_or_path = model.config.name_or_path = source.name
         _warn_of_bits(source.name, memory, model)
     else:
         comet = source.comet_config(**sizes)

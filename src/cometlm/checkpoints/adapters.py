@@ -1,17 +1,27 @@
 """peft's adapters on a model: the switches that transformers gives its models, for any peft.
 
 Those of transformers 5.24 require peft 0.22; these do the same with older ones.
+
+Footguns:
+    - Only kinds that a checkpoint can hold and load again are taken: those of `KINDS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+KINDS = ("LORA", "IA3")
+MEMORY = "comet"  # the module that holds all of a memory's weights
+# Names of the module inside of what peft puts round one; an adapter's own weights are beside it.
+_INSIDE = ("base_layer", "original_module", "token_adapter")
 
 
 class AdapterMixin:
@@ -23,20 +33,30 @@ class AdapterMixin:
     def add_adapter(self, adapter_config: PeftConfig, adapter_name: str | None = None) -> None:
         """Add a fresh adapter and make it the active one.
 
+        Where it is to train the memory beside it (`modules_to_save`), the memory is trained in
+        place, not in a copy.
+
         Args:
             adapter_name: default "default".
 
         Raises:
-            ValueError: there is one of that name.
+            ValueError: there is one of that name; it is of a kind that no checkpoint holds.
             ImportError: peft is not installed.
         """
         from peft import inject_adapter_in_model
 
+        check_kind(adapter_config)
         name = adapter_name or "default"
         if has_adapter(self) and name in self.peft_config:
             raise ValueError(f"adapter_name={name!r} is an adapter that the model has already")
-        adapter_config.base_model_name_or_path = self.__dict__.get("name_or_path")
-        inject_adapter_in_model(adapter_config, cast("nn.Module", self), name)
+        model, config = cast("Any", self), cast("Any", adapter_config)
+        with_memory = MEMORY in (config.modules_to_save or ())
+        if with_memory:
+            config = without_memory(config)
+        config.base_model_name_or_path = self.__dict__.get("name_or_path")
+        inject_adapter_in_model(config, model, name)
+        if with_memory:
+            model.base_model.comet.requires_grad_(True)
         self._hf_peft_config_loaded = True
         self.set_adapter(name)
 
@@ -93,7 +113,10 @@ class AdapterMixin:
 
         name = adapter_name or self.active_adapters()[0]
         own: dict[str, Tensor] = get_peft_model_state_dict(
-            self, state_dict=state_dict, adapter_name=name
+            self,
+            state_dict=state_dict,
+            adapter_name=name,
+            save_embedding_layers=False,  # they are the backbone's; finding out asks the hub
         )
         return own
 
@@ -111,6 +134,147 @@ class AdapterMixin:
         return (module for module in modules if isinstance(module, kinds))
 
 
-def has_adapter(model: object) -> bool:
+def has_adapter(model: Any) -> bool:
     """Whether a model has an adapter of peft's beside its weights."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return True
+    # A PeftModel round the model says nothing to it but this, and leaves it there after merging.
+    return bool(getattr(model, "peft_config", None)) and bool(wrappers(model))
+
+
+def check_kind(config: Any) -> None:
+    """Refuse an adapter of a kind that a checkpoint cannot hold.
+
+    Raises:
+        ValueError: names the kind.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+        raise ValueError(
+            f"peft_type {kind} puts tokens or keys of its own before a text, which a memory would "
+            f"have to carry from chunk to chunk: it is not supported, use {' or '.join(KINDS)}"
+        )
+    refuse_offsets(config)
+    if kind not in KINDS:
+        raise ValueError(
+            f"peft_type must be {' or '.join(KINDS)} for an adapter that a checkpoint is to hold, "
+            f"got {kind}: merge it into the backbone first (merge_and_unload())"
+        )
+
+
+def refuse_offsets(config: Any) -> None:
+    """Refuse an adapter that counts a text's tokens, which come in chunks here.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "alora_invocation_tokens must be None: activated LoRA counts tokens from the end of a "
+            "text, and a memory reads it chunk by chunk, among tokens of its own"
+        )
+
+
+def without_memory(config: Any) -> Any:
+    """An adapter's config that leaves the memory alone: a checkpoint has it elsewhere."""
+    config = copy.deepcopy(config)
+    kept = [name for name in config.modules_to_save or () if name != MEMORY]
+    config.modules_to_save = kept or None
+    return config
+
+
+def base_of(model: Any) -> Any:
+    """The model inside a `PeftModel`; any other as it is.
+
+    Raises:
+        ValueError: an adapter of a kind that a checkpoint cannot hold.
+    """
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        check_kind(config)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def take_adapters(model: Any, backbone: nn.Module) -> None:
+    """Make the adapters that a backbone came with the model's own.
+
+    Their configs then name each adapted module as it is called in the model, since patterns were
+    meant for the backbone's names.
+    """
+    configs = getattr(backbone, "peft_config", None)
+    if not configs or not wrappers(model):
+        return
+    layers = {
+        name: module for name, module in model.named_modules() if hasattr(module, "base_layer")
+    }
+    model.peft_config = {name: _spelled_out(one, name, layers) for name, one in configs.items()}
+    model._hf_peft_config_loaded = True
+
+
+def _spelled_out(config: Any, adapter: str, layers: Mapping[str, Any]) -> Any:
+    """An adapter's config with the full names of what it adapts."""
+    config = copy.deepcopy(config)
+    if getattr(config, "target_parameters", None):
+        return config  # of parameters that are no layer's; peft finds these by the ends of names
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    part = "lora_A" if kind == "LORA" else "ia3_l"
+    own = {
+        name: layer
+        for name, layer in layers.items()
+        if adapter in getattr(layer, part, ()) or adapter in getattr(layer, "lora_embedding_A", ())
+    }
+    config.target_modules = set(own)
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    if kind == "IA3":
+        config.feedforward_modules = {name for name, one in own.items() if one.is_feedforward}
+    else:
+        ranks = {name: one.r[adapter] for name, one in own.items()}
+        alphas = {name: one.lora_alpha[adapter] for name, one in own.items()}
+        config.rank_pattern = {n: r for n, r in ranks.items() if r != config.r}
+        config.alpha_pattern = {n: a for n, a in alphas.items() if a != config.lora_alpha}
+    return config
+
+
+def wrappers(model: nn.Module) -> dict[str, str]:
+    """What adapters put round a model's modules: its name, and that of the module inside."""
+    return {
+        name: inside
+        for name, module in model.named_modules()
+        for inside in _INSIDE
+        if inside in module._modules
+    }
+
+
+def plain_names(model: nn.Module, names: Iterable[str], copied: str = "") -> dict[str, str]:
+    """Names of weights, and what they were called before adapters were put round them.
+
+    Adapters' own weights are left out.
+
+    Args:
+        names: as in the model's `state_dict()`.
+        copied: a module; of it and what is in it, the copies that the active adapter trains are
+            meant (peft's `modules_to_save`), not the originals.
+    """
+    inside = wrappers(model)
+    for name in inside:
+        wrapper: Any = model.get_submodule(name)
+        if copied and f"{name}.".startswith(f"{copied}.") and "modules_to_save" in wrapper._modules:
+            inside[name] = f"modules_to_save.{wrapper.active_adapter}"
+    found = {name: _unwrapped(name, inside) for name in names}
+    return {name: plain for name, plain in found.items() if plain is not None}
+
+
+def _unwrapped(name: str, inside: Mapping[str, str]) -> str | None:
+    """A weight's name without wrappers; None if it is an adapter's."""
+    done, plain, rest = "", "", name
+    while rest:
+        part, _, rest = rest.partition(".")
+        done = f"{done}.{part}" if done else part
+        plain = f"{plain}.{part}" if plain else part
+        while done in inside:
+            within = inside[done]
+            if not rest.startswith(f"{within}."):
+                return None
+            done, rest = f"{done}.{within}", rest[len(within) + 1 :]
+    return plain

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from cometlm.checkpoints.adapters import has_adapter
+from cometlm.checkpoints.adapters import MEMORY, check_kind, has_adapter, without_memory
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
 from cometlm.checkpoints.merge import can_change, mark_merged, merge_delta
 from cometlm.extras import lacks
@@ -111,9 +111,13 @@ class LoraFile:
 
         model.add_adapter(PeftConfig.from_pretrained(str(self.folder)))
         plain = {name.removeprefix(_PREFIX): weight for name, weight in self.weights.items()}
+        # Norms of the memory may have copies too, by their names: those stay as they are.
+        plain |= {n: w for n, w in model.get_adapter_state_dict().items() if _is_memorys(n)}
         result = set_peft_model_state_dict(model, plain, adapter_name="default")
         if unexpected := getattr(result, "unexpected_keys", None):
             raise ValueError(f"{self.folder} does not fit this model: it adapts {unexpected[0]}")
+        if lacking := sorted(model.get_adapter_state_dict().keys() - plain.keys()):
+            raise ValueError(f"{self.folder} does not fit this model: it lacks {lacking[0]}")
         model.requires_grad_(False)
 
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]] | None:
@@ -163,24 +167,45 @@ def _product(up: Tensor, down: Tensor) -> Tensor:
 def save_lora(
     model: CometForCausalLM, folder: Path, state_dict: Mapping[str, Tensor] | None
 ) -> None:
-    """Write the active LoRA adapter, as peft keeps one.
+    """Write the active adapter, as peft keeps one.
 
     Args:
         state_dict: the model's weights, to take instead of its own.
 
     Raises:
-        ValueError: several adapters are active.
+        ValueError: as `check_can_save_adapter`.
     """
-    adapter = _active(model)
+    adapter = check_can_save_adapter(model)
     folder.mkdir(exist_ok=True)
     weights = model.get_adapter_state_dict(adapter, state_dict)
-    plain = {f"{_PREFIX}{n}": w.detach().cpu().contiguous() for n, w in weights.items()}
-    model.peft_config[adapter].save_pretrained(folder)
+    plain = {
+        f"{_PREFIX}{name}": weight.detach().cpu().contiguous().clone()  # none shares another's
+        for name, weight in weights.items()
+        if not _is_memorys(name)
+    }
+    without_memory(model.peft_config[adapter]).save_pretrained(folder)
     write_whole(folder / WEIGHTS, to_bytes(plain, {"format": "pt"}))
 
 
+def check_can_save_adapter(model: CometForCausalLM) -> str:
+    """The name of the adapter that a checkpoint is to hold.
+
+    Raises:
+        ValueError: several adapters are active; it is of a kind that a checkpoint cannot hold.
+    """
+    adapter, *more = model.active_adapters()
+    if more:
+        raise ValueError(f"only one adapter can be saved, active are {[adapter, *more]}")
+    check_kind(model.peft_config[adapter])
+    return adapter
+
+
+def _is_memorys(name: str) -> bool:
+    return f".{MEMORY}." in f".{name}"
+
+
 def load_lora(model: CometForCausalLM, folder: Path) -> None:
-    """Put saved LoRA weights, if there are any, into the active adapter of a model.
+    """Put the weights of a saved adapter, if there is one, into the active adapter of a model.
 
     Raises:
         ValueError: they do not fit it, or it has none.
@@ -190,12 +215,9 @@ def load_lora(model: CometForCausalLM, folder: Path) -> None:
         if file.exists():
             raise ValueError(f"{folder} has LoRA weights, but this model has no adapter")
         return
-    adapter = _active(model)
-    own = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-    given = {
-        name.removeprefix(_PREFIX).replace(".weight", f".{adapter}.weight"): weight
-        for name, weight in read_weights(file).items()
-    }
+    own = model.get_adapter_state_dict(check_can_save_adapter(model))  # the weights themselves
+    own = {name: weight for name, weight in own.items() if not _is_memorys(name)}
+    given = {name.removeprefix(_PREFIX): weight for name, weight in read_weights(file).items()}
     for name in sorted(own.keys() ^ given.keys()):
         what = "lacks" if name in own else "holds an unknown"
         raise ValueError(f"{file} does not fit this model: it {what} weight {name}")
@@ -208,10 +230,3 @@ def load_lora(model: CometForCausalLM, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(given[name])
-
-
-def _active(model: CometForCausalLM) -> str:
-    (adapter, *more) = model.active_adapters()
-    if more:
-        raise ValueError(f"only one LoRA adapter can be saved, active are {[adapter, *more]}")
-    return adapter

@@ -5,8 +5,11 @@ A checkpoint is a folder: `config.json` (model_type cometlm, with the backbone's
 `lora/` if the backbone has LoRA adapters, and `backbone/` where it is saved too.
 
 Footguns:
-    - The backbone is saved only if you ask (`backbone=True`). Fine-tuned weights of it that are
-      not LoRA are lost otherwise.
+    - The backbone is saved only if you ask (`backbone=True`), or if no name brings it back: its
+      vocabulary was resized, or it was made of a config.
+      Fine-tuned weights of it that are not an adapter's are lost otherwise.
+    - An adapter's weights are in `lora/`, which loading reads, and beside the memory's, since
+      transformers' Trainer reads that file and no other.
 """
 
 from __future__ import annotations
@@ -16,28 +19,25 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save as to_bytes
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cometlm.checkpoints.adapters import has_adapter
+from cometlm.checkpoints.adapters import has_adapter, plain_names
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
 from cometlm.checkpoints.backbones import read_backbone
 from cometlm.checkpoints.lora import CONFIG as LORA_CONFIG
 from cometlm.checkpoints.lora import WEIGHTS as LORA_WEIGHTS
-from cometlm.checkpoints.lora import LoraFile, save_lora
+from cometlm.checkpoints.lora import LoraFile, check_can_save_adapter, save_lora
 from cometlm.checkpoints.merge import merge_lora
-from cometlm.checkpoints.source import BACKBONE, CARRIED, resolve_backbone
+from cometlm.checkpoints.source import BACKBONE, CARRIED, kind_of, resolve_backbone
 from cometlm.config import CometModelConfig
 
 if TYPE_CHECKING:
@@ -45,10 +45,30 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 LORA = "lora"
-_PREFIX = "model.comet."
-_AUTO = ("trust_remote_code", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash")
-_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-_TAKEN = ("backbone", "config", "merge", "dtype", "device_map", "quantization_config", *_HUB)
+MEMORY_NAME = "model.comet"  # of the module that holds all of its weights
+_PREFIX = f"{MEMORY_NAME}."
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# Of how a backbone is read; the memory is a few megabytes, and is read as it is.
+_OF_BACKBONE = (
+    "allow_all_kernels", "attn_implementation", "disable_mmap", "experts_implementation",
+    "ignore_mismatched_sizes", "kernel_config", "max_memory", "offload_buffers", "offload_folder",
+    "use_kernels", "use_safetensors", "weights_only",
+)  # fmt: skip
+# What callers of transformers pass along, and what transformers itself ignores.
+_IGNORED = (
+    "_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "adapter_kwargs", "adapter_name",
+    "code_revision", "from_flax", "from_tf", "low_cpu_mem_usage", "mirror", "offload_state_dict",
+    "proxies", "resume_download", "tqdm_class", "trust_remote_code",
+)  # fmt: skip
+_TAKEN = (
+    "backbone", "config", "merge", "dtype", "device_map", "quantization_config",
+    "generation_config", "output_loading_info", *_HUB, *_OF_BACKBONE,
+)  # fmt: skip
+# Fields of a config that are not a checkpoint's to say, but the backbone's or the model's.
+_NOT_KEPT = (
+    "_name_or_path", "architectures", "backbone", "comet", "dtype", "model_type",
+    "quantization_config", "text_config", "tie_word_embeddings", "transformers_version",
+)  # fmt: skip
 
 
 def save_model(
@@ -57,26 +77,31 @@ def save_model(
     *,
     backbone: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Write a checkpoint folder; see the module's docstring.
 
     Args:
         backbone: write the backbone too, into a subfolder; the checkpoint then needs nothing else.
+            One that no name brings back is always written.
         state_dict: weights to take instead of the model's own (gathered ones, when sharded).
+        max_shard_size: of the backbone's files.
 
     Raises:
-        ValueError: a LoRA adapter was merged into the backbone, which is not to be written.
+        ValueError: as `check_can_save`.
         OSError: the folder cannot be written.
     """
+    backbone = backbone or _needs_backbone(model)
     check_can_save(model, backbone)
     if not backbone:
         _warn_of_what_is_lost(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = memory_weights(model.state_dict() if state_dict is None else state_dict)
+    weights = _saved_weights(model, model.state_dict() if state_dict is None else state_dict)
     config = CometModelConfig.from_dict(model.config.to_dict())
     if backbone:
-        model.save_backbone(folder / BACKBONE, state_dict)
+        shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_backbone(folder / BACKBONE, state_dict, **shards)
         config.backbone = CARRIED
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -103,13 +128,46 @@ def _warn_of_what_is_lost(model: CometForCausalLM) -> None:
         )
 
 
+def _needs_backbone(model: CometForCausalLM) -> bool:
+    """Whether a checkpoint would name a backbone of another vocabulary, or could name none."""
+    named = _vocabulary_of(model.config.backbone)
+    return model.is_only_copy or named not in (None, model.config.vocab_size)
+
+
+def _vocabulary_of(backbone: str) -> int | None:
+    """Size of the vocabulary of a named backbone; None if nothing on this machine tells."""
+    if backbone in ("", CARRIED) or kind_of(backbone) == "built-in":
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        config = AutoConfig.from_pretrained(backbone, local_files_only=True)
+        return int(config.get_text_config().vocab_size)
+    return None
+
+
+def check_vocabulary(name: str, config: CometModelConfig, backbone: PreTrainedModel) -> None:
+    """Refuse a backbone of another vocabulary than the one that a checkpoint was saved beside.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    here = int(backbone.config.get_text_config().vocab_size)
+    if here != config.vocab_size:
+        raise ValueError(
+            f"{name} was saved beside a backbone with a vocabulary of {config.vocab_size}, but "
+            f"{config.backbone} has {here}: give backbone=, resized as that one was"
+        )
+
+
 def check_can_save(model: CometForCausalLM, backbone: bool) -> None:
-    """Refuse a checkpoint that would name a backbone which is no longer that one.
+    """Refuse a checkpoint that could not be loaded as the model that it is of.
 
     Raises:
         ValueError: a LoRA adapter was merged into the backbone, which is not to be written; a
-            quantised backbone is to be.
+            quantised backbone is to be; several adapters are active, or one of a kind that a
+            checkpoint cannot hold.
     """
+    if has_adapter(model):
+        check_can_save_adapter(model)
     if backbone and getattr(model._backbone, "is_quantized", False):
         raise ValueError(
             "a quantised backbone is not written with a checkpoint: save with backbone=False, "
@@ -132,9 +190,12 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     quantization_config: QuantizationConfigMixin | None = None,
+    generation_config: GenerationConfig | None = None,
     **options: Any,
 ) -> CometForCausalLM:
     """Load a checkpoint folder or hub repository and the backbone that it names.
+
+    Options of transformers' `from_pretrained` that have no meaning here are ignored.
 
     Args:
         kind: the model's class.
@@ -142,43 +203,57 @@ def load_model(
         dtype, device_map, quantization_config: of the backbone; the memory follows it, but one that
             was saved in float32 is not rounded, and none is quantised.
         merge: merge a LoRA adapter into the backbone, where that can be; see `merge_lora`.
-        options: hub options (revision, token, cache_dir, local_files_only, force_download).
+        generation_config: default the checkpoint's.
+        options: hub options (revision, token, cache_dir, subfolder, local_files_only,
+            force_download), options of how the backbone is read (attn_implementation, max_memory,
+            offload_folder, …), and fields of the config.
 
     Raises:
-        ValueError: weights that are missing, left over or of another shape; no backbone named; an
-            unknown option.
+        ValueError: weights that are missing, left over or of another shape; no backbone named, or
+            one of another vocabulary; an unknown option.
         OSError: something cannot be found or read.
     """
-    for option in _AUTO:
-        options.pop(option, None)
-    for option in options:
-        if option not in _HUB:
-            raise ValueError(
-                f"from_pretrained() does not take {option}; it takes {', '.join(_TAKEN)}"
-            )
     name = str(name)
-    config = config or CometModelConfig.from_pretrained(name, **options)
+    hub, reading, fields = _sorted_options(options)
+    dtype = dtype or fields.pop("torch_dtype", None)
+    config = config or CometModelConfig.from_pretrained(name, **hub)
+    for field, value in fields.items():
+        if hasattr(config, field):
+            setattr(config, field, value)
+        elif value is not False:  # else it is not asked for
+            raise ValueError(
+                f"from_pretrained() does not take {field}; it takes {', '.join(_TAKEN)}"
+            )
     if not isinstance(backbone, PreTrainedModel):
         where = {
             "dtype": dtype or "auto",
             "device_map": device_map,
             "quantization_config": quantization_config,
+            **reading,
         }
-        backbone = _load_backbone(name, config, backbone, where, options)
+        named = backbone is None
+        backbone = _load_backbone(name, config, backbone, where, hub)
+        if named:
+            check_vocabulary(name, config, backbone)
     model = kind.attached(backbone.eval(), config.comet_config)
-    load_memory(model, read_weights(str(cached_file(name, WEIGHTS, **options))), name)
-    model.config.suppressed_tokens = config.suppressed_tokens
+    load_memory(model, read_weights(str(cached_file(name, WEIGHTS, **hub))), name)
+    for field, value in config.to_dict().items():
+        if field not in _NOT_KEPT and getattr(model.config, field, None) != value:
+            setattr(model.config, field, value)
     model.config.backbone = config.backbone
     if config.backbone == CARRIED and Path(name).is_dir():
-        model.config.backbone = str((Path(name) / BACKBONE).resolve())  # for saving elsewhere
+        carried = Path(name) / hub.get("subfolder", "") / BACKBONE
+        model.config.backbone = str(carried.resolve())  # for saving elsewhere
     with contextlib.suppress(OSError):  # older checkpoints have none; the backbone's then holds
-        model.generation_config = GenerationConfig.from_pretrained(name, **options)
-    model.config.name_or_path = name
+        model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.name_or_path = model.config.name_or_path = name
     lora = cached_file(
-        name, f"{LORA}/{LORA_CONFIG}", _raise_exceptions_for_missing_entries=False, **options
+        name, f"{LORA}/{LORA_CONFIG}", _raise_exceptions_for_missing_entries=False, **hub
     )
     if lora is not None:
-        cached_file(name, f"{LORA}/{LORA_WEIGHTS}", **options)  # on the hub each file comes alone
+        cached_file(name, f"{LORA}/{LORA_WEIGHTS}", **hub)  # on the hub each file comes alone
         adapter = LoraFile.read(Path(lora).parent)
         if not (merge and adapter.merge_into(model)):
             adapter.put_beside(model)
@@ -197,6 +272,7 @@ def upload_model(
     revision: str | None = None,
     commit_message: str = "Upload a CoMeT memory",
     create_pr: bool = False,
+    max_shard_size: int | str | None = None,
 ) -> str:
     """Put a checkpoint on the hub; a model card that is there already stays.
 
@@ -207,7 +283,7 @@ def upload_model(
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        save_model(model, folder, backbone=backbone)
+        save_model(model, folder, backbone=backbone, max_shard_size=max_shard_size)
         kept = ["README.md"] if api.file_exists(repo, "README.md", revision=revision) else []
         commit = api.upload_folder(
             repo_id=repo,
@@ -229,14 +305,40 @@ def memory_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _saved_weights(model: CometForCausalLM, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The memory's weights, and an adapter's under their names in the model."""
+    plain = plain_names(model, state_dict, copied=MEMORY_NAME)
+    memory = memory_weights({plain[name]: state_dict[name] for name in plain})
+    beside = {
+        name: weight.detach().cpu().contiguous().clone()
+        for name, weight in state_dict.items()
+        if name not in plain and not name.startswith(_PREFIX)
+    }
+    return memory | beside
+
+
+def _memory_parameters(model: CometForCausalLM) -> dict[str, torch.nn.Parameter]:
+    """The memory's weights by their names in it; where adapters have copies, the active ones."""
+    parameters = dict(model.named_parameters())
+    return {
+        plain.removeprefix(_PREFIX): parameters[name]
+        for name, plain in plain_names(model, parameters, copied=MEMORY_NAME).items()
+        if plain.startswith(_PREFIX)
+    }
+
+
 def load_memory(model: CometForCausalLM, weights: Mapping[str, Tensor], name: str) -> None:
     """Put saved weights into a model's memory.
 
     Raises:
         ValueError: they are not those of this model.
     """
-    own = dict(model.model.comet.named_parameters())
-    given = {key.removeprefix(_PREFIX): weight for key, weight in weights.items()}
+    own = _memory_parameters(model)
+    given = {
+        key.removeprefix(_PREFIX): weight
+        for key, weight in weights.items()
+        if key.startswith(_PREFIX)  # else an adapter's, which is in a folder of its own too
+    }
     if not model.config.comet_config.gate:
         given = {key: weight for key, weight in given.items() if not key.endswith(".gate")}
     for key in sorted(own.keys() ^ given.keys()):
@@ -259,7 +361,7 @@ def model_card(model: CometForCausalLM, *, with_backbone: bool = False) -> str:
     """A README that says what the checkpoint is and how to use it."""
     sizes = model.config.comet_config
     backbone = model.config.backbone or "(not named)"
-    added = sum(parameter.numel() for parameter in model.model.comet.parameters())
+    added = sum(parameter.numel() for parameter in _memory_parameters(model).values())
     hub_id = "/" in backbone and not backbone.startswith((".", "/"))
     head = ["---", "library_name: cometlm", "pipeline_tag: text-generation"]
     head += [f"base_model: {backbone}"] if hub_id else []
@@ -302,9 +404,24 @@ def _load_backbone(
     config: CometModelConfig,
     given: str | Path | None,
     where: dict[str, Any],
-    options: dict[str, Any],
+    hub: dict[str, Any],
 ) -> PreTrainedModel:
     wanted = str(given) if given is not None else config.backbone
     if wanted == CARRIED:
-        return read_backbone(name, subfolder=BACKBONE, **where, **options)
+        inside = str(PurePosixPath(hub.get("subfolder", "")) / BACKBONE)
+        return read_backbone(name, **where, **{**hub, "subfolder": inside})
     return resolve_backbone(name, wanted).load_backbone(**where)
+
+
+def _sorted_options(
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Options of the hub, of how a backbone is read, and others; not those that say nothing."""
+    given = {
+        name: value
+        for name, value in options.items()
+        if name not in _IGNORED and value is not None and value != ""
+    }
+    hub = {name: given.pop(name) for name in _HUB if name in given}
+    reading = {name: given.pop(name) for name in _OF_BACKBONE if name in given}
+    return hub, reading, given

@@ -124,6 +124,7 @@ def _can_merge(layer: Any, uses: Counter[int]) -> bool:
         isinstance(layer, LoraLayer)
         and not layer.disable_adapters
         and bool(layer.active_adapters)
+        and (getattr(base, "bias", None) is not None or not any(layer.lora_bias.values()))
         and type(base) in (nn.Linear, nn.Embedding)
         and can_change(base, uses)
     )

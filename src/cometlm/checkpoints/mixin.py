@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cometlm.checkpoints.adapters import plain_names
 from cometlm.checkpoints.fingerprint import sample
-from cometlm.checkpoints.memory import load_model, save_model, upload_model
+from cometlm.checkpoints.memory import MEMORY_NAME, load_model, save_model, upload_model
 from cometlm.checkpoints.published import from_published
 from cometlm.config import CometConfig
 
@@ -24,6 +25,7 @@ class CheckpointMixin:
     """Checkpoints of a model with memory: the memory and LoRA, the backbone by name."""
 
     _backbone: Any
+    _places: dict[str, str]
     _begun: dict[str, Tensor | None]
 
     @classmethod
@@ -36,19 +38,38 @@ class CheckpointMixin:
         """Whether a LoRA adapter was merged into the backbone, which is then another one."""
         return bool(getattr(self._backbone, "lora_merged", False))
 
+    @property
+    def is_only_copy(self) -> bool:
+        """Whether no name brings the backbone back: it was resized, or made of a config."""
+        return bool(getattr(self._backbone, "only_copy", False))
+
+    def mark_only_copy(self) -> None:
+        """Say that no name brings the backbone back, so that checkpoints hold it."""
+        self._backbone.only_copy = True  # where detach() and attach() keep it
+
     def changed_backbone_weights(self: Any) -> list[str]:
         """Names of the backbone's weights that are others than on `attach`, as far as samples say.
 
         A weight that has another number of elements since, as after quantising, is passed over.
         """
         changed = []
-        for name, p in self.named_parameters():
-            begun, now = self._begun.get(name.replace(".base_layer.", ".")), sample(p)
+        for name, p in self._backbone_weights().items():
+            begun, now = self._begun.get(name), sample(p)
             if begun is None or now is None or begun.shape != now.shape:
                 continue
             if p.is_floating_point() and not torch.equal(begun.to(now), now):
                 changed.append(name)
         return changed
+
+    def _backbone_weights(self: Any) -> dict[str, Tensor]:
+        """The backbone's weights, without adapters, by their names in a model without any."""
+        weights = dict(self.named_parameters())
+        plain = plain_names(self, weights)
+        return {
+            plain[name]: weight
+            for name, weight in weights.items()
+            if name in plain and not name.startswith(f"{MEMORY_NAME}.")
+        }
 
     def save_pretrained(
         self: Any,
@@ -57,26 +78,37 @@ class CheckpointMixin:
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
         backbone: bool = False,
+        max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a checkpoint folder: the memory, LoRA adapters, and the backbone's name.
+        """Write a checkpoint folder: the memory, an adapter, and the backbone's name.
 
         Args:
             save_directory: the folder; made if it is missing.
             is_main_process: other processes write nothing.
             state_dict: weights to take instead of the model's own.
             push_to_hub: upload it then, to `repo_id` or a repository named like the folder.
-            backbone: write the backbone too; by default only its name is kept.
+            backbone: write the backbone too; by default only its name is kept, unless its
+                vocabulary was resized or it was made of a config.
+            max_shard_size: of the backbone's files.
             kwargs: options of `push_to_hub`.
 
         Raises:
+            ValueError: an unknown option; an adapter that no checkpoint can hold.
             OSError: the folder cannot be written.
         """
+        pushing = _options_of_pushing(kwargs, push_to_hub)
         if is_main_process:
-            save_model(self, Path(save_directory), backbone=backbone, state_dict=state_dict)
+            save_model(
+                self,
+                Path(save_directory),
+                backbone=backbone,
+                state_dict=state_dict,
+                max_shard_size=max_shard_size,
+            )
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
-            self.push_to_hub(repo_id, backbone=backbone, **kwargs)
+            repo_id = pushing.pop("repo_id", None) or Path(save_directory).name
+            self.push_to_hub(repo_id, backbone=backbone, max_shard_size=max_shard_size, **pushing)
 
     def push_to_hub(self: Any, repo_id: str, **options: Any) -> str:
         """Put a checkpoint with a model card on the hub; options as `memory.upload_model`.
@@ -88,44 +120,67 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> CometForCausalLM:
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Load a checkpoint and the backbone that it names; see `memory.load_model`.
+
+        Args:
+            output_loading_info: return the model and what transformers says of weights that do not
+                fit, which is nothing: such weights are an error.
 
         Raises:
             ValueError: weights that do not fit, no backbone named, an unknown option.
             OSError: something cannot be found or read.
         """
-        return load_model(cast("Any", cls), str(pretrained_model_name_or_path), **kwargs)
+        model = load_model(cast("Any", cls), str(pretrained_model_name_or_path), **kwargs)
+        if not output_loading_info:
+            return model
+        names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return model, {name: set() for name in names}
 
     def save_backbone(
         self: Any,
         directory: str | os.PathLike[str],
         state_dict: Mapping[str, Tensor] | None = None,
+        **options: Any,
     ) -> None:
         """Save the backbone alone, as transformers would without the memory and without adapters.
 
         Args:
             state_dict: this model's weights, to take instead of its own.
+            options: of transformers' `save_pretrained`.
         """
         backbone = cast("PreTrainedModel", self._backbone)
-        weights = self._under_the_backbones_names(state_dict or self.state_dict())
+        weights = self._under_the_backbones_names(
+            self.state_dict() if state_dict is None else state_dict
+        )
         name = backbone.config._attn_implementation
         backbone.config._attn_implementation = "sdpa"  # ours means nothing to others
         try:
-            backbone.save_pretrained(directory, state_dict=weights)
+            backbone.save_pretrained(directory, state_dict=weights, **options)
         finally:
             backbone.config._attn_implementation = name
 
     def _under_the_backbones_names(self: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of this model that are the backbone's too, as that calls them."""
-        ours = {id(value): name for name, value in self.state_dict(keep_vars=True).items()}
-        theirs = cast("PreTrainedModel", self._backbone).state_dict(keep_vars=True)
-        return {
-            name.replace(".base_layer.", "."): weights[ours[id(value)]]
-            for name, value in theirs.items()
-            if ".lora_" not in name
+        """Weights of this model that are the backbone's too, as that calls them.
+
+        Raises:
+            ValueError: one is not among them.
+        """
+        found = {
+            f"{theirs}.{name.removeprefix(f'{ours}.')}": weights[wrapped]
+            for wrapped, name in plain_names(self, weights).items()
+            for ours, theirs in self._places.items()
+            if name.startswith(f"{ours}.")
         }
+        wanted = plain_names(self._backbone, self._backbone.state_dict()).values()
+        for name in sorted(set(wanted) - found.keys()):
+            raise ValueError(f"the backbone cannot be saved: its weight {name} is not given")
+        return found
 
     @classmethod
     def from_published(
@@ -144,3 +199,30 @@ class CheckpointMixin:
             ValueError: a field is missing, or weights are missing, left over or of another shape.
         """
         return from_published(cast("Any", cls), state_dict, config)
+
+
+_PUSHING = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
+# What callers of transformers pass along and has no meaning here: files are safetensors, written
+# whole, and adapters are kept as peft keeps them.
+_IGNORED = (
+    "distributed_checkpoint", "save_function", "save_original_format", "save_peft_format",
+    "variant",
+)  # fmt: skip
+
+
+def _options_of_pushing(options: Mapping[str, Any], pushes: bool) -> dict[str, Any]:
+    """The options of `save_pretrained` that are those of `push_to_hub`.
+
+    Raises:
+        ValueError: another one that says something.
+    """
+    if options.get("safe_serialization") is False:
+        raise ValueError("safe_serialization must be True, got False: weights are safetensors")
+    for name, value in options.items():
+        known = name in (*_PUSHING, *_IGNORED, "safe_serialization")
+        if not known or (name == "variant" and value):
+            raise ValueError(
+                f"save_pretrained() does not take {name}; it takes state_dict, backbone, "
+                f"max_shard_size, push_to_hub and {', '.join(_PUSHING)}"
+            )
+    return {name: value for name, value in options.items() if pushes and name in _PUSHING}

@@ -164,6 +164,7 @@ class Source:
         dtype: Any = "auto",
         device_map: Any = None,
         quantization_config: QuantizationConfigMixin | None = None,
+        **reading: Any,
     ) -> PreTrainedModel:
         """Load the backbone, without memory.
 
@@ -171,12 +172,13 @@ class Source:
             dtype: of its weights; "auto" is the one that they are saved in.
             device_map: as transformers takes it.
             quantization_config: quantise it so; one that is quantised already stays as it is.
+            reading: other options of transformers' `from_pretrained`.
 
         Raises:
             ValueError: what it takes to quantise is missing; as `backbone`.
             OSError: it cannot be read.
         """
-        where = {"dtype": dtype, "device_map": device_map}
+        where = {"dtype": dtype, "device_map": device_map, **reading}
         if self._named_backbone == CARRIED:
             return read_backbone(self.location, quantization_config, subfolder=BACKBONE, **where)
         if self.is_checkpoint:

@@ -19,17 +19,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from cometlm.backbones.families import take_apart
 from cometlm.checkpoints.fingerprint import sample
 from cometlm.checkpoints.mixin import CheckpointMixin
 from cometlm.compat import CACHE, EitherName, takes_either_name
 from cometlm.config import CometModelConfig
-from cometlm.core.attachment import AttachmentMixin
+from cometlm.core.attachment import AttachmentMixin, Undo
+from cometlm.core.attention import NAME
 from cometlm.core.cache import CometCache
 from cometlm.core.fixed_cache import FixedCache
 from cometlm.core.generation import MemoryGenerationMixin
-from cometlm.core.model import CometModel
+from cometlm.core.model import CometModel, position_limit
 from cometlm.core.observer import Score
 from cometlm.core.plan import Budget, Scored
 from cometlm.core.pretrained_model import CometPreTrainedModel
@@ -37,8 +39,7 @@ from cometlm.core.text_batch import check_shape, next_labels
 from cometlm.core.training_plan import TrainingPlan
 from cometlm.device import sent
 
-_COMET = "model.comet."
-_SAID_BY_GENERATE = {"return_dict", "position_ids"}  # with each token, and they say nothing new
+_SAID_BY_GENERATE = {"position_ids"}  # with each token, and they say nothing new
 
 
 @dataclass
@@ -65,18 +66,25 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
     # Set by `cometlm.session`, which stands above.
     session_type: ClassVar[Callable[..., Any]]
 
-    def __init__(self, config: CometModelConfig, backbone: PreTrainedModel) -> None:
-        super().__init__(config)
+    def __init__(self, config: CometModelConfig, backbone: PreTrainedModel | None = None) -> None:
+        """Make a model of a backbone, whose config `config.text_config` is.
+
+        Without a backbone it gets one of random weights, as any transformers model that is made
+        of a config.
+        """
+        if backbone is None:
+            config, backbone = _random_backbone(config)
         parts = take_apart(backbone)
+        config.comet_config.check_positions(position_limit(backbone.config))
+        undo = Undo.of(backbone)
+        super().__init__(config)
         self.model = CometModel(config, parts)
         self.lm_head = parts.lm_head
-        # Not registered as a submodule: its parts are, and detach() gives it back whole.
-        object.__setattr__(self, "_backbone", backbone)
-        object.__setattr__(self, "_undo", None)
+        self.vocab_size = self._vocabulary = config.vocab_size
+        self._hold(undo)
         self.post_init()
         self.generation_config = copy.deepcopy(backbone.generation_config)
-        named = self.named_parameters()
-        self._begun = {name: sample(p) for name, p in named if not name.startswith(_COMET)}
+        self._begun = {name: sample(p) for name, p in self._backbone_weights().items()}
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's embedding."""
@@ -86,10 +94,15 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         """The backbone's head."""
         return self.lm_head
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the backbone's head."""
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
     @takes_either_name
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: CometCache | None = None,
         labels: Tensor | None = None,
@@ -114,14 +127,13 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
 
         Returns:
             `loss` (a scalar), `logits` [B, kept, V], `past_key_values`, and with labels
-            `num_correct`.
+            `num_correct`; a tuple of what there is with `return_dict=False`.
 
         Raises:
             ValueError, FloatingPointError: as `CometModel.forward`; also labels of another shape.
         """
-        if self._undo is None:
-            raise ValueError("this model was detached from its backbone; attach() again to use it")
-        check_shape(input_ids)
+        self._check_attached()
+        input_ids = check_shape(input_ids)
         budget: Budget = {"chunk_size": chunk_size, "stride": stride, "capacity": capacity}
         if isinstance(past_key_values, FixedCache) and labels is None and use_cache is not False:
             rest = {"logits_to_keep": logits_to_keep, **options}
@@ -224,6 +236,20 @@ def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:
     if isinstance(keep, int):
         return hidden[:, -keep:] if keep else hidden
     return hidden[:, keep]
+
+
+def _random_backbone(config: CometModelConfig) -> tuple[CometModelConfig, PreTrainedModel]:
+    """A backbone of random weights, and a config round its own."""
+    config = copy.deepcopy(config)
+    text: Any = config.text_config
+    if text is None:
+        raise ValueError("text_config must be the config of a backbone, got None")
+    if text._attn_implementation == NAME:
+        text._attn_implementation = None  # of a model that was made of the same config
+    backbone: PreTrainedModel = AutoModelForCausalLM.from_config(text)
+    backbone.only_copy = True  # type: ignore[assignment]
+    config.text_config = backbone.config
+    return config, backbone
 
 
 AutoModelForCausalLM.register(CometModelConfig, CometForCausalLM)

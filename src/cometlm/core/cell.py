@@ -74,7 +74,8 @@ class Cell(nn.Module):
         if hidden.shape[1]:  # else a chunk ends that is full already and has no readout tokens
             positions = _at(rotary, layout.positions)
             out = self.layer(hidden, attention_mask=None, position_embeddings=positions, comet=call)
-        assert call.chunk is not None, "the layer's attention is not cometlm's"
+        if call.chunk is None:
+            raise ValueError(_OTHER_ATTENTION.format(self._attention.config._attn_implementation))
         pending = self._extend(pending, out, layout, weights)
         if not layout.closes:
             return out, replace(state, open=OpenChunk(memory, call.chunk, pending))
@@ -146,6 +147,10 @@ class Cell(nn.Module):
         return KeyValue(rotate_keys(self.layer, key, cos, sin), value)
 
     @property
+    def _attention(self) -> Any:
+        return self.layer.self_attn
+
+    @property
     def packs(self) -> bool:
         """Whether entries are kept as keys and values, which they are where these are smaller."""
         hidden, packed = self._widths
@@ -154,9 +159,8 @@ class Cell(nn.Module):
     @property
     def _widths(self) -> tuple[int, int]:
         """Width of a hidden row, and of a key and a value."""
-        attention: Any = self.layer.self_attn
-        config = attention.config
-        packed = 2 * int(config.num_key_value_heads) * int(attention.head_dim)
+        config = self._attention.config
+        packed = 2 * int(config.num_key_value_heads) * int(self._attention.head_dim)
         return int(config.hidden_size), packed
 
     @property
@@ -172,7 +176,7 @@ class Cell(nn.Module):
         return torch.cat([x.transpose(1, 2).flatten(2) for x in pair], dim=-1)
 
     def _unpack(self, packed: Tensor) -> KeyValue:
-        head: int = self.layer.self_attn.head_dim  # type: ignore[union-attr, assignment]
+        head: int = self._attention.head_dim
         pair = (x.unflatten(-1, (-1, head)).transpose(1, 2) for x in packed.chunk(2, dim=-1))
         return KeyValue(*pair)
 
@@ -245,6 +249,12 @@ class Cell(nn.Module):
         ]
         before = [row.entries for row in layout.rows]
         return (join_ragged(old, before, new, added, limit=capacity),)
+
+
+_OTHER_ATTENTION = (
+    "the attention of a backbone with memory must be 'cometlm', got {!r}: set it back, or detach() "
+    "before another is set"
+)
 
 
 def _at(rotary: RotaryTable, positions: Tensor) -> RotaryTable:

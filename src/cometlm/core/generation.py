@@ -14,7 +14,7 @@ Footguns:
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor
@@ -33,7 +33,13 @@ class MemoryGenerationMixin(GenerationMixin):
 
     @takes_either_name
     def generate(self, *args: Any, past_key_values: CometCache | None = None, **kwargs: Any) -> Any:
-        """Write, as transformers' `generate()` does, from `past_key_values` (or `cache`) on."""
+        """Write, as transformers' `generate()` does, from `past_key_values` (or `cache`) on.
+
+        Raises:
+            ValueError: `inputs_embeds` instead of ids; what `forward` refuses.
+        """
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("generate() does not take inputs_embeds: a memory reads token ids")
         if past_key_values is not None:
             kwargs[CACHE] = past_key_values
         inherited: Any = super()
@@ -49,6 +55,19 @@ class MemoryGenerationMixin(GenerationMixin):
         inherited: Any = super()
         inputs: dict[str, Any] = inherited.prepare_inputs_for_generation(*args, **kwargs)
         return inputs
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: it packs rows into pages of a key-value cache.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching keeps pages of keys and values, and a memory has none: use "
+            "generate(), which takes rows of any lengths in one batch"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _prepare_cache_for_generation(
         self,

@@ -8,13 +8,14 @@ Footguns:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Unpack, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
 
 from cometlm.backbones.families import Parts, RotaryTable, device_of
 from cometlm.backbones.rotary import RotaryTables
@@ -37,7 +38,7 @@ from cometlm.core.plan import (
     plan_full_chunks,
 )
 from cometlm.core.pretrained_model import CometPreTrainedModel
-from cometlm.core.recompute import read_on, read_recomputed
+from cometlm.core.recompute import Recomputation, read_on, read_recomputed
 from cometlm.core.state import States
 from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels
 from cometlm.core.training_plan import TrainingPlan
@@ -85,10 +86,22 @@ class CometModel(CometPreTrainedModel):
         """Replace the backbone's embedding."""
         self.embed_tokens = value
 
+    def take_over_checkpointing(self) -> None:
+        """Recompute chunks where layers were told to checkpoint themselves.
+
+        They cannot: a layer that runs again would add its keys to the chunk again.
+        """
+        told = list(checkpointing(self.cells))
+        for module in told:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        if told and self.training_plan.recomputation is None:
+            self.training_plan = replace(self.training_plan, recomputation=Recomputation())
+
+    @can_return_tuple
     @takes_either_name
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: CometCache | None = None,
         use_cache: bool | None = None,
@@ -124,10 +137,12 @@ class CometModel(CometPreTrainedModel):
                 with a frozen memory, an unknown option.
             FloatingPointError: a memory is not finite; names layer and chunk.
         """
+        input_ids = check_shape(input_ids)
         refuse_unknown(options)
-        check_shape(input_ids)
+        refuse_flags(self.config, self._learning)
         if self._learning:
             self._check_trainable()
+            self.take_over_checkpointing()
         budget: Budget = {"chunk_size": chunk_size, "stride": stride, "capacity": capacity}
         position_ids = options.get("position_ids") if attention_mask is None else None
         borders = options.get("cu_seq_lens_q")
@@ -142,7 +157,7 @@ class CometModel(CometPreTrainedModel):
         text = TextBatch.of(input_ids, attention_mask, self.config.vocab_size, home)
         cache = self.cache_for(past_key_values, text.batch)
         if use_cache is None:
-            use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
+            use_cache = bool(self.config.use_cache) and not self.training
         steps, sizes = self._steps(text, cache, budget, options)
         keep = options.get("hidden_to_keep", 0)
         observer = self.training_plan.observer if self._learning and scored else None
@@ -157,7 +172,11 @@ class CometModel(CometPreTrainedModel):
             scored=scored,
             observer=observer,
         )
-        kept, after = self._walk(call)
+        try:
+            kept, after = self._walk(call)
+        except NotImplementedError as error:
+            self._check_memory_is_here(error)
+            raise
         past = {CACHE: cast("Any", after if use_cache else None)}
         if scored is not None:
             total = torch.stack(kept).sum(0)
@@ -227,6 +246,15 @@ class CometModel(CometPreTrainedModel):
                 "is meant with model.training_plan = TrainingPlan(memory_frozen=True)"
             )
 
+    def _check_memory_is_here(self, error: Exception) -> None:
+        """Say of an error whether it is that of a memory whose weights were put elsewhere."""
+        away = next((name for name, p in self.comet.named_parameters() if p.is_meta), None)
+        if away is not None:
+            raise ValueError(
+                f"the memory's weights cannot be offloaded, but comet.{away} has no data here: "
+                "offload the backbone, then attach(), or place model.comet on a device"
+            ) from error
+
     def compile_cells(self, **options: Any) -> bool:
         """Put every cell through `torch.compile`, and try it on two chunks.
 
@@ -249,6 +277,23 @@ class CometModel(CometPreTrainedModel):
         if hidden.requires_grad:
             wanted = [p for p in self.parameters() if p.requires_grad]
             torch.autograd.grad(hidden.sum(), wanted, allow_unused=True)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: a checkpoint is of a whole `CometForCausalLM`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_PART_OF_A_MODEL)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible, as `save_pretrained`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_PART_OF_A_MODEL)
 
     def empty_cache(self, batch: int = 1) -> CometCache:
         """The cache before any text."""
@@ -448,6 +493,17 @@ class CometModel(CometPreTrainedModel):
         return self._tables.of(max_positions, like, [device_of(cell) for cell in self.cells])
 
 
+_PART_OF_A_MODEL = (
+    "a CometModel has no checkpoint of its own: save and load the CometForCausalLM that it is a "
+    "part of"
+)
+
+
+def checkpointing(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules in a module that transformers was told to checkpoint."""
+    return (part for part in module.modules() if getattr(part, "gradient_checkpointing", False))
+
+
 def position_limit(config: Any) -> int | None:
     """Positions that a backbone was made for, or None if its config does not say."""
     limit = getattr(config, "max_position_embeddings", None)
@@ -459,9 +515,10 @@ def _new_comet(parts: Parts, sizes: CometConfig) -> Comet:
     weight: Tensor = parts.norm.weight  # type: ignore[assignment]
     comet = Comet(parts.config.hidden_size, len(parts.layers), sizes)
     home = device_of(parts.embed_tokens)
-    sample = torch.arange(min(4096, parts.config.vocab_size), device=home)
-    with torch.no_grad():
-        comet.imitate(parts.embed_tokens(sample).to("cpu", torch.float32))
+    if home.type != "meta":  # else there are no weights yet
+        sample = torch.arange(min(4096, parts.config.vocab_size), device=home)
+        with torch.no_grad():
+            comet.imitate(parts.embed_tokens(sample).to("cpu", torch.float32))
     comet.to(home, weight.dtype)
     for weights, layer in zip(comet.layers, parts.layers, strict=True):
         weights.to(device_of(layer))
@@ -476,9 +533,9 @@ def _refuse_past(past: CometCache | None) -> None:
         )
 
 
-# What callers pass along that says nothing new: `return_dict` is transformers' habit, the others
-# describe packed documents to kernels that are not used here.
-_SAID_ELSEWHERE = ("return_dict", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# What callers pass along that says nothing new: it describes packed documents to kernels that are
+# not used here.
+_SAID_ELSEWHERE = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 def refuse_unknown(options: Mapping[str, Any]) -> None:
@@ -492,3 +549,24 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
         if not known and value is not None and value is not False:
             shown = f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else name
             raise ValueError(f"forward() does not take {shown}")
+
+
+# What a config may ask of every call, as it usually is.
+_FLAGS = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
+
+
+def refuse_flags(config: Any, learning: bool) -> None:
+    """Refuse what a config asks for and would not get.
+
+    Raises:
+        ValueError: names it.
+    """
+    for name, usual in _FLAGS.items():
+        value = getattr(config, name, usual)
+        if value is not None and value != usual:
+            raise ValueError(f"config.{name} must be {usual} with a memory, got {value!r}")
+    if learning and getattr(config.text_config, "output_router_logits", False):
+        raise ValueError(
+            "text_config.output_router_logits must be False, got True: the loss has no part for "
+            "the balance of experts"
+        )

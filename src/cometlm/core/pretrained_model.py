@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from cometlm.checkpoints.adapters import AdapterMixin
 from cometlm.compat import CheckpointingSwitches
 from cometlm.config import CometModelConfig
+from cometlm.core.attention import NAME
 from cometlm.core.recompute import Recomputation
 
 
@@ -28,6 +29,22 @@ class CometPreTrainedModel(CheckpointingSwitches, AdapterMixin, PreTrainedModel)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the backbone has tied what it ties, whatever its config says."""
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing: attention to a memory has one implementation.
+
+        Raises:
+            ValueError: another one is wanted.
+        """
+        asked = attn_implementation
+        for name in asked.values() if isinstance(asked, dict) else [asked]:
+            if name != NAME:
+                raise ValueError(
+                    f"attn_implementation must be {NAME!r}, got {name!r}: memory is read by an "
+                    "attention function of its own; the backbone's is what it was before attach()"
+                )
 
     # --- activation checkpointing: transformers' switches for our recomputation -------------
 
@@ -62,4 +79,5 @@ class CometPreTrainedModel(CheckpointingSwitches, AdapterMixin, PreTrainedModel)
 
     def _activation_checkpointing_disable(self) -> None:
         model: Any = self.base_model
+        model.take_over_checkpointing()  # what was switched on on the backbone is off, too
         model.training_plan = replace(model.training_plan, recomputation=None)

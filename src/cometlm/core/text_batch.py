@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from cometlm.core.layout import ChunkLayout, Step
 from cometlm.device import sent
 
+_BY_VALUE = "ids are checked by value, and their number decides which chunks are closed"
+
 
 @dataclass(frozen=True)
 class TextBatch:
@@ -22,6 +24,7 @@ class TextBatch:
     lengths: tuple[int, ...]
 
     @classmethod
+    @torch.compiler.disable(reason=f"{_BY_VALUE}; compile without fullgraph, or compile_cells()")
     def of(
         cls, ids: Tensor, mask: Tensor | None, vocabulary: int, device: torch.device
     ) -> TextBatch:
@@ -34,8 +37,11 @@ class TextBatch:
             device: where the text is wanted.
 
         Raises:
-            ValueError: no tokens, ids outside 0 … vocabulary − 1, a mask with holes.
+            ValueError: no tokens, ids outside 0 … vocabulary − 1, a mask with holes; a model that
+                is being exported.
         """
+        if torch.compiler.is_exporting():
+            raise ValueError(f"a model with memory cannot be exported: {_BY_VALUE}")
         check_shape(ids)
         batch, width = ids.shape
         starts, lengths = (0,) * batch, (width,) * batch
@@ -148,17 +154,23 @@ def _runs(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(starts.tolist()), tuple(lengths.tolist())
 
 
-def check_shape(ids: Tensor) -> None:
-    """Refuse ids that are not [B, N].
+def check_shape(ids: Tensor | None) -> Tensor:
+    """Ids that are [B, N].
 
     Raises:
-        ValueError: another shape, or nothing in it.
+        ValueError: none, another shape, or nothing in it.
     """
+    if ids is None:
+        raise ValueError(
+            "input_ids must be given: each chunk's ids are embedded when its turn comes, so "
+            "inputs_embeds are not taken, nor prompt tuning, which makes them"
+        )
     if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ValueError(
             f"input_ids must be [batch, tokens] with at least one of each, got shape "
             f"{tuple(ids.shape)}"
         )
+    return ids
 
 
 def documents(position_ids: Tensor | None, borders: Tensor | None, ids: Tensor) -> list[slice]:
