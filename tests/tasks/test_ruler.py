@@ -15,8 +15,7 @@ from cometlm.eval.runner import evaluate
 from cometlm.methods import Reader
 from cometlm.tasks import make_task
 from cometlm.tasks.base import asked_ids
-from cometlm.tasks.questions import installed_folder
-from cometlm.tasks.ruler import Ruler
+from cometlm.tasks.ruler import PACKAGE, Ruler
 from tests.tasks.shared import decoded
 from tests.tiny import examples, refused
 
@@ -361,7 +360,7 @@ REAL += [
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_tasks(name, words):
     try:
-        installed_folder()
+        PACKAGE.file("synthetic.yaml")
     except OSError as error:
         pytest.skip(str(error))
     task = make_task("ruler", words, task=name)

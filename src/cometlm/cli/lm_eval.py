@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -126,9 +128,10 @@ def _measured(
         loader.tokenizer.save_pretrained(folder)
         for length in dict.fromkeys(tokens) or [None]:
             sizes = {} if length is None else {"max_seq_lengths": [length]}
-            results = simple_evaluate(
-                model=lm, tasks=tasks, limit=samples, metadata={"tokenizer": folder, **sizes}
-            )
+            with contextlib.redirect_stdout(sys.stderr):  # some tasks say how far they are
+                results = simple_evaluate(
+                    model=lm, tasks=tasks, limit=samples, metadata={"tokenizer": folder, **sizes}
+                )
             assert results is not None  # which it is on ranks other than the first
             yield length, dict(results)
 

@@ -41,9 +41,11 @@ import yaml
 
 from cometlm.extras import RULER, lacks
 from cometlm.tasks.base import Question, Sample, Split, Task, asked_ids
-from cometlm.tasks.questions import installed_folder
+from cometlm.tasks.questions import PACKAGE as QUESTIONS
 from cometlm.tasks.story import decile
 
+PACKAGE = dataclasses.replace(QUESTIONS, about="RULER's scripts")
+_TASKS = "long_context_eval/synthetic.yaml"  # names its tasks
 NEEDED = ("numpy", "scipy", "wonderwords")  # what their scripts import
 _MARK = "\x1e"  # stands in front of a prompt's question, and of its answer's beginning
 _SEED = 42  # theirs
@@ -87,7 +89,7 @@ class Ruler(Task):
             )
         if message := lacks("the task ruler", NEEDED, RULER):
             raise ImportError(message, name="wonderwords")
-        root = Path(folder) if folder is not None else installed_folder().parents[2]
+        root = Path(folder) if folder is not None else PACKAGE.file(_TASKS).parent
         self._family = _family(root, task, seed, tokenizer)
         self._name = task
         self._sizes: dict[int, int] = {}  # of a haystack, by tokens
