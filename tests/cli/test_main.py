@@ -194,7 +194,7 @@ def test_debug_shows_the_traceback(command, monkeypatch):
 def test_an_interrupt_says_what_was_read(command, monkeypatch, text_file, verb):
     reading = Session.reading
 
-    def interrupted(self, source):
+    def interrupted(self, source, **options):
         yield from reading(self, source)
         list(self.finish())
         raise KeyboardInterrupt

@@ -67,7 +67,7 @@ def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> No
     """Write a file that appears whole or not at all; a link stays one.
 
     Raises:
-        ValueError: a directory, a pipe or a device.
+        ValueError: a pipe or a device.
         OSError: it cannot be written; an older file of that name is as it was.
     """
     target = _resolved(path)
@@ -105,6 +105,8 @@ def check_target(path: Path) -> None:
             to; a file that is no session.
         OSError: what stands there cannot be read.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; name a file")
     target = _resolved(path)
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"{path}: its folder is missing or cannot be written to")
@@ -121,9 +123,7 @@ def check_target(path: Path) -> None:
 def _resolved(path: str | Path) -> Path:
     """The file that a path leads to over links; it is there as a plain file, or not at all."""
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise ValueError(f"{path} is a directory; name a file")
-    if target.exists() and not target.is_file():
+    if target.exists() and not target.is_file() and not target.is_dir():
         raise ValueError(f"{path} is a pipe, a device or the like; name a file")
     return target
 
