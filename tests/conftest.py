@@ -1,5 +1,7 @@
 """Settings for every test (one thread, reproducible properties), and what several files share."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,6 +22,11 @@ settings.register_profile(
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=400)
 settings.load_profile("default")
 torch.set_num_threads(1)
+# A shell that runs this behind itself, and nohup, have these ignored, as programs then rightly do.
+for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    _number = getattr(signal, _name, None)
+    if _number is not None and signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 # Files whose tests are marked core: where another version of torch or transformers would show.

