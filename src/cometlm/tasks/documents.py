@@ -20,16 +20,12 @@ from cometlm.tasks.countries import countries
 from cometlm.tasks.manual import manual
 from cometlm.tasks.papers import papers
 from cometlm.tasks.passages import Asked, Pool, pack
-from cometlm.tasks.scoring import check_rouge, exact, f1, found, rouge
+from cometlm.tasks.scoring import check_rouge, exact_found_f1, f1, rouge
 from cometlm.tasks.story import bounds, decile
 
 Data = Literal["papers", "countries", "manual"]
 DATA: tuple[Data, ...] = get_args(Data)
 _MISSES = 16  # passages that are too long for what is left, before a context is done
-
-
-def _facts(said: str, answers: Sequence[str]) -> dict[str, float]:
-    return {"exact": exact(said, answers), "found": found(said, answers), "f1": f1(said, answers)}
 
 
 def _explanation(said: str, answers: Sequence[str]) -> dict[str, float]:
@@ -47,7 +43,7 @@ class _Source:
 
 _SOURCES: dict[Data, _Source] = {
     "papers": _Source(papers, rouge),
-    "countries": _Source(countries, _facts, needs_rouge=False),
+    "countries": _Source(countries, exact_found_f1, needs_rouge=False),
     "manual": _Source(manual, _explanation),
 }
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from cometlm.tasks.base import Question, Sample, Split
 from cometlm.tasks.names import ADJECTIVES, FAMILIES, PEOPLE, THINGS, TOWNS
-from cometlm.tasks.scoring import NOT_SAID, f1, found
+from cometlm.tasks.scoring import NOT_SAID, exact_found_f1
 from cometlm.tasks.story import (
     StoryTask,
     bounds,
@@ -142,11 +142,7 @@ class Facts(StoryTask):
             `exact`: nothing but the answer was said. `found`: it was, maybe in a sentence. `f1`:
             the words that it shares with the answer.
         """
-        return {
-            **super().score(question, said),
-            "found": found(said, question.answers),
-            "f1": f1(said, question.answers),
-        }
+        return exact_found_f1(said, question.answers)
 
     # --- what is told ---------------------------------------------------------------------------
 
