@@ -37,8 +37,8 @@ from cometlm.checkpoints.source import Source
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.device import as_dtype
 from cometlm.methods import METHODS, Budget, Loader, Reader
-from cometlm.methods.base import num_shared
 from cometlm.methods.comet import CometReader
+from cometlm.sequences import num_shared
 from cometlm.session.session import Session
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class CometLM(HFLM):
         sizes: of the memory, see `cometlm.load`.
 
     Raises:
-        ValueError: an option that is not had, a name, size or budget that cannot be.
+        ValueError: an option that is not supported, a name, size or budget that cannot be.
         OSError: the model cannot be read.
     """
 
