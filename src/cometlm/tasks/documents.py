@@ -95,8 +95,8 @@ class Documents(Task):
         Only passages that fit whole are asked about; nothing is cut. Where a split has no more of
         them, the context is shorter.
 
-        A question's `meta` says of which `data` and `kind` it is, and in which `decile` of the
-        context its evidence begins.
+        A question's `meta` says of which `data` and `kind` it is, and where no evidence is known,
+        in which `decile` of the context its passage begins.
         """
         rng = self.rng(index)
         data = self.data[index % len(self.data)]
@@ -110,8 +110,9 @@ class Documents(Task):
             lengths = [len(piece) for piece in self._ids(data, one.passage)]
             starts = [place.start + start for start in accumulate(lengths, initial=0)]
             evidence = tuple(range(starts[i], starts[i + 1]) for i in one.pieces)
-            begin = evidence[0] if evidence else place
-            meta = {"data": data, **one.meta, "decile": decile(begin, len(context))}
+            meta = {"data": data, **one.meta}
+            if not evidence:  # then the passage is the best that is known
+                meta["decile"] = decile(place, len(context))
             text = rng.choice(one.texts)
             questions.append(Question(text, one.answers, evidence=evidence, meta=meta))
         return Sample(context, tuple(questions), {"passages": count})

@@ -46,9 +46,9 @@ def exact(said: str, answers: Iterable[str]) -> float:
 
 
 def found(said: str, answers: Iterable[str]) -> float:
-    """1 if one of the answers was said, maybe in a sentence, as whole words; compared as by `exact`.
+    """1 if one of the answers was said, maybe in a sentence, as whole words.
 
-    A long reply finds it easily; look at `f1` too.
+    Words are compared as by `exact`. A long reply finds it easily; look at `f1` too.
     """
     words = f" {_plain(said)} "
     return float(any(f" {_plain(answer)} " in words for answer in answers))
