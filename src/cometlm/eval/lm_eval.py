@@ -8,7 +8,7 @@ reading: what they have in common is read once, and goes on in forks.
 `HFLM` given a model with a memory is not that: it asks the config of the backbone how long a text
 may be, cuts prompts to it and scores longer texts in windows, without a word.
 
-Footguns:
+Pitfalls:
     - Texts are read one by one in one process: `batch_size` changes nothing.
     - A method that cannot read a text ends the run with an error.
 """
