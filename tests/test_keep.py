@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cometlm.data.corpora import CORPORA, corpus_files
 from cometlm.data.prompts import SOURCES, prompts_of
 from cometlm.train.config import Keep
 from cometlm.train.config_file import config_of, read_config
@@ -189,15 +190,19 @@ def test_settings_out_of_bounds(changes, said):
 
 
 def test_prompts_of_train_and_test_are_others(tmp_path, monkeypatch):
-    manual = tmp_path / "perl"
-    manual.mkdir()
-    (manual / "perlfaq1.pod").write_text("=head2 What is C<print>?\n\n=head2 On names\n")
-    (manual / "perlfaq3.pod").write_text("=head2 How do I F<debug>?\n")
-    (manual / "perlop.pod").write_text("=head2 What else?\n")
-    found = sorted(manual.iterdir())
-    monkeypatch.setattr("cometlm.data.prompts.corpus_files", lambda name: found)
-    assert prompts_of("faq", "train") == ["What is print?"]
-    assert prompts_of("faq", "test") == ["How do I debug?"]
+    monkeypatch.setenv("COMETLM_CACHE", str(tmp_path))
+    manual = tmp_path / "texts" / "perl"
+    manual.mkdir(parents=True)
+    for name in ("perlop.pod", *CORPORA["perl"].held_out):
+        (manual / name).write_text("=head2 What else?\n")
+    for number in range(1, 10):
+        lines = f"=head2 What is C<< print({number}) >>?\n\n=head2 On names\n"
+        (manual / f"perlfaq{number}.pod").write_text(lines)
+    for split, corpus in (("train", "perl"), ("test", "perl-test")):
+        pages = [page.stem for page in corpus_files(corpus) if page.stem.startswith("perlfaq")]
+        assert prompts_of("faq", split) == [f"What is print({page[-1]})?" for page in pages]
+        assert len(pages) >= 3
+    assert not set(corpus_files("perl")) & set(corpus_files("perl-test"))
     for name in SOURCES:
         train, test = (prompts_of(name, split) for split in ("train", "test"))
         assert not set(train) & set(test)

@@ -31,6 +31,7 @@ def run(command, on_disk, monkeypatch):
         if method == "window":
             raise ValueError("budget of a window must be more than 4, got 4")
         calls.append((tasks, method, budget, tokens, samples))
+        loader.weights = "f1"  # as loading does
         for length in tokens or [None]:
             yield length, {"results": RESULTS, "samples": {"niah": [1]}, "config": object()}
 
@@ -60,6 +61,34 @@ def test_scores_are_rows_of_a_table(run):
     assert [row["settings"]["tokens"] for row in rows] == [1024, 2048]
     assert rows[0]["results"] == RESULTS
     assert rows[0]["samples"] == {"niah": [1]}
+
+
+def test_rows_say_what_scores_depend_on(run):
+    code, _, err, _ = run(
+        *("--lm-eval", "niah", "--method", "full", "--tokens", "1024", "--samples", "2"),
+        *("--dtype", "float32", "--capacity", "32", "--budget", "3MB", "--out", "rows.jsonl"),
+    )
+    assert code == 0, err
+    (row,) = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    settings = row["settings"]
+    assert Path(settings.pop("model")).exists()
+    assert settings == {
+        "weights": "f1",
+        "sizes": {"capacity": 32},
+        "dtype": "torch.float32",
+        "quantization": None,
+        "method": "full",
+        "budget": "3000000 bytes",
+        "tokens": 1024,
+        "samples": 2,
+    }
+
+
+def test_a_missing_folder_is_named_before_anything_is_measured(run):
+    code, _, err, calls = run("--lm-eval", "niah", "--out", "missing/rows.jsonl")
+    assert code == 1
+    assert "missing/rows.jsonl: its folder is missing" in one_line(err)
+    assert not calls
 
 
 def test_nothing_measured_is_an_error(run):

@@ -161,43 +161,16 @@ def test_all_data_are_taken_in_turn(words, folder, monkeypatch):
 
 def test_splits_share_nothing(folder):
     place = asking.Path(folder)
-    for source in (papers.papers, countries.countries):
-        train, test = (source(place, split) for split in ("train", "test"))
-        assert train.passages
-        assert not set(train.passages) & set(test.passages)
+    train, test = (countries.countries(place, split) for split in ("train", "test"))
+    assert train.passages
+    assert test.passages
+    assert not set(train.passages) & set(test.passages)
     texts = [
         {text for ways in papers.ASKED[split].values() for text in ways}
         | {text for fact in countries.FACTS for text in getattr(fact, split)}
         for split in ("train", "test")
     ]
     assert not texts[0] & texts[1]
-
-
-def test_pod_becomes_plain_text():
-    (name, question, also) = manual.sections(POD.format(name="perlfaq6", number=8))
-    assert name == (1, "NAME", "perlfaq6 - lamps")
-    assert question == (
-        2,
-        "How do I light lamp 8 of perlfaq6?",
-        "You may use $lamp->light(8) or see Oil in perllamp.\n\n"
-        "    light(8);  # as it E<lt>stands\n\n* wait",
-    )
-    assert also[2] == "Lamp 8 is in the cellar."
-
-
-@pytest.mark.parametrize(
-    ("pod", "text"),
-    [
-        ("C<<< a << b >>> and C<$x E<gt> 1>", "a << b and $x > 1"),
-        ("B<I<nested> C<< <code> >>>", "nested <code>"),
-        ("L<perlfunc/open> L<perlop> Z<>", "open in perlfunc perlop "),
-        ("L<http://a.b/c> L</Files> L<the page|http://a.b>", "http://a.b/c Files the page"),
-        ("E<eacute>E<0x41>E<66>", "éAB"),
-        ("if ($a < $b) { }", "if ($a < $b) { }"),
-    ],
-)
-def test_formatting_codes(pod, text):
-    assert manual.plain(pod) == text
 
 
 def test_long_sections_are_told_in_parts(tmp_path):
@@ -234,6 +207,39 @@ def test_rouge_is_asked_for_before_anything_is_read(words, folder, monkeypatch):
     make_task("documents", words, data="countries", folder=folder)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_papers_are_those_of_their_splits_file(folder, split):
+    """Which papers are in which file is ACLSum's; `test_real_data` looks that they share none."""
+    titles = [passage[0] for passage in papers.papers(asking.Path(folder), split).passages]
+    assert titles == [f"On {split} lamps, part {number}\n\n" for number in range(8)]
+
+
+def test_a_line_of_a_paper_may_hold_any_sign(tmp_path):
+    """U+2028 ends a line for Python's splitlines, and not for JSON lines."""
+    row = paper(1, "test")
+    row["sentences"]["conclusion"] = ["So\u2028be\u0085it ."]
+    lines = json.dumps(row, ensure_ascii=False) + "\n"
+    (tmp_path / "test.jsonl").write_text(lines * 2, encoding="utf-8")
+    pool = papers.papers(tmp_path, "test")
+    assert len(pool.passages) == 2
+    assert " So\u2028be\u0085it." in pool.passages[0]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "joined"),
+    [
+        ("It 's ( so ) , we 've shown .", "It's (so), we've shown."),
+        ("the models ' scores do n't vary", "the models' scores don't vary"),
+        ("the model 'a' is best", "the model 'a' is best"),
+        ("say 'to' or 'ten", "say 'to' or 'ten"),
+        ("they 'd do ; I 'm sure we 'll 'see'", "they'd do; I'm sure we'll 'see'"),
+        ("a score of .5 , not 1 '", "a score of .5, not 1'"),
+    ],
+)
+def test_a_sentence_is_joined_as_it_was_written(sentence, joined):
+    assert papers._joined(sentence) == joined
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_real_data(words, tmp_path, monkeypatch, split):
@@ -255,3 +261,6 @@ def test_real_data(words, tmp_path, monkeypatch, split):
             for question in sample.questions:
                 told = " ".join(decoded(words, sample, where) for where in question.evidence)
                 assert data == "papers" or question.answers[0].split()[0] in told
+    for data in DATA:
+        pools = [set(asking._SOURCES[data].pool(None, one).passages) for one in ("train", "test")]
+        assert not pools[0] & pools[1]

@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
+from urllib.error import URLError
 
 import pytest
 
@@ -65,8 +66,13 @@ def test_scores(words, path):
 
 
 @contextmanager
-def server(reply, status=200):
-    """A model that always says the same, and what it was asked."""
+def server(reply, status=200, failures=(), cut=0):
+    """A model that always says the same, and what it was asked.
+
+    Args:
+        failures: statuses of the first answers.
+        cut: bytes that an answer lacks of what its head says.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -74,9 +80,11 @@ def server(reply, status=200):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.path, self.headers["Authorization"], body))
             content = json.dumps({"choices": [{"message": {"content": reply}}]})
-            self.send_response(status)
+            sent = (content if reply != "?" else "?").encode()
+            self.send_response(failures[len(asked) - 1] if len(asked) <= len(failures) else status)
+            self.send_header("Content-Length", str(len(sent) + cut))
             self.end_headers()
-            self.wfile.write((content if reply != "?" else "?").encode())
+            self.wfile.write(sent)
 
         def log_message(self, *_):
             pass
@@ -119,6 +127,55 @@ def test_a_judge_that_cannot_be_asked():
     with pytest.raises(OSError, match="cannot be asked at"):
         Judge("wise", url).verdict("?", "a", "b")  # it is gone
     with server("?") as (url, _), pytest.raises(OSError, match="must answer as OpenAI's"):
+        Judge("wise", url).verdict("?", "a", "b")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that were waited between tries."""
+    found = []
+    monkeypatch.setattr("cometlm.tasks.judge.time.sleep", found.append)
+    return found
+
+
+@pytest.mark.parametrize("failures", [(429,), (503, 500), (502, 429)])
+def test_a_judge_that_is_busy_is_asked_again(failures, waits):
+    with server("CORRECT", failures=failures) as (url, asked):
+        assert Judge("wise", url).verdict("?", "a", "a") == 1
+    assert len(asked) == len(failures) + 1
+    assert len(waits) == len(failures)
+    assert waits == sorted(set(waits))  # they grow
+
+
+@pytest.mark.parametrize(("status", "tries"), [(503, 3), (400, 1), (401, 1), (404, 1)])
+def test_a_judge_is_asked_three_times_at_most(status, tries, waits):
+    with server("no", status) as (url, asked):
+        with pytest.raises(OSError, match=f"refuses: HTTP Error {status}"):
+            Judge("wise", url).verdict("?", "a", "b")
+        assert len(asked) == tries
+    assert len(waits) == tries - 1
+
+
+@pytest.mark.parametrize("error", [TimeoutError("late"), URLError(TimeoutError("late"))])
+def test_a_judge_that_is_late_is_asked_again(error, waits, monkeypatch):
+    asked = []
+
+    def late(*_, **__):
+        asked.append(1)
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", late)
+    with pytest.raises(OSError, match="the judge wise cannot be asked at"):
+        Judge("wise").verdict("?", "a", "b")
+    assert len(asked) == 3
+    assert len(waits) == 2
+
+
+def test_a_judge_that_breaks_off(waits):
+    with (
+        server("CORRECT", cut=9) as (url, _),
+        pytest.raises(OSError, match=r"the judge wise cannot be asked at .*: IncompleteRead"),
+    ):
         Judge("wise", url).verdict("?", "a", "b")
 
 

@@ -2,7 +2,7 @@
 
 Those of transformers 5.24 require peft 0.22; these do the same with older ones.
 
-Footguns:
+Pitfalls:
     - Only kinds that a checkpoint can hold and load again are taken: those of `KINDS`.
 """
 

@@ -4,7 +4,7 @@ A checkpoint is a folder: `config.json` (model_type cometlm, with the backbone's
 `model.safetensors` (the module `comet`: all memory weights, R and C), `README.md` (a model card),
 `lora/` if the backbone has LoRA adapters, and `backbone/` where it is saved too.
 
-Footguns:
+Pitfalls:
     - The backbone is saved only if you ask (`backbone=True`), or if no name brings it back: its
       vocabulary was resized, or it was made of a config.
       Fine-tuned weights of it that are not an adapter's are lost otherwise.

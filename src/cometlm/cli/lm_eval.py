@@ -46,8 +46,11 @@ def eval_with_harness(
 
     Raises:
         ValueError: a task that the harness does not know.
+        OSError: the folder of `output` is missing.
         ImportError: the harness is not installed.
     """
+    if output is not None and not output.parent.is_dir():  # say it now, not after an hour
+        raise FileNotFoundError(f"{output}: its folder is missing")
     if message := lacks("--lm-eval", ["lm_eval", "accelerate"], EVAL):
         raise ImportError(message, name="lm_eval")
     for name in methods:
@@ -63,8 +66,8 @@ def eval_with_harness(
                 shown = "–" if length is None else f"{length:,}"
                 rows += [(name, shown, *row) for row in scores_of(results["results"])]
                 if output is not None:
-                    settings = {"model": loader.source.name, "method": name, "tokens": length}
-                    _append(output, {"settings": settings | {"samples": samples}, **results})
+                    settings = _settings(loader, name, budget, length, samples)
+                    _append(output, {"settings": settings, **results})
         except (TooLongError, ValueError, ImportError, torch.OutOfMemoryError) as error:
             refused[name] = str(error)  # the others may be measured all the same
             err.print(f"{name}: {error}", style="yellow", highlight=False, soft_wrap=True)
@@ -134,6 +137,23 @@ def _measured(
                 )
             assert results is not None  # which it is on ranks other than the first
             yield length, dict(results)
+
+
+def _settings(
+    loader: Loader, method: str, budget: Budget | None, length: int | None, samples: int | None
+) -> dict[str, Any]:
+    """All that the scores of one length depend on, once the model is loaded."""
+    return {
+        "model": loader.source.name,
+        "weights": loader.weights,
+        "sizes": loader.sizes,
+        "dtype": str(loader.dtype),
+        "quantization": loader.quantization,
+        "method": method,
+        "budget": None if budget is None else budget.plain,
+        "tokens": length,
+        "samples": samples,
+    }
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """`CometModel` with a language-model head: what Hugging Face calls a causal language model.
 
-Footguns:
+Pitfalls:
     - With `past_key_values` the first token of a call is not a label: its logits were the last
       call's.
     - Loss without `logits_to_keep` returns no logits: it holds those of one chunk at a time.

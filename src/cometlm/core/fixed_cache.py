@@ -5,7 +5,7 @@ open chunk of each layer lies in one buffer for the whole row, so every step is 
 same memory, which a device can record once and replay. `forward` still closes chunks; then the
 buffers take over what the cache holds.
 
-Footguns:
+Pitfalls:
     - It changes under your hands. `value()` gives what it holds as a `CometCache`.
     - The next step overwrites the logits of the last one.
     - A recorded step goes on with the weights, adapters and autocast that it was recorded with;

@@ -5,7 +5,7 @@ thousand generated tokens hold what a thousand do. A cache that has already read
 `past_key_values` together with the *new* ids only: transformers slices `input_ids` by the cache's
 length, so that length counts from the ids of one call.
 
-Footguns:
+Pitfalls:
     - `generate` returns a cache that has not read the last token it generated; give that token
       first when going on from it. `Session` does.
     - Pad prompts on the left, as for every decoder.

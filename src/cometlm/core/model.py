@@ -2,7 +2,7 @@
 
 A backbone is taken apart into cells, and the module `comet` stands beside them.
 
-Footguns:
+Pitfalls:
     - Positions of padding give zeros as hidden states, so their logits mean nothing.
 """
 

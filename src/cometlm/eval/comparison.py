@@ -21,7 +21,7 @@ from cometlm.eval.forecast import Reading, calibrate, foresee, questions_of, rea
 from cometlm.eval.results import Cell, Results, name_of, readable_seconds
 from cometlm.eval.rows import Forecast, Rows
 from cometlm.eval.runner import OUT_OF_MEMORY, Answer, evaluate
-from cometlm.methods import METHODS, Budget, Loader, Reader, TooLongError
+from cometlm.methods import METHODS, Loader, Reader, TooLongError
 from cometlm.tasks import Own, Sample, Task, make_task
 
 _TRIES = 8  # texts that may be longer than is asked for, before a length is refused
@@ -264,6 +264,7 @@ class Comparison:
         config, loader = self.config, self._loader
         assert loader is not None
         own, asked = config.methods[method], config.tasks[task]
+        budget = config.budget_of(method)
         made = self._tasks_of(method)[task]
         options = {"digest": made.digest} if isinstance(made, Own) else asked.options
         settings = {
@@ -274,7 +275,7 @@ class Comparison:
             "task": "own" if isinstance(made, Own) else asked.task or task,
             "options": options,
             "seed": config.seed,
-            "budget": _plain(config.budget_of(method)),
+            "budget": None if budget is None else budget.plain,
             "max_new_tokens": config.max_new_tokens,
             "method": own.method or method,
             "weights": loader.weights,
@@ -422,10 +423,3 @@ def _loads_alike(one: Loader, other: Loader) -> bool:
         for loader in (one, other)
     )
     return ours == theirs
-
-
-def _plain(budget: Budget | None) -> int | str | None:
-    """A budget as rows keep it."""
-    if budget is None:
-        return None
-    return budget.amount if budget.unit == "tokens" else f"{budget.amount} bytes"

@@ -8,7 +8,7 @@ reading: what they have in common is read once, and goes on in forks.
 `HFLM` given a model with a memory is not that: it asks the config of the backbone how long a text
 may be, cuts prompts to it and scores longer texts in windows, without a word.
 
-Footguns:
+Pitfalls:
     - Texts are read one by one in one process: `batch_size` changes nothing.
     - A method that cannot read a text ends the run with an error.
 """
@@ -37,8 +37,8 @@ from cometlm.checkpoints.source import Source
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.device import as_dtype
 from cometlm.methods import METHODS, Budget, Loader, Reader
-from cometlm.methods.base import num_shared
 from cometlm.methods.comet import CometReader
+from cometlm.sequences import num_shared
 from cometlm.session.session import Session
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class CometLM(HFLM):
         sizes: of the memory, see `cometlm.load`.
 
     Raises:
-        ValueError: an option that is not had, a name, size or budget that cannot be.
+        ValueError: an option that is not supported, a name, size or budget that cannot be.
         OSError: the model cannot be read.
     """
 

@@ -4,7 +4,7 @@ Fused kernels give no weights. While a model is watched, its layers call an atte
 another name, which does what theirs does and then hands over what it was given. Weights are
 computed from that, for the items that somebody asks about.
 
-Footguns:
+Pitfalls:
     - Cells that were compiled keep the function that they were compiled with: watch others.
 
 Legend: H heads, I items of a step, q some of them, S slots of the row: memory, then chunk.

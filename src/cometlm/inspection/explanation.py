@@ -61,13 +61,18 @@ class Explanation:
     other_passages: Tensor
 
     @property
-    def traced(self) -> Tensor:
-        """Mass on memory of both kinds, traced to passages [T]: means over all tokens."""
-        found = self.passages.mean(0)
-        for entry, mass in zip(self.history.entries, self.entries.mean(0), strict=True):
+    def traced_by_token(self) -> Tensor:
+        """Mass on memory of both kinds, traced to passages [A, T]."""
+        found = self.passages.clone()
+        for entry, mass in zip(self.history.entries, self.entries.unbind(1), strict=True):
             if entry is not None:
-                found[self.history.passage_of(entry)] += mass
+                found[:, self.history.passage_of(entry)] += mass
         return found
+
+    @property
+    def traced(self) -> Tensor:
+        """The same, means over all tokens [T]."""
+        return self.traced_by_token.mean(0)
 
 
 class Tally:

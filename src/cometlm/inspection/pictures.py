@@ -238,11 +238,7 @@ def _sources(explanation: Explanation) -> Picture:
 def _tokens(explanation: Explanation) -> Picture:
     passages = explanation.history.passages
     shown = explanation.answer_ids[:_MOST_TOKENS]
-    both = explanation.passages.clone()
-    for i, entry in enumerate(explanation.history.entries):
-        if entry is not None:
-            both[:, explanation.history.passage_of(entry)] += explanation.entries[:, i]
-    rows = _normed(both[: len(shown)])
+    rows = _normed(explanation.traced_by_token[: len(shown)])
     figure, axes = _new(1.5 + 0.19 * len(shown))
     mesh = _map(axes, rows, _edges(passages), cmap="Reds", vmin=0, vmax=1)
     names = [_name(explanation, token) for token in shown]

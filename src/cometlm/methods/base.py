@@ -79,6 +79,11 @@ class Budget:
                 raise
             raise ValueError(_no_budget(text)) from error
 
+    @property
+    def plain(self) -> int | str:
+        """As settings of rows say it: a number is of tokens; of bytes it is "N bytes"."""
+        return self.amount if self.unit == "tokens" else f"{self.amount} bytes"
+
     def tokens(self, bytes_per_token: int) -> int:
         """Tokens that it allows.
 
@@ -207,9 +212,3 @@ class Method(ABC):
 def generation_options(given: dict[str, Any]) -> dict[str, Any]:
     """Options for `generate`: greedy and of bounded length, unless they say."""
     return {"do_sample": False, "num_beams": 1, "max_new_tokens": 256, **given}
-
-
-def num_shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many items two sequences have in common at their beginning."""
-    pairs = zip(ours, theirs, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))

@@ -26,16 +26,10 @@ from typing import Any
 
 from cometlm.core.foreseen import Foreseen
 from cometlm.extras import EVAL, lacks
-from cometlm.methods.base import (
-    Budget,
-    Method,
-    Reader,
-    TooLongError,
-    generation_options,
-    num_shared,
-)
+from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
+from cometlm.sequences import num_shared
 from cometlm.session.chat_template import render_turn
 
 _PASSAGE = 256  # tokens

@@ -10,7 +10,7 @@ and in that device's order, with what it waits for:
 
 Legend: P devices, N chunks, L layers; seconds and bytes throughout.
 
-Footguns:
+Pitfalls:
     - Every cell takes the same time. Chunk 0, which reads no memory, is a little faster in truth.
     - A link carries one message after the other; links do not disturb each other.
     - Optimiser steps and the exchange of weights (sharding, replicas) are not simulated.

@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from cometlm.sequences import num_shared
 from cometlm.session.plain_text import PlainText, unused_mark
 
 Message = Mapping[str, Any]
@@ -220,7 +221,7 @@ class _Chat:
             return ending
         # At the end of a conversation this template writes something else: what both share, as
         # whole tokens.
-        shared = _num_shared(following, ending)
+        shared = num_shared(following, ending)
         while shared and self._cuts_a_token(following, shared):
             shared -= 1
         return following[:shared]
@@ -276,12 +277,6 @@ class _Chat:
 
 def _as_parts(content: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": content}]
-
-
-def _num_shared(one: str, other: str) -> int:
-    """Characters that two texts begin with alike."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _after_answer(text: str) -> str:

@@ -8,7 +8,7 @@ that `PlainText.encode_frame` can tell them from the template's own.
 Control tokens are those that the tokenizer calls special, and those of its added tokens that stand
 in its chat template. Other added tokens, such as words of a domain, stay what they are.
 
-Footguns:
+Pitfalls:
     - A frame that is made of ordinary words ("[INST]", "### Human:") is text, whoever writes it.
 """
 

@@ -5,7 +5,7 @@ which begins with the overlap that was in the chunk before.
 Every chunk goes through the layers once, when it is full and more has followed, so however the text
 was cut makes no difference, to the last bit. The price is that asking runs the open chunk again.
 
-Footguns:
+Pitfalls:
     - The end of what was read as text waits for what follows it, since its tokens may still
       change. Asking looks at all of it.
     - Token ids and chat turns end the text before them: its last tokens are then settled. A chat

@@ -20,16 +20,12 @@ from cometlm.tasks.countries import countries
 from cometlm.tasks.manual import manual
 from cometlm.tasks.papers import papers
 from cometlm.tasks.passages import Asked, Pool, pack
-from cometlm.tasks.scoring import check_rouge, exact, f1, found, rouge
+from cometlm.tasks.scoring import check_rouge, exact_found_f1, f1, rouge
 from cometlm.tasks.story import bounds, decile
 
 Data = Literal["papers", "countries", "manual"]
 DATA: tuple[Data, ...] = get_args(Data)
 _MISSES = 16  # passages that are too long for what is left, before a context is done
-
-
-def _facts(said: str, answers: Sequence[str]) -> dict[str, float]:
-    return {"exact": exact(said, answers), "found": found(said, answers), "f1": f1(said, answers)}
 
 
 def _explanation(said: str, answers: Sequence[str]) -> dict[str, float]:
@@ -47,7 +43,7 @@ class _Source:
 
 _SOURCES: dict[Data, _Source] = {
     "papers": _Source(papers, rouge),
-    "countries": _Source(countries, _facts, needs_rouge=False),
+    "countries": _Source(countries, exact_found_f1, needs_rouge=False),
     "manual": _Source(manual, _explanation),
 }
 
@@ -99,8 +95,8 @@ class Documents(Task):
         Only passages that fit whole are asked about; nothing is cut. Where a split has no more of
         them, the context is shorter.
 
-        A question's `meta` says of which `data` and `kind` it is, and in which `decile` of the
-        context its evidence begins.
+        A question's `meta` says of which `data` and `kind` it is, and where no evidence is known,
+        in which `decile` of the context its passage begins.
         """
         rng = self.rng(index)
         data = self.data[index % len(self.data)]
@@ -114,8 +110,9 @@ class Documents(Task):
             lengths = [len(piece) for piece in self._ids(data, one.passage)]
             starts = [place.start + start for start in accumulate(lengths, initial=0)]
             evidence = tuple(range(starts[i], starts[i + 1]) for i in one.pieces)
-            begin = evidence[0] if evidence else place
-            meta = {"data": data, **one.meta, "decile": decile(begin, len(context))}
+            meta = {"data": data, **one.meta}
+            if not evidence:  # then the passage is the best that is known
+                meta["decile"] = decile(place, len(context))
             text = rng.choice(one.texts)
             questions.append(Question(text, one.answers, evidence=evidence, meta=meta))
         return Sample(context, tuple(questions), {"passages": count})

@@ -16,12 +16,11 @@ from typing import Any, Literal
 
 from cometlm.tasks.base import Question, Sample, Split
 from cometlm.tasks.names import ADJECTIVES, FAMILIES, PEOPLE, THINGS, TOWNS
-from cometlm.tasks.scoring import NOT_SAID, f1, found
+from cometlm.tasks.scoring import NOT_SAID, exact_found_f1
 from cometlm.tasks.story import (
     StoryTask,
     bounds,
     check_share,
-    decile,
     filled,
     in_order,
     num_fitting,
@@ -76,7 +75,7 @@ class Facts(StoryTask):
 
     A question's `meta` says the `kind` of its answer; what is `asked`: "told", "pair" (another fact
     differs in one word), "changed" (what holds in the end), "earlier" (what held, asked in between)
-    or "unknown"; and the `decile` of the text that the answer stands in, None if it is not said.
+    or "unknown", whose `decile` is None: its answer stands nowhere.
 
     Args:
         tokenizer, split, seed, corpora: see `StoryTask`.
@@ -132,7 +131,7 @@ class Facts(StoryTask):
         context, ranges = self.tell(running, needles, list(chain(*depths)), tokens)
         places = iter(ranges)
         where = [[next(places) for _ in own] for own in told]
-        questions = self._questions(rng, facts, where, tokens)
+        questions = self._questions(rng, facts, where)
         return Sample(context, tuple(questions), {"haystack": name, "facts": count})
 
     def score(self, question: Question, said: str) -> dict[str, float]:
@@ -142,11 +141,7 @@ class Facts(StoryTask):
             `exact`: nothing but the answer was said. `found`: it was, maybe in a sentence. `f1`:
             the words that it shares with the answer.
         """
-        return {
-            **super().score(question, said),
-            "found": found(said, question.answers),
-            "f1": f1(said, question.answers),
-        }
+        return exact_found_f1(said, question.answers)
 
     # --- what is told ---------------------------------------------------------------------------
 
@@ -207,11 +202,7 @@ class Facts(StoryTask):
     # --- what is asked --------------------------------------------------------------------------
 
     def _questions(
-        self,
-        rng: random.Random,
-        facts: Sequence[Fact],
-        where: Sequence[Sequence[range]],
-        tokens: int,
+        self, rng: random.Random, facts: Sequence[Fact], where: Sequence[Sequence[range]]
     ) -> list[Question]:
         order = rng.sample(range(len(facts)), len(facts))
         questions: list[Question] = []
@@ -226,11 +217,7 @@ class Facts(StoryTask):
                 text = _question(rng, fact.relation, fact.subject)
                 paired = fact.twin is not None and fact.twin < len(facts)  # else it did not fit
                 asked = "changed" if len(places) > 1 else "pair" if paired else "told"
-                meta = {
-                    "kind": fact.relation.kind,
-                    "asked": asked,
-                    "decile": decile(places[-1], tokens),
-                }
+                meta = {"kind": fact.relation.kind, "asked": asked}
                 questions.append(
                     Question(text, _forms(fact.values[-1]), evidence=(places[-1],), meta=meta)
                 )
@@ -243,7 +230,7 @@ class Facts(StoryTask):
                             after=rng.randint(first.stop, second.start),
                             evidence=(first,),
                             until=second.start,
-                            meta={**meta, "asked": "earlier", "decile": decile(first, tokens)},
+                            meta={**meta, "asked": "earlier"},
                         )
                     )
             else:

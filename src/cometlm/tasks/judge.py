@@ -5,14 +5,18 @@ It is asked over OpenAI's interface, which vLLM, llama.cpp, Ollama and most prov
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
+import time
 import urllib.error
 import urllib.request
 
 URL = "http://localhost:8000/v1"
 _SECONDS = 120
+_WAITS = (1.0, 4.0)  # seconds before another try: a server is busy, not wrong
+_TOO_MANY = 429
 _ASKED = """A question was asked about some documents. Is the answer that was given right? It is
 right if it says the same as the official answer; how it is worded does not matter.
 
@@ -40,16 +44,30 @@ class Judge:
     def verdict(self, question: str, answer: str, said: str) -> float | None:
         """Whether an answer is right: 1 or 0; None if the judge says neither.
 
+        A server that is too busy, fails or does not answer in time is asked three times.
+
         Raises:
-            OSError: the server cannot be reached, or refuses.
+            OSError: the server cannot be reached, refuses, or breaks off.
         """
         content = _ASKED.format(question=question, answer=answer, said=said)
         body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
-        reply = self._posted({**body, "temperature": 0})
+        reply = self._said({**body, "temperature": 0})
         words = re.findall(r"\b(?:IN)?CORRECT\b", reply.upper())
         return float(words[-1] == "CORRECT") if words else None  # a judge may reason first
 
+    def _said(self, body: dict[str, object]) -> str:
+        """What the model replies, of several tries."""
+        for seconds in _WAITS:
+            try:
+                return self._posted(body)
+            except OSError as error:
+                if not _may_pass(error.__cause__):
+                    raise
+            time.sleep(seconds)
+        return self._posted(body)
+
     def _posted(self, body: dict[str, object]) -> str:
+        """What it replies to one request; what failed is the cause of an error."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -61,8 +79,16 @@ class Judge:
         except urllib.error.HTTPError as error:
             said = error.read(500).decode(errors="replace")
             raise OSError(f"the judge {self.model} at {url} refuses: {error}: {said}") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise OSError(f"the judge {self.model} cannot be asked at {url}: {error}") from error
         except (ValueError, LookupError, TypeError) as error:
             raise OSError(f"{url} must answer as OpenAI's interface does, got {error!r}") from error
         return content or ""
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code == _TOO_MANY or error.code >= 500
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return isinstance(reason, TimeoutError)

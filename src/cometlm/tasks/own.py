@@ -19,7 +19,7 @@ from typing import Any
 
 from cometlm.data.records import read_json_file
 from cometlm.tasks.base import Question, Split
-from cometlm.tasks.scoring import exact, f1, found
+from cometlm.tasks.scoring import exact_found_f1
 from cometlm.tasks.texts import Text, TextsTask
 
 _FIELDS = ("context", "context_file", "question", "answer")
@@ -59,11 +59,7 @@ class Own(TextsTask):
             `exact`: an answer was said and nothing else. `found`: it was said, maybe in a sentence.
             `f1`: of its words.
         """
-        return {
-            "exact": exact(said, question.answers),
-            "found": found(said, question.answers),
-            "f1": f1(said, question.answers),
-        }
+        return exact_found_f1(said, question.answers)
 
 
 def _texts(path: Path) -> list[Text]:

@@ -7,18 +7,20 @@ training and test papers are ours; those for validation are left to others.
 
 from __future__ import annotations
 
-import json
 import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cometlm.data.packages import PipPackage
+from cometlm.data.records import read_json_file
 from cometlm.tasks.base import Split
 from cometlm.tasks.passages import Asked, Pool
 
 Aspect = Literal["challenge", "approach", "outcome"]
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
+# A mark that belongs to the word in front of it; an apostrophe, but not a quote that opens.
+_SPACED = re.compile(r" ([.,;:!?)\]%](?!\d)|n't\b|'(?:s|re|ve|ll|d|m)\b|'(?= |$))")
 PACKAGE = PipPackage("aclsum", "0.1.2", "papers (ACLSum)")
 
 
@@ -38,7 +40,7 @@ def papers(folder: Path | None, split: Split) -> Pool:
 
 @lru_cache(maxsize=2)
 def _pool(path: Path, split: Split) -> Pool:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_json_file(path)]
     passages: list[tuple[str, ...]] = []
     asked: list[Asked] = []
     for row in rows:
@@ -68,7 +70,9 @@ def _pieces(row: dict[str, Any]) -> tuple[tuple[str, ...], list[int]]:
 
 def _joined(sentence: str) -> str:
     """A sentence without the spaces that a tokenizer left around its punctuation."""
-    sentence = re.sub(r" ([.,;:!?)\]%](?!\d)|n't\b|'\w{0,2}\b)", r"\1", sentence.strip())
+    sentence = re.sub(
+        r" ([.,;:!?)\]%](?!\d)|n't\b|'(?:s|re|ve|ll|d|m)\b|'(?= |$))", r"\1", sentence.strip()
+    )
     return re.sub(r"([(\[]) ", r"\1", sentence)
 
 

@@ -1,7 +1,7 @@
 """Asked to say it again: what was told of somebody, or a passage of the text, word for word.
 
-What a memory can say again it has kept whole. Answers to other questions touch a few words of a
-text; these touch every word of a passage.
+A memory that can repeat a text has kept all of it. Answers to other questions touch a few words of
+a text; these touch every word of a passage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from cometlm.tasks.story import (
     StoryTask,
     bounds,
     check_share,
-    decile,
     filled,
     in_order,
     num_fitting,
@@ -40,8 +39,8 @@ _TRIES = 32  # places of a passage, until its beginning stands only there
 class Recall(StoryTask):
     """What was said about somebody, or how a passage goes on, to be said again.
 
-    A question's `meta` says what is `asked` ("said" or "passage"), how many `words` its answer has
-    and the `decile` of the text that it begins in.
+    A question's `meta` says what is `asked` ("said" or "passage") and how many `words` its answer
+    has.
 
     Args:
         tokenizer, split, seed, corpora: see `StoryTask`.
@@ -117,7 +116,7 @@ class Recall(StoryTask):
         where = [tuple(next(places) for _ in own) for own in needles]
         questions = [
             self._question(
-                filled(rng, ASKED[self.split], {"name": person}), " ".join(own), at, tokens, "said"
+                filled(rng, ASKED[self.split], {"name": person}), " ".join(own), at, "said"
             )
             for (person, own), at in zip(told, where, strict=True)
         ]
@@ -156,7 +155,6 @@ class Recall(StoryTask):
                 filled(rng, AGAIN[self.split], {"count": str(len(words)), "opening": opening}),
                 " ".join(words),
                 (where,),
-                tokens,
                 "passage",
             )
             for words, opening, where in found
@@ -190,13 +188,9 @@ class Recall(StoryTask):
         return words, " ".join(words[: self.opening]), range(start, start + length)
 
     def _question(
-        self, text: str, answer: str, evidence: tuple[range, ...], tokens: int, asked: str
+        self, text: str, answer: str, evidence: tuple[range, ...], asked: str
     ) -> Question:
-        meta = {
-            "asked": asked,
-            "words": len(answer.split()),
-            "decile": decile(evidence[0], tokens),
-        }
+        meta = {"asked": asked, "words": len(answer.split())}
         return Question(text, (answer,), evidence=evidence, meta=meta)
 
 

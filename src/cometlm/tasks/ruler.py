@@ -42,7 +42,6 @@ import yaml
 from cometlm.extras import RULER, lacks
 from cometlm.tasks.base import Question, Sample, Split, Task, asked_ids
 from cometlm.tasks.questions import PACKAGE as QUESTIONS
-from cometlm.tasks.story import decile
 
 PACKAGE = dataclasses.replace(QUESTIONS, about="RULER's scripts")
 _TASKS = "long_context_eval/synthetic.yaml"  # names its tasks
@@ -97,8 +96,7 @@ class Ruler(Task):
     def sample(self, index: int, tokens: int) -> Sample:
         """A text that has at most `tokens` tokens together with its question and the answer.
 
-        That is their `max_seq_length`. See `Task.sample`. `meta` says the `task`; a question's says
-        the `depth` and `decile` of its first evidence, where it is known.
+        That is their `max_seq_length`. See `Task.sample`. `meta` says the `task`.
 
         Raises:
             ValueError: `tokens` is too few; a tokenizer without a chat template.
@@ -113,12 +111,7 @@ class Ruler(Task):
             size = max(least, size - -(-over * size // made.num_tokens))
             made = self._made(index, size, tokens)
         found = tuple(self._evidence(index, made))
-        meta: dict[str, Any] = {}
-        if found:
-            first = min(found, key=lambda where: where.start)
-            length = len(made.ids)
-            meta = {"depth": first.start / length, "decile": decile(first, length)}
-        question = dataclasses.replace(made.question, evidence=found, meta=meta)
+        question = dataclasses.replace(made.question, evidence=found)
         return Sample(made.ids, (question,), {"task": self._name})
 
     def score(self, question: Question, said: str) -> dict[str, float]:

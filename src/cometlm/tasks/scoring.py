@@ -12,6 +12,8 @@ from typing import Any
 from cometlm.extras import EVAL, lacks
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+# Punctuation, quotes, brackets and Markdown's emphasis and code: no part of the word they surround.
+_AROUND = ".,;:!?…\"'“”„‘’‚«»‹›()[]{}<>*_`"
 
 # How one may say that a text does not answer; the first is taught.
 NOT_SAID = (
@@ -36,17 +38,25 @@ NOT_SAID = (
 
 
 def exact(said: str, answers: Iterable[str]) -> float:
-    """1 if one of the answers was said, whatever the case, the spaces and what stands around it."""
+    """1 if one of the answers was said and nothing else.
+
+    Case, spaces, and punctuation, quotes, brackets and Markdown around words do not count.
+    """
     return float(any(_plain(said) == _plain(answer) for answer in answers))
 
 
 def found(said: str, answers: Iterable[str]) -> float:
-    """1 if one of the answers was said, maybe in a sentence, as whole words, whatever the case.
+    """1 if one of the answers was said, maybe in a sentence, as whole words.
 
-    It is easily had by saying much; look at `f1` too.
+    Words are compared as by `exact`. A long reply finds it easily; look at `f1` too.
     """
     words = f" {_plain(said)} "
     return float(any(f" {_plain(answer)} " in words for answer in answers))
+
+
+def exact_found_f1(said: str, answers: Sequence[str]) -> dict[str, float]:
+    """The scores `exact`, `found` and `f1` of short answers."""
+    return {"exact": exact(said, answers), "found": found(said, answers), "f1": f1(said, answers)}
 
 
 def share_found(said: str, parts: Sequence[str]) -> float:
@@ -140,6 +150,9 @@ def _rouge_scorer() -> Any:
 
 
 def _plain(text: str) -> str:
-    """Text without case, punctuation around its words and white space."""
-    words = (word.strip(" .,;:!?\"'()") for word in text.casefold().replace("’", "'").split())
-    return " ".join(filter(None, words))
+    """Text without case, extra white space, and what stands around its words (`_AROUND`).
+
+    A text that has no words stays as it is, so an answer "*" is not the same as no answer.
+    """
+    words = (word.strip(_AROUND) for word in text.casefold().replace("’", "'").split())
+    return " ".join(filter(None, words)) or text.strip()

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from cometlm.data.corpora import corpus_files
+from cometlm.data.pod import plain
 
 Split = Literal["train", "test"]
-_FAQ_OF_TEST = ("perlfaq3.pod", "perlfaq9.pod")
-_MARKED = re.compile(r"[A-Z]<+ ?([^<>]*?) ?>+")  # C<print> and the like
 
 
 def prompts_of(name: str, split: Split) -> list[str]:
@@ -46,11 +45,11 @@ def _everyday(split: Split) -> list[str]:
 
 
 def _faq(split: Split) -> list[str]:
-    """Headings that ask, without their marks; whole files belong to a split."""
-    files = [file for file in corpus_files("perl") if re.fullmatch(r"perlfaq\d\.pod", file.name)]
-    wanted = [file for file in files if (file.name in _FAQ_OF_TEST) == (split == "test")]
-    heads = (line.removeprefix("=head2 ") for file in wanted for line in _lines(file, "=head2 "))
-    return [_MARKED.sub(r"\1", head) for head in heads if head.endswith("?")]
+    """Headings that ask, of the pages of the split's corpus."""
+    pages = corpus_files("perl" if split == "train" else "perl-test")
+    wanted = [page for page in pages if re.fullmatch(r"perlfaq\d\.pod", page.name)]
+    heads = (line.removeprefix("=head2 ") for page in wanted for line in _lines(page, "=head2 "))
+    return [plain(head).strip() for head in heads if head.endswith("?")]
 
 
 def _lines(path: Path, beginning: str = "") -> list[str]:
