@@ -260,6 +260,13 @@ def test_lines(words):
     assert summarize([]) == []
 
 
+def test_errors_need_no_field_to_be_grouped_by():
+    unmade = Answer(10, 1, 0, "", [], error="tokens must be at least 50")
+    line, error = summarize([ONE, unmade], "depth")
+    assert (line.group, line.count, line.num_errors) == (0.5, 1, 0)
+    assert (error.group, error.count, error.error) == (None, 0, unmade.error)
+
+
 def test_differences_are_of_questions_that_both_have_answered():
     def answers(scores, **more):
         return [

@@ -66,10 +66,11 @@ def summarize(answers: Iterable[Answer], by: str | None = None) -> list[Line]:
     """A line for every length, in order.
 
     Args:
-        by: a field of `meta`, to have a line for each of its values as well.
+        by: a field of `meta`, to have a line for each of its values as well; errors without it,
+            such as those of texts that could not be made, have a line of their own.
 
     Raises:
-        ValueError: an answer has no such field.
+        ValueError: an answer that is no error has no such field.
     """
     return [_line(tokens, value, own) for tokens, value, own in _grouped(answers, by)]
 
@@ -108,10 +109,10 @@ def _grouped(answers: Iterable[Answer], by: str | None) -> list[tuple[int, Any, 
     """Answers by the length of their contexts and a field of `meta`."""
     groups: dict[tuple[int, str], tuple[Any, list[Answer]]] = {}
     for answer in answers:
-        if by is not None and by not in answer.meta:
+        if by is not None and by not in answer.meta and not answer.error:
             known = ", ".join(answer.meta) or "nothing"
             raise ValueError(f"by must be one of {known}, got {by!r}")
-        value = None if by is None else answer.meta[by]
+        value = None if by is None else answer.meta.get(by)
         key = answer.tokens, json.dumps(value, sort_keys=True)  # lists cannot be keys
         groups.setdefault(key, (value, []))[1].append(answer)
     found = [(tokens, value, own) for (tokens, _), (value, own) in groups.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -38,7 +38,7 @@ def _figures(results: Results, task: str, by: str | None) -> Table:
     table = _new_table("means and 95% intervals", scores, by, ["held", "peak", "seconds"])
     for name, own in lines.items():
         for line in own:
-            group = [str(line.group)] if by else []
+            group = [_group(line.group)] if by else []
             figures = [_interval(line.scores.get(score)) for score in scores]
             rest = ["–", "–", "–"]
             if line.count:
@@ -75,7 +75,7 @@ def _differences(results: Results, task: str, by: str | None) -> Iterator[Render
     title = f"differences from {first} on the same questions, 95% intervals"
     table = _new_table(title, scores, by, [])
     for name, one in rows:
-        group = [str(one.group)] if by else []
+        group = [_group(one.group)] if by else []
         figures = [_interval(one.scores.get(score), "+") for score in scores]
         table.add_row(f"{name} − {first}", f"{one.tokens:,}", *group, str(one.count), *figures)
     yield Text()
@@ -90,6 +90,10 @@ def _new_table(title: str, scores: list[str], by: str | None, more: list[str]) -
         least = len("0.00–1.00") if column in scores else None
         table.add_column(column, justify=justify, no_wrap=column not in scores, min_width=least)
     return table
+
+
+def _group(value: Any) -> str:
+    return "–" if value is None else str(value)
 
 
 def _interval(figures: tuple[float, float, float] | None, sign: Literal["", "+"] = "") -> str:
