@@ -193,6 +193,20 @@ def test_a_text_without_questions_is_foreseen(words):
         list(evaluate(Guessing(words), Silent(words), [1], 1))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_text_foreseen_in_no_number_is_an_error(words, value):
+    class Overflowing(Guessing):
+        def foresee(self, ids):
+            return [Foreseen(value, False)] * len(ids)
+
+        def fork(self):
+            return Overflowing(self.tokenizer)
+
+    (one,) = evaluate(Overflowing(words), Silent(words), [600], 1)
+    assert one.scores == {}
+    assert "nats must be finite" in one.error
+
+
 class Told(Counting):
     """Questions whose evidence stands at places, and one whose answer is not said."""
 

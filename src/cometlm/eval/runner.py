@@ -7,6 +7,7 @@ stands what it needs: `distance` (tokens from the beginning of its evidence to t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,7 +154,16 @@ def answers_to(
     else:
         answers = iter([_foreseen(reader, sample)])
     for answer in answers:
-        yield replace(answer, peak_bytes=None if device is None else peak_memory(device))
+        peak = None if device is None else peak_memory(device)
+        yield replace(_with_finite_scores(answer), peak_bytes=peak)
+
+
+def _with_finite_scores(answer: Answer) -> Answer:
+    """An answer whose scores are numbers, or else an error: no mean can be made of NaN."""
+    for name, score in answer.scores.items():
+        if not math.isfinite(score):
+            return replace(answer, scores={}, error=f"{name} must be finite, got {score}")
+    return answer
 
 
 def place_of(sample: Sample, question: Question) -> int:
