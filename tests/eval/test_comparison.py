@@ -14,7 +14,7 @@ from cometlm.eval import comparison as module
 from cometlm.eval.comparison import Comparison, Watch
 from cometlm.eval.config import config_of
 from cometlm.eval.results import as_plain
-from cometlm.eval.rows import Rows
+from cometlm.eval.rows import Forecast, Rows
 from cometlm.tasks import TASKS, Sample, Task
 from tests import real
 from tests.cli.said import TEXT
@@ -165,6 +165,54 @@ def test_skipped_cells_are_run_when_they_may(values, tmp_path):
     made = run(values, rows)
     assert not made.skipped
     assert plain(made) == {**plain(run(values)), "settings": plain(made)["settings"]}
+    rows.close()
+
+
+def test_a_cell_that_was_skipped_once_is_finished_later(values, tmp_path):
+    values = {**values, "methods": ["comet"], "tasks": ["traces"], "lengths": [200], "samples": 3}
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert run({**values, "limits": {"hours": 1e-9}}, rows).skipped
+    with pytest.raises(KeyboardInterrupt):
+        run(values, rows, Stop(0))
+    made = run({**values, "limits": {"hours": 1e-9}}, rows)  # what was begun is finished
+    assert not made.skipped
+    assert [cell["texts"] for cell in plain(made)["cells"]] == [3]
+    rows.close()
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert not run(values, rows).skipped
+    rows.close()
+
+
+def test_time_that_is_left_does_not_count_what_will_be_skipped(values, monkeypatch):
+    class Left(Watch):
+        def begins(self, cell, forecast, left):
+            found.append(left)
+
+    def foresee(readings, task, tokens, *more, **named):
+        return Forecast(tokens, 10.0 if tokens == 200 else 7200.0)
+
+    monkeypatch.setattr(module, "foresee", foresee)
+    found = []
+    values = {**values, "methods": ["comet"], "tasks": ["traces"], "lengths": [200, 220]}
+    made = run({**values, "samples": 1, "limits": {"hours": 1}}, watch=Left())
+    assert [cell.tokens for cell in made.skipped] == [220]
+    assert found == [10.0]
+
+
+def test_two_tasks_with_the_same_settings_are_asked_once(values, tmp_path):
+    values = {**values, "methods": ["comet"], "lengths": [200], "samples": 2,
+              "tasks": {"traces": {}, "again": {"task": "traces"}}}  # fmt: skip
+    rows = Rows(tmp_path / "rows.jsonl")
+    want = plain(run(values, rows))
+    first, second = want["cells"]
+    assert (first["texts"], first["n"]) == (second["texts"], second["n"])
+    assert first["texts"] == 2
+    rows.close()
+    path = tmp_path / "rows.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sum("answer" in row for row in kept) == first["n"]
+    rows = Rows(path)
+    assert plain(run(values, rows)) == want
     rows.close()
 
 
