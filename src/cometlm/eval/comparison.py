@@ -20,7 +20,7 @@ from cometlm.eval.config import DEFAULT_SAMPLES, EvalConfig, Limits
 from cometlm.eval.forecast import Reading, calibrate, foresee, questions_of, readings_of
 from cometlm.eval.results import Cell, Results, name_of, readable_seconds
 from cometlm.eval.rows import Forecast, Rows
-from cometlm.eval.runner import OUT_OF_MEMORY, Answer, Place, evaluate
+from cometlm.eval.runner import Answer, Place, evaluate
 from cometlm.methods import METHODS, Budget, Loader, Reader, TooLongError
 from cometlm.tasks import Own, Sample, Task, make_task
 
@@ -260,7 +260,7 @@ class Comparison:
             one for one in self.rows.answers(self.settings[name])
             if one.index < samples.get(one.tokens, 0)
             and one.place not in self.answers[name]
-            and not one.error.startswith(OUT_OF_MEMORY)  # another machine may have enough
+            and not one.is_retried
         ]  # fmt: skip
         self.answers[name] |= {one.place: one for one in new}
         self._readings.setdefault(cells[0].method, []).extend(readings_of(cells[0].task, new))
@@ -297,9 +297,8 @@ class Comparison:
         found = self.answers[cell.method, cell.task]
         self._take_known([cell])  # another task with the same settings may just have been asked
         own = [one for one in found.values() if one.tokens == cell.tokens]
-        done = {one.place for one in own}
         try:
-            forecast = self._forecast(cell, reader, task, is_begun=bool(done))
+            forecast = self._forecast(cell, reader, task, is_begun=bool(own))
         except (ValueError, OSError, ImportError) as error:
             self._note_of_task(cell, error)
             return
@@ -311,7 +310,7 @@ class Comparison:
         new: list[Answer] = []
         limits: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens}
         limits["device"] = self._loader.device
-        answers = evaluate(reader, task, [cell.tokens], cell.samples, done=done, **limits)
+        answers = evaluate(reader, task, [cell.tokens], cell.samples, known=found, **limits)
         while True:
             try:
                 answer = next(answers, None)
@@ -358,8 +357,12 @@ class Comparison:
             questions = len(sample.questions)
         lengths = {one.tokens for one in readings if bool(one.task) == bool(name)}
         if self.config.limits.are_given and len(lengths) < 2:
-            readings += calibrate(reader, task, cell.task, sample, self._loader.device)
-        return foresee(readings, name, cell.tokens, questions)
+            device, most = self._loader.device, self.config.max_new_tokens
+            readings += calibrate(reader, cell.task, sample, device, most)
+        usual = task.usual_length(cell.tokens)
+        if task.longest is None:  # where a task has no more texts, it makes shorter ones
+            usual = min(usual, len(sample.context))
+        return foresee(readings, name, cell.tokens, questions, usual)
 
     def _seconds_left(self, cells: Sequence[Cell]) -> float | None:
         """What those cells will take, all of one method; None where nothing is known of one.
@@ -377,7 +380,8 @@ class Comparison:
             }  # fmt: skip
             questions = questions_of(readings, cell.task)
             name = cell.task if any(one.task for one in readings) else ""
-            forecast = foresee(readings, name, cell.tokens, questions or 1)
+            usual = self._tasks_of(cell.method)[cell.task].usual_length(cell.tokens)
+            forecast = foresee(readings, name, cell.tokens, questions or 1, usual)
             if forecast.seconds is None:
                 return None
             if own or not _refusal(self.config.limits, forecast, cell):
