@@ -323,6 +323,28 @@ def test_errors_need_no_field_to_be_grouped_by():
     assert (error.group, error.count, error.error) == (None, 0, unmade.error)
 
 
+def test_questions_that_differ_are_no_pairs():
+    """With another tokenizer a task may ask something else in the same place."""
+    ours = [dataclasses.replace(ONE, index=i) for i in range(4)]
+    theirs = [
+        ours[0],
+        dataclasses.replace(ours[1], question="When?"),
+        dataclasses.replace(ours[2], answers=["o"]),
+        dataclasses.replace(ours[3], digest="other"),  # the same text in other tokens
+    ]
+    assert [one.count for one in differences(ours, theirs)] == [2]
+
+    def text(index, digest):
+        nats = {"nats": 1.0}
+        return dataclasses.replace(
+            ONE, index=index, question="", answers=[], scores=nats, digest=digest
+        )
+
+    ours = [text(0, "a"), text(1, "a"), text(2, "a")]
+    theirs = [text(0, "a"), text(1, "b"), text(2, "")]  # rows of before have no digest
+    assert [one.count for one in differences(ours, theirs)] == [2]
+
+
 def test_differences_are_of_questions_that_both_have_answered():
     def answers(scores, **more):
         return [

@@ -50,6 +50,8 @@ class Line:
 class Difference:
     """How much better one method is than another, over the questions that both have answered.
 
+    With another tokenizer a task may ask something else in the same place, which is left out.
+
     Attributes:
         tokens, group: see `Line`.
         count: how many these are.
@@ -91,7 +93,8 @@ def differences(
     others = {answer.place: answer for answer in theirs if not answer.error}
     found = []
     for tokens, value, own in _grouped(ours, by):
-        pairs = [(a, others[a.place]) for a in own if not a.error and a.place in others]
+        both = [(a, others[a.place]) for a in own if not a.error and a.place in others]
+        pairs = [pair for pair in both if _are_asked_alike(*pair)]
         if not pairs:
             continue
         names = dict.fromkeys(name for pair in pairs for name in pair[0].scores)
@@ -103,6 +106,13 @@ def differences(
                 scores[name] = difference_interval(_of_texts(less), most_of(name))
         found.append(Difference(tokens, value, len(pairs), scores))
     return found
+
+
+def _are_asked_alike(one: Answer, other: Answer) -> bool:
+    """Whether two answers are to the same question, or of the same text if there is none."""
+    if one.question or other.question:
+        return (one.question, *one.answers) == (other.question, *other.answers)
+    return one.digest == other.digest or not (one.digest and other.digest)  # older rows have none
 
 
 def _grouped(answers: Iterable[Answer], by: str | None) -> list[tuple[int, Any, list[Answer]]]:
