@@ -186,10 +186,10 @@ def answers_to(
         answers = _asked(reader, task, sample, chosen, max_new_tokens)
     else:
         answers = iter([_foreseen(reader, sample)])
-    context = {"read": len(sample.context), "digest": digest_of(sample.context)}
+    read, digest = len(sample.context), digest_of(sample.context)
     for answer in answers:
         peak = None if device is None else peak_memory(device)
-        yield replace(_with_finite_scores(answer), peak_bytes=peak, **context)
+        yield replace(_with_finite_scores(answer), peak_bytes=peak, read=read, digest=digest)
 
 
 def digest_of(context: Sequence[int]) -> str:
