@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -42,8 +42,15 @@ class _OnceLoader(yaml.SafeLoader):
         return node
 
 
-def read_fields(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+def read_fields(
+    path: str | Path,
+    changes: Sequence[str] = (),
+    whole: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """What a YAML file holds, with changes of the form "key=value" or "key.inner.0=value".
+
+    Args:
+        whole: writes out what the file may abbreviate, so that changes find their place in it.
 
     Raises:
         ValueError: no YAML, no mapping, a change of a place that is not there.
@@ -62,6 +69,7 @@ def read_fields(path: str | Path, changes: Sequence[str] = ()) -> dict[str, Any]
         if not equals:
             raise ValueError(f"a change must look like key=value, got {change!r}")
         try:
+            values = whole(values)
             _set(values, name.strip().split("."), yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise ValueError(f"the value of {change!r} is not YAML: {error}") from error
@@ -93,7 +101,10 @@ def _set(values: Any, path: list[str], value: Any) -> None:
         if isinstance(values, list):
             values = values[_index(name, values)]
         else:
-            values = values.setdefault(_key(name, values), {})
+            key = _key(name, values)
+            if values.get(key) is None:  # missing, or left empty
+                values[key] = {}
+            values = values[key]
         if not isinstance(values, (dict, list)):
             above = ".".join(path[: i + 1])
             raise ValueError(f"{'.'.join(path)} is no field: {above} is {values!r}")

@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from cometlm.eval import comparison as module
+from cometlm.eval import forecast
 from cometlm.eval.comparison import Comparison, Watch
 from cometlm.eval.config import config_of
 from cometlm.eval.results import as_plain
-from cometlm.eval.rows import Rows
-from cometlm.tasks import TASKS, Sample, Task
+from cometlm.eval.rows import Forecast, Rows
+from cometlm.tasks import TASKS, Question, Sample, Task
 from tests import real
 from tests.cli.said import TEXT
 from tests.sessions import SIZES
@@ -166,6 +167,130 @@ def test_skipped_cells_are_run_when_they_may(values, tmp_path):
     assert not made.skipped
     assert plain(made) == {**plain(run(values)), "settings": plain(made)["settings"]}
     rows.close()
+
+
+def test_a_cell_that_was_skipped_once_is_finished_later(values, tmp_path):
+    values = {**values, "methods": ["comet"], "tasks": ["traces"], "lengths": [200], "samples": 3}
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert run({**values, "limits": {"hours": 1e-9}}, rows).skipped
+    with pytest.raises(KeyboardInterrupt):
+        run(values, rows, Stop(0))
+    made = run({**values, "limits": {"hours": 1e-9}}, rows)  # what was begun is finished
+    assert not made.skipped
+    assert [cell["texts"] for cell in plain(made)["cells"]] == [3]
+    rows.close()
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert not run(values, rows).skipped
+    rows.close()
+
+
+def test_time_that_is_left_does_not_count_what_will_be_skipped(values, monkeypatch):
+    class Left(Watch):
+        def begins(self, cell, forecast, left):
+            found.append(left)
+
+    def foresee(readings, task, tokens, *more, **named):
+        return Forecast(tokens, 10.0 if tokens == 200 else 7200.0)
+
+    monkeypatch.setattr(module, "foresee", foresee)
+    found = []
+    values = {**values, "methods": ["comet"], "tasks": ["traces"], "lengths": [200, 220]}
+    made = run({**values, "samples": 1, "limits": {"hours": 1}}, watch=Left())
+    assert [cell.tokens for cell in made.skipped] == [220]
+    assert found == [10.0]
+
+
+def test_two_tasks_with_the_same_settings_are_asked_once(values, tmp_path):
+    values = {**values, "methods": ["comet"], "lengths": [200], "samples": 2,
+              "tasks": {"traces": {}, "again": {"task": "traces"}}}  # fmt: skip
+    rows = Rows(tmp_path / "rows.jsonl")
+    want = plain(run(values, rows))
+    first, second = want["cells"]
+    assert (first["texts"], first["n"]) == (second["texts"], second["n"])
+    assert first["texts"] == 2
+    rows.close()
+    path = tmp_path / "rows.jsonl"
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sum("answer" in row for row in kept) == first["n"]
+    rows = Rows(path)
+    assert plain(run(values, rows)) == want
+    rows.close()
+
+
+def test_texts_of_uneven_lengths_are_foreseen_by_their_mean(values, tmp_path, monkeypatch):
+    path = tmp_path / "mine.jsonl"
+    texts = ["A lamp. ", "A lamp. " * 3, "A lamp. " * 40]
+    rows = [{"context": text, "question": "What?", "answer": "a lamp"} for text in texts]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    calibrated, usual = [], []
+
+    def calibrate(*arguments):
+        calibrated.append(arguments[-1])
+        return forecast.calibrate(*arguments)
+
+    def foresee(readings, task, tokens, questions, mean):
+        usual.append((tokens, mean, max(one.tokens for one in readings)))
+        return forecast.foresee(readings, task, tokens, questions, mean)
+
+    monkeypatch.setattr(module, "calibrate", calibrate)
+    monkeypatch.setattr(module, "foresee", foresee)
+    values = {**values, "methods": ["truncate"], "tasks": {"mine": {"data": str(path)}},
+              "samples": 3, "lengths": [], "limits": {"hours": 1}}  # fmt: skip
+    made = run(values)
+    lengths = [one.read for one in made.results.answers["truncate", "mine"]]
+    assert len(set(lengths)) == 3
+    for tokens, mean, measured in usual:
+        assert tokens == max(lengths)
+        assert mean == pytest.approx(sum(lengths) / 3)
+        assert measured <= lengths[0]  # of the beginnings of the first text
+    assert set(calibrated) == {values["max_new_tokens"]}
+
+
+def test_a_text_that_has_changed_is_asked_anew(values, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    task = {"options": {"corpora": str(path)}}
+    values = {**values, "methods": ["truncate"], "tasks": {"passkey": task}, "lengths": [60]}
+    rows = Rows(tmp_path / "rows.jsonl")
+    before = run(values, rows).results
+    path.write_text(TEXT.swapcase())
+    made = run(values, rows).results
+    ours, theirs = (
+        {one.place: one.digest for one in own.answers["truncate", "passkey"]}
+        for own in (made, before)
+    )
+    assert ours.keys() == theirs.keys()
+    assert not set(ours.values()) & set(theirs.values())
+    assert run(values, rows, Stop(0)).results.answers == made.answers  # nothing is asked again
+    rows.close()
+
+
+class Judged(Task):
+    """Its judge answers, or not."""
+
+    answers = True
+
+    def sample(self, index, tokens):
+        return Sample([1] * tokens, (Question("Why?", ("x",)),))
+
+    def score(self, question, said):
+        if not self.answers:
+            raise OSError("the judge cannot be asked")
+        return {"judged": 1.0}
+
+
+def test_what_a_judge_did_not_say_is_asked_again(values, monkeypatch):
+    monkeypatch.setitem(TASKS._known, "judged", Judged)
+    values = {**values, "methods": ["truncate"], "tasks": ["judged"], "lengths": [20]}
+    monkeypatch.setattr(Judged, "answers", False)
+    rows = Rows()
+    limited = run({**values, "limits": {"hours": 1}}, rows)  # calibration needs no judge
+    (line,) = limited.results.lines.values()
+    assert (line.count, line.num_errors) == (0, 2)
+    assert limited.is_whole
+    monkeypatch.setattr(Judged, "answers", True)
+    (line,) = run(values, rows).results.lines.values()
+    assert (line.count, line.num_errors) == (2, 0)
 
 
 def test_positions_that_run_out_are_rows(values):

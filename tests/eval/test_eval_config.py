@@ -52,6 +52,18 @@ def test_a_file_and_changes_to_it(tmp_path):
     assert config.limits == Limits(hours=0.5)
 
 
+@pytest.mark.parametrize("methods", ["[full, truncate]", "{full: , truncate: }"])
+def test_changes_of_what_is_only_named(tmp_path, methods):
+    path = tmp_path / "compare.yaml"
+    path.write_text(f"model: m\ntasks: [passkey]\nmethods: {methods}\nsizes:\n")
+    changes = ["methods.truncate.samples=1", "tasks.passkey.options.digits=4", "sizes.capacity=2"]
+    config = read_config(path, changes)
+    assert list(config.methods) == ["full", "truncate"]
+    assert config.methods["truncate"].samples == 1
+    assert config.tasks["passkey"].options == {"digits": 4}
+    assert config.sizes == {"capacity": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -73,6 +73,20 @@ def test_texts_that_are_only_foreseen_say_nothing_of_others():
     assert foresee(readings, "", 100, 0).seconds is not None
 
 
+def test_seconds_are_of_the_usual_text_and_bytes_of_the_longest():
+    growing = [reading(n, n / 1000, 100 * n, peak=10_000) for n in (100, 200)]
+    found = foresee(growing, "a", 1000, 2, usual=400.0)
+    assert found.tokens == 1000
+    assert found.nbytes == 10_000 + 100 * 1000
+    assert found.seconds == pytest.approx(0.4 + 2 * 0.5, rel=0.01)
+
+
+def test_readings_have_the_length_of_their_text():
+    short = Answer(1000, 0, 0, "?", ["x"], scores={"exact": 0.0}, read=40, digest="a")
+    older = Answer(1000, 1, 0, "?", ["x"], scores={"exact": 0.0})
+    assert [one.tokens for one in readings_of("a", [short, older])] == [40, 1000]
+
+
 def test_questions_about_one_text_are_one_reading():
     def answer(index, number, read, error=""):
         return Answer(

@@ -1,5 +1,6 @@
 """Intervals and scores."""
 
+import math
 import random
 import statistics
 
@@ -74,6 +75,12 @@ def test_equal_differences_of_few_texts_leave_room_for_others():
     assert mean == 0
     assert high == -low == interval(0, 2)[1]
     assert difference_interval([[1.0]])[1:] == (pytest.approx(1 - interval(0, 1)[1]), 1.0)
+
+
+def test_one_text_says_nothing_of_a_difference_without_bounds():
+    assert difference_interval([[0.3]], math.inf) == (0.3, -math.inf, math.inf)
+    mean, low, high = difference_interval([[0.3], [0.5]], math.inf)
+    assert (mean, low, high) == pytest.approx((0.4, 0.3, 0.5))
 
 
 @pytest.mark.parametrize(

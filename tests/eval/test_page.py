@@ -1,5 +1,6 @@
 """The report as a page: whole, self-contained; nothing that a model says is taken for markup."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -141,6 +142,20 @@ def test_results_are_plain(results):
     assert nats["scores"]["nats"] == {"mean": 4.0, "low": 0.0, "high": None}
     assert {one["method"] for one in again["differences"]} == {"full"}
     assert again["machine"]["torch"]
+
+
+def test_means_that_are_no_numbers_are_none(results):
+    broken = dataclasses.replace(nats(0), scores={"nats": float("nan")})
+    results.answers["comet", "continue"][:] = [broken]
+    again = json.loads(json.dumps(as_plain(results), allow_nan=False))
+    cell = next(one for one in again["cells"] if (one["method"], one["tokens"]) == ("comet", 100))
+    assert cell["scores"]["nats"]["mean"] is None
+
+
+def test_a_judge_comes_first(results):
+    for own in results.answers["comet", "passkey"]:
+        own.scores["judged"] = 1.0
+    assert results.main_score("passkey") == "judged"
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,13 @@ def test_one_process_writes_at_a_time(tmp_path):
     again.close()
 
 
+def test_the_last_row_of_a_place_counts():
+    rows = Rows()
+    for answer in (ONE, OTHER, dataclasses.replace(ONE, said="y")):
+        rows.append(SETTINGS, answer)
+    assert [one.said for one in rows.answers(SETTINGS)] == ["y", "x"]
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="its folder is missing"):
         Rows(tmp_path / "gone" / "rows.jsonl")

@@ -81,10 +81,51 @@ def test_every_question_is_asked_where_it_stands(words):
 
 def test_what_is_known_is_not_asked_again(words):
     reader = Counter(words)
-    every = {answer.place for answer in evaluate(reader, Counting(words), [10], 3)}
-    done = {(10, 0, 0), (10, 0, 1), (10, 1, 1)}
-    left = [answer.place for answer in evaluate(reader, Counting(words), [10], 3, done=done)]
-    assert set(left) == every - done
+    every = {answer.place: answer for answer in evaluate(reader, Counting(words), [10], 3)}
+    known = {place: every[place] for place in ((10, 0, 0), (10, 0, 1), (10, 1, 1))}
+    left = [answer.place for answer in evaluate(reader, Counting(words), [10], 3, known=known)]
+    assert set(left) == every.keys() - known.keys()
+
+
+def test_what_answers_something_else_is_asked_again(words):
+    """Files that a task is made of may change between two runs."""
+
+    class Changed(Counting):
+        def sample(self, index, tokens):
+            sample = super().sample(index, tokens)
+            first, second = sample.questions
+            if index == 0:  # other words
+                first = dataclasses.replace(first, text="How long?")
+            if index == 1:  # another answer
+                second = dataclasses.replace(second, answers=("1",))
+            if index == 2:  # fewer questions
+                return Sample(sample.context, (first,))
+            return Sample([9] * tokens if index == 3 else sample.context, (first, second))
+
+    task = Counting(words)
+    known = {answer.place: answer for answer in evaluate(Counter(words), task, [10], 5)}
+    # Rows that are older than digests say nothing of the text itself.
+    older = {p: dataclasses.replace(one, read=0, digest="") for p, one in known.items()}
+    assert not list(evaluate(Counter(words), task, [10], 5, known=older))
+
+    def left(known):
+        return {one.place[1:] for one in evaluate(Counter(words), Changed(words), [10], 5,
+                                                  known=known)}  # fmt: skip
+
+    assert left(known) == {(0, 0), (1, 1), (3, 0), (3, 1)}
+    assert left(older) == {(0, 0), (1, 1)}
+    assert known.keys() == {(10, 0, 1), (10, 1, 0), (10, 2, 0), (10, 4, 0), (10, 4, 1)}
+
+
+def test_answers_that_cannot_be_scored_are_kept(words):
+    class Judged(Counting):
+        def score(self, question, said):
+            raise OSError("the judge x cannot be asked")
+
+    answers = list(evaluate(Counter(words), Judged(words), [10], 2))
+    assert [answer.said for answer in answers] == ["5", "10"] * 2
+    assert {answer.error for answer in answers} == {"not scored: the judge x cannot be asked"}
+    assert all(answer.is_retried and not answer.scores for answer in answers)
 
 
 def test_what_is_too_long_is_a_row_without_scores(words):
@@ -123,8 +164,8 @@ def test_a_text_that_the_task_cannot_make_so_short_is_a_row(words):
     answers = list(evaluate(Counter(words), Uneven(words), [40], 3))
     assert [answer.index for answer in answers] == [0, 0, 1, 2, 2]
     assert (answers[2].error, answers[2].scores) == ("tokens must be at least 50", {})
-    done = {answer.place for answer in answers}
-    assert not list(evaluate(Counter(words), Uneven(words), [40], 3, done=done))
+    known = {answer.place: answer for answer in answers}
+    assert not list(evaluate(Counter(words), Uneven(words), [40], 3, known=known))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried\nmuch"), MemoryError()])
@@ -186,11 +227,26 @@ def test_a_text_without_questions_is_foreseen(words):
     assert (answers[0].nbytes, answers[0].meta) == (600, {"haystack": "numbers"})
     (line,) = summarize(answers)
     assert line.scores["nats"] == (300.0, 300.0, 300.0)
-    assert not list(evaluate(Guessing(words), Silent(words), [600], 1, done={(600, 0, 0)}))
+    known = {answer.place: answer for answer in answers}
+    assert not list(evaluate(Guessing(words), Silent(words), [600], 2, known=known))
     (late,) = evaluate(Guessing(words, 400), Silent(words), [600], 1)
     assert (late.scores, late.error) == ({}, "at most 400")
     with refused("tokens of a text must be at least 2, got 1"):
         list(evaluate(Guessing(words), Silent(words), [1], 1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_text_foreseen_in_no_number_is_an_error(words, value):
+    class Overflowing(Guessing):
+        def foresee(self, ids):
+            return [Foreseen(value, False)] * len(ids)
+
+        def fork(self):
+            return Overflowing(self.tokenizer)
+
+    (one,) = evaluate(Overflowing(words), Silent(words), [600], 1)
+    assert one.scores == {}
+    assert "nats must be finite" in one.error
 
 
 class Told(Counting):
@@ -258,6 +314,35 @@ def test_lines(words):
     with refused("by must be one of decile, got 'depth'"):
         summarize(answers, "depth")
     assert summarize([]) == []
+
+
+def test_errors_need_no_field_to_be_grouped_by():
+    unmade = Answer(10, 1, 0, "", [], error="tokens must be at least 50")
+    line, error = summarize([ONE, unmade], "depth")
+    assert (line.group, line.count, line.num_errors) == (0.5, 1, 0)
+    assert (error.group, error.count, error.error) == (None, 0, unmade.error)
+
+
+def test_questions_that_differ_are_no_pairs():
+    """With another tokenizer a task may ask something else in the same place."""
+    ours = [dataclasses.replace(ONE, index=i) for i in range(4)]
+    theirs = [
+        ours[0],
+        dataclasses.replace(ours[1], question="When?"),
+        dataclasses.replace(ours[2], answers=["o"]),
+        dataclasses.replace(ours[3], digest="other"),  # the same text in other tokens
+    ]
+    assert [one.count for one in differences(ours, theirs)] == [2]
+
+    def text(index, digest):
+        nats = {"nats": 1.0}
+        return dataclasses.replace(
+            ONE, index=index, question="", answers=[], scores=nats, digest=digest
+        )
+
+    ours = [text(0, "a"), text(1, "a"), text(2, "a")]
+    theirs = [text(0, "a"), text(1, "b"), text(2, "")]  # rows of before have no digest
+    assert [one.count for one in differences(ours, theirs)] == [2]
 
 
 def test_differences_are_of_questions_that_both_have_answered():

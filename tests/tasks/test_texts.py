@@ -26,6 +26,14 @@ def test_a_test_has_each_text_once(words):
         task.sample(9, 100)
 
 
+def test_the_usual_length_is_the_mean_of_what_fits(words):
+    task = TextsTask(words, TEXTS)
+    lengths = [length(words, text) for text in TEXTS]
+    assert task.usual_length(task.longest) == pytest.approx(sum(lengths) / 9)
+    assert task.usual_length(lengths[1]) == pytest.approx(sum(lengths[:2]) / 2)
+    assert TextsTask(words, TEXTS, split="train").usual_length(50) == 50
+
+
 def test_what_is_too_long_is_left_out_where_that_is_said(words):
     most = length(words, TEXTS[3])
     task = TextsTask(words, list(reversed(TEXTS)), max_tokens=most)

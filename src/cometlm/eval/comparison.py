@@ -20,7 +20,7 @@ from cometlm.eval.config import DEFAULT_SAMPLES, EvalConfig, Limits
 from cometlm.eval.forecast import Reading, calibrate, foresee, questions_of, readings_of
 from cometlm.eval.results import Cell, Results, name_of, readable_seconds
 from cometlm.eval.rows import Forecast, Rows
-from cometlm.eval.runner import OUT_OF_MEMORY, Answer, evaluate
+from cometlm.eval.runner import Answer, Place, evaluate
 from cometlm.methods import METHODS, Loader, Reader, TooLongError
 from cometlm.tasks import Own, Sample, Task, make_task
 
@@ -64,7 +64,7 @@ class Comparison:
 
     Attributes:
         cells: all of them, in the order in which they are run.
-        answers: of each method to each task, also those that were known.
+        answers: of each method to each task by place, also those that were known.
         forecasts: what cells were foreseen to take.
         lacking_methods, lacking_tasks, lacking_cells: what could not be had, and why.
         settings: of the rows of each method and task that were looked at.
@@ -77,7 +77,7 @@ class Comparison:
         self.config = config
         self.rows = rows
         self.watch = watch or Watch()
-        self.answers: dict[tuple[str, str], list[Answer]] = {}
+        self.answers: dict[tuple[str, str], dict[Place, Answer]] = {}
         self.forecasts: dict[Cell, Forecast] = {}
         self.lacking_methods: dict[str, Exception] = {}
         self.lacking_tasks: dict[str, Exception] = {}
@@ -127,7 +127,7 @@ class Comparison:
         return Results(
             settings={name: value for name, value in config.items() if name != "output"},
             cells=self.cells,
-            answers=self.answers,
+            answers={name: list(own.values()) for name, own in self.answers.items()},
             forecasts=self.forecasts,
             lacking={name: str(error) for name, error in self.lacking.items()},
         )
@@ -246,18 +246,25 @@ class Comparison:
         """Take what is known from the rows."""
         count = 0
         for task in dict.fromkeys(cell.task for cell in cells):
-            settings = self.settings[method, task] = self._settings(method, task)
-            samples = {cell.tokens: cell.samples for cell in cells if cell.task == task}
-            known = [
-                one for one in self.rows.answers(settings)
-                if one.index < samples.get(one.tokens, 0)
-                and not one.error.startswith(OUT_OF_MEMORY)  # another machine may have enough
-            ]  # fmt: skip
-            self.answers[method, task] = known
-            self._readings.setdefault(method, []).extend(readings_of(task, known))
-            count += len(known)
+            self.settings[method, task] = self._settings(method, task)
+            self.answers[method, task] = {}
+            count += self._take_known([cell for cell in cells if cell.task == task])
         if count:
             self.watch.known(method, count)
+
+    def _take_known(self, cells: Sequence[Cell]) -> int:
+        """Take what the rows have of cells of one method and task; how many answers that were."""
+        name = cells[0].method, cells[0].task
+        samples = {cell.tokens: cell.samples for cell in cells}
+        new = [
+            one for one in self.rows.answers(self.settings[name])
+            if one.index < samples.get(one.tokens, 0)
+            and one.place not in self.answers[name]
+            and not one.is_retried
+        ]  # fmt: skip
+        self.answers[name] |= {one.place: one for one in new}
+        self._readings.setdefault(cells[0].method, []).extend(readings_of(cells[0].task, new))
+        return len(new)
 
     def _settings(self, method: str, task: str) -> dict[str, Any]:
         """All that the answers of a method to a task depend on, besides length and sample."""
@@ -289,10 +296,10 @@ class Comparison:
         task = self._tasks_of(cell.method)[cell.task]
         settings = self.settings[cell.method, cell.task]
         found = self.answers[cell.method, cell.task]
-        own = [one for one in found if one.tokens == cell.tokens]
-        done = {one.place for one in own}
+        self._take_known([cell])  # another task with the same settings may just have been asked
+        own = [one for one in found.values() if one.tokens == cell.tokens]
         try:
-            forecast = self._forecast(cell, reader, task, is_begun=bool(done))
+            forecast = self._forecast(cell, reader, task, is_begun=bool(own))
         except (ValueError, OSError, ImportError) as error:
             self._note_of_task(cell, error)
             return
@@ -304,7 +311,7 @@ class Comparison:
         new: list[Answer] = []
         limits: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens}
         limits["device"] = self._loader.device
-        answers = evaluate(reader, task, [cell.tokens], cell.samples, done=done, **limits)
+        answers = evaluate(reader, task, [cell.tokens], cell.samples, known=found, **limits)
         while True:
             try:
                 answer = next(answers, None)
@@ -314,7 +321,7 @@ class Comparison:
             if answer is None:
                 break
             self.rows.append(settings, answer)
-            found.append(answer)
+            found[answer.place] = answer
             new.append(answer)
             self.watch.answered(cell, answer)
         self._readings[cell.method] += readings_of(cell.task, new)
@@ -323,13 +330,13 @@ class Comparison:
         """What a text of the cell takes, kept with the rows; the first word on it stays."""
         settings = self.settings[cell.method, cell.task]
         kept = self.rows.forecasts(settings).get(cell.tokens)
-        if is_begun or (kept is not None and not kept.skipped):
-            forecast = kept or Forecast(cell.tokens)
-        else:
-            forecast = self._foresee(cell, reader, task)
-        if not is_begun:
-            forecast = replace(forecast, skipped=_refusal(self.config.limits, forecast, cell))
-        if forecast != kept and (forecast.seconds is not None or forecast.skipped):
+        forecast = kept or Forecast(cell.tokens)
+        if not is_begun and (kept is None or kept.skipped):
+            new = self._foresee(cell, reader, task)
+            forecast = forecast if new.seconds is None else new
+        why = "" if is_begun else _refusal(self.config.limits, forecast, cell)
+        forecast = replace(forecast, skipped=why)
+        if forecast != kept and (forecast.seconds is not None or kept is not None):
             self.rows.append(settings, forecast)
         self.forecasts[cell] = forecast
         return forecast
@@ -351,24 +358,35 @@ class Comparison:
             questions = len(sample.questions)
         lengths = {one.tokens for one in readings if bool(one.task) == bool(name)}
         if self.config.limits.are_given and len(lengths) < 2:
-            readings += calibrate(reader, task, cell.task, sample, self._loader.device)
-        return foresee(readings, name, cell.tokens, questions)
+            device, most = self._loader.device, self.config.max_new_tokens
+            readings += calibrate(reader, cell.task, sample, device, most)
+        usual = task.usual_length(cell.tokens)
+        if task.longest is None:  # where a task has no more texts, it makes shorter ones
+            usual = min(usual, len(sample.context))
+        return foresee(readings, name, cell.tokens, questions, usual)
 
     def _seconds_left(self, cells: Sequence[Cell]) -> float | None:
-        """What those cells will take, all of one method; None where nothing is known of one."""
+        """What those cells will take, all of one method; None where nothing is known of one.
+
+        Those that the limits will skip, or whose task's data are not there, take nothing.
+        """
         total = 0.0
         for cell in cells:
+            if cell.task in self.lacking_tasks:
+                continue
             readings = self._readings[cell.method]
             own = {
-                one.index for one in self.answers[cell.method, cell.task]
+                one.index for one in self.answers[cell.method, cell.task].values()
                 if one.tokens == cell.tokens
             }  # fmt: skip
             questions = questions_of(readings, cell.task)
             name = cell.task if any(one.task for one in readings) else ""
-            seconds = foresee(readings, name, cell.tokens, questions or 1).seconds
-            if seconds is None:
+            usual = self._tasks_of(cell.method)[cell.task].usual_length(cell.tokens)
+            forecast = foresee(readings, name, cell.tokens, questions or 1, usual)
+            if forecast.seconds is None:
                 return None
-            total += seconds * (cell.samples - len(own))
+            if own or not _refusal(self.config.limits, forecast, cell):
+                total += forecast.seconds * (cell.samples - len(own))
         return total
 
     # --- what cannot be had -----------------------------------------------------------------

@@ -195,7 +195,7 @@ def read_config(path: str | Path, changes: Sequence[str] = ()) -> EvalConfig:
         ValueError: no YAML, an unknown field, a value of another type, an impossible one.
         OSError: the file cannot be read.
     """
-    return config_of(read_fields(path, changes))
+    return config_of(read_fields(path, changes, _whole))
 
 
 def config_of(values: Mapping[str, Any]) -> EvalConfig:
@@ -204,7 +204,12 @@ def config_of(values: Mapping[str, Any]) -> EvalConfig:
     Raises:
         ValueError: as `read_config`.
     """
-    return build(EvalConfig, {name: _by_name(name, value) for name, value in values.items()})
+    return build(EvalConfig, _whole(values))
+
+
+def _whole(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with the fields of methods and tasks of which the names alone are given."""
+    return {name: _by_name(name, value) for name, value in values.items()}
 
 
 def _by_name(name: str, value: Any) -> Any:

@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from cometlm.eval.metrics import NATS
 from cometlm.eval.rows import Forecast
 from cometlm.eval.runner import Answer, answers_to
 from cometlm.methods.base import Reader
-from cometlm.tasks.base import Sample, Task
+from cometlm.tasks.base import Sample
 
 _WARM_UP = 64  # tokens of a first reading, which is slower
 _CALIBRATED = 1536  # tokens of the longer one of two calibrating readings
@@ -36,7 +37,7 @@ class Reading:
 
     Attributes:
         task: what was asked, by its name in the comparison; "" where a text was only foreseen.
-        tokens: of the text.
+        tokens: that the text has.
         questions: that were answered.
         read_seconds, answer_seconds: of all questions together.
         nbytes: most bytes held.
@@ -63,15 +64,15 @@ def readings_of(task: str, answers: Iterable[Answer]) -> list[Reading]:
     for answer in answers:
         if not answer.error:
             texts.setdefault((answer.tokens, answer.index), []).append(answer)
-    return [_reading(task, tokens, own) for (tokens, _), own in texts.items()]
+    return [_reading(task, own) for own in texts.values()]
 
 
-def _reading(task: str, tokens: int, answers: Sequence[Answer]) -> Reading:
+def _reading(task: str, answers: Sequence[Answer]) -> Reading:
     peaks = [answer.peak_bytes for answer in answers if answer.peak_bytes is not None]
     is_foreseen = any(NATS in answer.scores for answer in answers)
     return Reading(
         task="" if is_foreseen else task,
-        tokens=tokens,
+        tokens=max(answer.read or answer.tokens for answer in answers),
         questions=0 if is_foreseen else len(answers),
         read_seconds=max(answer.read_seconds for answer in answers),
         answer_seconds=sum(answer.answer_seconds for answer in answers),
@@ -81,20 +82,27 @@ def _reading(task: str, tokens: int, answers: Sequence[Answer]) -> Reading:
 
 
 def calibrate(
-    empty: Reader, task: Task, name: str, sample: Sample, device: torch.device
+    empty: Reader,
+    name: str,
+    sample: Sample,
+    device: torch.device,
+    max_new_tokens: int | None = None,
 ) -> list[Reading]:
-    """Readings of the beginning of a text, asked what the whole text is asked.
+    """Readings of the beginning of a text, asked what the whole text is asked; nothing is scored.
 
     Args:
         empty: has read nothing; it stays so.
+        name: of the task.
         sample: whose beginning is read, at most half of it.
+        device, max_new_tokens: see `evaluate`.
     """
     longer = min(_CALIBRATED, len(sample.context) // 2)
     found: list[Reading] = []
     for tokens in (min(_WARM_UP, longer), longer // 3, longer):
         if tokens > 1:
-            answers = list(answers_to(empty.fork(), task, _cut(sample, tokens), device=device))
-            found += readings_of(name, [replace(one, tokens=tokens) for one in answers])
+            asked = _cut(sample, tokens)
+            limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "device": device}
+            found += readings_of(name, answers_to(empty.fork(), None, asked, **limits))
     return found[1:] if len(found) > 1 else found
 
 
@@ -107,26 +115,34 @@ def _cut(sample: Sample, tokens: int) -> Sample:
     return Sample(sample.context[:tokens], questions, sample.meta)
 
 
-def foresee(readings: Sequence[Reading], task: str, tokens: int, questions: float) -> Forecast:
+def foresee(
+    readings: Sequence[Reading],
+    task: str,
+    tokens: int,
+    questions: float,
+    usual: float | None = None,
+) -> Forecast:
     """What a text will take of a method.
 
     Args:
         readings: of the same method.
         task: "" for a text that is only foreseen.
-        tokens: of the text.
-        questions: that are asked about it.
+        tokens: of the longest text; bytes are foreseen of it.
+        questions: that are asked about a text.
+        usual: tokens of a text on average; seconds are foreseen of it. Default: `tokens`.
     """
+    usual = tokens if usual is None else usual
     alike = [one for one in readings if bool(one.task) == bool(task)]
     if not alike:
         return Forecast(tokens)
     grows = _grows(alike)
-    seconds = law([(one.tokens, one.read_seconds) for one in alike], grows)(tokens)
+    seconds = law([(one.tokens, one.read_seconds) for one in alike], grows)(usual)
     own = [one for one in alike if one.task == task]
     answers = [
         (one.tokens, one.answer_seconds / one.questions) for one in own or alike if one.questions
     ]
     if questions and answers:
-        seconds += questions * law(answers, grows)(tokens)
+        seconds += questions * law(answers, grows)(usual)
     lengths = sorted({one.tokens for one in alike})
     return Forecast(tokens, seconds, _peak(alike, tokens), lengths)
 

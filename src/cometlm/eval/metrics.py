@@ -76,7 +76,8 @@ def difference_interval(
     """The mean of paired differences up to `most`, and the interval of it that holds 95%.
 
     A bootstrap of texts. Where all differences are the same it has no width; the interval then
-    allows as many texts another figure as Wilson's interval does, each by 1.
+    allows as many texts another figure as Wilson's interval does, each by 1. Of one text and
+    another `most` than 1, it is all that there may be.
 
     Args:
         texts: the differences of each text, at least one.
@@ -91,6 +92,8 @@ def difference_interval(
     if not values:
         raise ValueError("differences must be at least 1, got none")
     mean = statistics.fmean(values)
+    if most != 1 and len(texts) == 1:
+        return mean, -most, most
     if most != 1 or (len(texts) > 1 and min(values) < max(values)):
         low, high = bootstrap(texts)
     else:

@@ -50,6 +50,8 @@ class Line:
 class Difference:
     """How much better one method is than another, over the questions that both have answered.
 
+    With another tokenizer a task may ask something else in the same place, which is left out.
+
     Attributes:
         tokens, group: see `Line`.
         count: how many these are.
@@ -66,10 +68,11 @@ def summarize(answers: Iterable[Answer], by: str | None = None) -> list[Line]:
     """A line for every length, in order.
 
     Args:
-        by: a field of `meta`, to have a line for each of its values as well.
+        by: a field of `meta`, to have a line for each of its values as well; errors without it,
+            such as those of texts that could not be made, have a line of their own.
 
     Raises:
-        ValueError: an answer has no such field.
+        ValueError: an answer that is no error has no such field.
     """
     return [_line(tokens, value, own) for tokens, value, own in _grouped(answers, by)]
 
@@ -90,7 +93,8 @@ def differences(
     others = {answer.place: answer for answer in theirs if not answer.error}
     found = []
     for tokens, value, own in _grouped(ours, by):
-        pairs = [(a, others[a.place]) for a in own if not a.error and a.place in others]
+        both = [(a, others[a.place]) for a in own if not a.error and a.place in others]
+        pairs = [pair for pair in both if _are_asked_alike(*pair)]
         if not pairs:
             continue
         names = dict.fromkeys(name for pair in pairs for name in pair[0].scores)
@@ -104,14 +108,21 @@ def differences(
     return found
 
 
+def _are_asked_alike(one: Answer, other: Answer) -> bool:
+    """Whether two answers are to the same question, or of the same text if there is none."""
+    if one.question or other.question:
+        return (one.question, *one.answers) == (other.question, *other.answers)
+    return one.digest == other.digest or not (one.digest and other.digest)  # older rows have none
+
+
 def _grouped(answers: Iterable[Answer], by: str | None) -> list[tuple[int, Any, list[Answer]]]:
     """Answers by the length of their contexts and a field of `meta`."""
     groups: dict[tuple[int, str], tuple[Any, list[Answer]]] = {}
     for answer in answers:
-        if by is not None and by not in answer.meta:
+        if by is not None and by not in answer.meta and not answer.error:
             known = ", ".join(answer.meta) or "nothing"
             raise ValueError(f"by must be one of {known}, got {by!r}")
-        value = None if by is None else answer.meta[by]
+        value = None if by is None else answer.meta.get(by)
         key = answer.tokens, json.dumps(value, sort_keys=True)  # lists cannot be keys
         groups.setdefault(key, (value, []))[1].append(answer)
     found = [(tokens, value, own) for (tokens, _), (value, own) in groups.items()]

@@ -28,7 +28,7 @@ from cometlm.eval.report import Difference, Line, differences, summarize
 from cometlm.eval.rows import Forecast
 from cometlm.eval.runner import Answer
 
-_PREFERRED = ("found", "f1", "exact")  # of several scores, the one that pictures show
+_PREFERRED = ("judged", "found", "f1", "exact")  # of several scores, the one that pictures show
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,14 @@ def _plain_cell(results: Results, cell: Cell) -> dict[str, Any]:
 
 def _plain_figures(line: Line | Difference) -> dict[str, Any]:
     scores = {
-        name: {"mean": mean, "low": _finite(low), "high": _finite(high)}
+        name: {"mean": _finite(mean), "low": _finite(low), "high": _finite(high)}
         for name, (mean, low, high) in line.scores.items()
     }
     return {"tokens": line.tokens, "n": line.count, "scores": scores}
 
 
 def _finite(value: float) -> float | None:
-    """A bound; None where nothing bounds, which JSON has no number for."""
+    """A figure; None where JSON has no number for it: a bound where nothing bounds, a NaN."""
     return value if math.isfinite(value) else None
 
 

@@ -72,13 +72,14 @@ class Rows:
             raise
 
     def answers(self, settings: Mapping[str, Any]) -> list[Answer]:
-        """Those of the run with these settings."""
+        """Those of the run with these settings, the last one of each place."""
         wanted = _plain(settings)
-        return [
+        found = (
             Answer(**row["answer"])
             for row in self._rows
             if "answer" in row and row["settings"] == wanted
-        ]
+        )
+        return list({one.place: one for one in found}.values())
 
     def forecasts(self, settings: Mapping[str, Any]) -> dict[int, Forecast]:
         """Forecasts of the run with these settings by their length, the last one of each."""

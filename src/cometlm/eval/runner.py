@@ -7,8 +7,11 @@ stands what it needs: `distance` (tokens from the beginning of its evidence to t
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from array import array
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +24,7 @@ from cometlm.tasks.base import Question, Sample, Task, asked_ids, turn_ids
 from cometlm.tasks.story import DECILES
 
 OUT_OF_MEMORY = "out of memory"  # what an answer's error begins with, where there was too little
+NOT_SCORED = "not scored"  # likewise, where the task could not score it now
 _SPARE = 16  # tokens that an answer may be longer than what it should be
 
 Place = tuple[int, int, int]
@@ -46,6 +50,8 @@ class Answer:
         answer_seconds: to read the question and answer.
         meta: the sample's and the question's.
         error: why there is no answer, "" if there is one.
+        read: tokens that the context has; 0 in rows that are older than the field.
+        digest: of the context's token ids; "" in such rows.
     """
 
     tokens: int
@@ -61,6 +67,27 @@ class Answer:
     answer_seconds: float = 0.0
     meta: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    read: int = 0
+    digest: str = ""
+
+    @property
+    def is_retried(self) -> bool:
+        """Whether a later run asks again: another machine may have enough memory, say."""
+        is_number = all(map(math.isfinite, self.scores.values()))
+        return not is_number or self.error.startswith((OUT_OF_MEMORY, NOT_SCORED))
+
+    def is_of(self, sample: Sample, digest: str) -> bool:
+        """Whether it answers what stands in its place in a sample, as far as the row says.
+
+        Args:
+            digest: of the sample's context, see `digest_of`.
+        """
+        if self.digest and self.digest != digest:
+            return False
+        if not sample.questions:
+            return self.number == 0 and not self.question
+        asked = sample.questions[self.number : self.number + 1]
+        return [(self.question, *self.answers)] == [(one.text, *one.answers) for one in asked]
 
     @property
     def place(self) -> Place:
@@ -74,7 +101,7 @@ def evaluate(
     tokens: Sequence[int],
     samples: int,
     *,
-    done: Collection[Place] = (),
+    known: MutableMapping[Place, Answer] | None = None,
     max_new_tokens: int | None = None,
     device: torch.device | None = None,
 ) -> Iterator[Answer]:
@@ -89,7 +116,8 @@ def evaluate(
         task: whose samples are read.
         tokens: lengths of contexts.
         samples: of each length.
-        done: places of answers that are known already.
+        known: answers by place that are known already, and not asked for again. Those that do not
+            answer what a sample asks now, since a file of the task has changed, are taken out.
         max_new_tokens: of an answer. Default: what the longest right one takes, and 16 more.
         device: whose peak of memory is measured; None measures none.
 
@@ -100,19 +128,24 @@ def evaluate(
             template.
         OSError: as the task raises.
     """
+    known = {} if known is None else known
     for length in dict.fromkeys(tokens):
         for index in range(samples):
+            own = [one for place, one in known.items() if place[:2] == (length, index)]
             try:
                 sample = task.sample(index, length)
             except ValueError as error:  # what has to stand in this text is longer
-                if not any(place[:2] == (length, index) for place in done):
+                if not own:
                     yield Answer(length, index, 0, "", [], error=str(error))
                 continue
+            digest = digest_of(sample.context) if own else ""
+            for one in own:
+                if not one.is_of(sample, digest):
+                    del known[one.place]
             numbers = range(max(1, len(sample.questions)))
-            missing = [n for n in numbers if (length, index, n) not in done]
+            missing = [n for n in numbers if (length, index, n) not in known]
             lacks_memory = False
             if missing:
-                known: dict[str, Any] = {"tokens": length, "index": index}
                 wanted = answers_to(
                     empty.fork(),
                     task,
@@ -122,7 +155,7 @@ def evaluate(
                     device=device,
                 )
                 for answer in wanted:
-                    yield replace(answer, **known)
+                    yield replace(answer, tokens=length, index=index)
                     lacks_memory = answer.error.startswith(OUT_OF_MEMORY)
             if lacks_memory:
                 break
@@ -130,7 +163,7 @@ def evaluate(
 
 def answers_to(
     reader: Reader,
-    task: Task,
+    task: Task | None,
     sample: Sample,
     numbers: Sequence[int] | None = None,
     *,
@@ -141,6 +174,7 @@ def answers_to(
 
     Args:
         reader: has read nothing; it reads the sample.
+        task: scores the answers; None: they have no scores.
         numbers: of the questions; all of them if None.
         max_new_tokens, device: see `evaluate`.
     """
@@ -152,8 +186,23 @@ def answers_to(
         answers = _asked(reader, task, sample, chosen, max_new_tokens)
     else:
         answers = iter([_foreseen(reader, sample)])
+    read, digest = len(sample.context), digest_of(sample.context)
     for answer in answers:
-        yield replace(answer, peak_bytes=None if device is None else peak_memory(device))
+        peak = None if device is None else peak_memory(device)
+        yield replace(_with_finite_scores(answer), peak_bytes=peak, read=read, digest=digest)
+
+
+def digest_of(context: Sequence[int]) -> str:
+    """What tells a context's token ids from others."""
+    return hashlib.sha256(array("I", context).tobytes()).hexdigest()[:16]
+
+
+def _with_finite_scores(answer: Answer) -> Answer:
+    """An answer whose scores are numbers, or else an error: no mean can be made of NaN."""
+    for name, score in answer.scores.items():
+        if not math.isfinite(score):
+            return replace(answer, scores={}, error=f"{name} must be finite, got {score}")
+    return answer
 
 
 def place_of(sample: Sample, question: Question) -> int:
@@ -178,7 +227,7 @@ def whereabouts(sample: Sample, question: Question) -> dict[str, Any]:
 
 def _asked(
     reader: Reader,
-    task: Task,
+    task: Task | None,
     sample: Sample,
     numbers: Sequence[int],
     max_new_tokens: int | None,
@@ -207,14 +256,18 @@ def _asked(
         except (torch.OutOfMemoryError, MemoryError) as error:
             yield replace(unsaid, error=_out_of_memory(error))
             return  # some of the text may have been read, and the rest takes no less
-        yield replace(
-            unsaid,
-            said=said,
-            scores=task.score(question, said),
-            nbytes=nbytes,
-            read_seconds=seconds,
-            answer_seconds=took,
+        answer = replace(
+            unsaid, said=said, nbytes=nbytes, read_seconds=seconds, answer_seconds=took
         )
+        yield answer if task is None else _scored(answer, task, question)
+
+
+def _scored(answer: Answer, task: Task, question: Question) -> Answer:
+    """An answer with its scores; an error that keeps it where a judge cannot be asked."""
+    try:
+        return replace(answer, scores=task.score(question, answer.said))
+    except OSError as error:
+        return replace(answer, error=f"{NOT_SCORED}: {error}")
 
 
 def _foreseen(reader: Reader, sample: Sample) -> Answer:

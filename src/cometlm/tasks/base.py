@@ -108,6 +108,10 @@ class Task(ABC):
             ValueError: `tokens` is too few for what has to stand in it.
         """
 
+    def usual_length(self, tokens: int) -> float:
+        """Tokens of a context, on average, where as many as `tokens` are asked for."""
+        return tokens
+
     def score(self, question: Question, said: str) -> dict[str, float]:
         """How good an answer is: figures between 0 and 1 by name; here, whether it is the same."""
         return {"exact": exact(said, question.answers)}

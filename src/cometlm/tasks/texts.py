@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from statistics import fmean
 from typing import Any
 
 from cometlm.tasks.base import Question, Sample, Split, Task
@@ -72,6 +73,13 @@ class TextsTask(Task):
         if (length := self._length(number)) > tokens:
             raise ValueError(f"tokens must be at least {length}, got {tokens}")
         return self._made(number)
+
+    def usual_length(self, tokens: int) -> float:
+        """See `Task.usual_length`; the mean of the texts that are so short."""
+        if self.split == "train":
+            return tokens  # of the largest splits not all texts are encoded
+        lengths = [self._length(i) for i in self._numbers if self._length(i) <= tokens]
+        return fmean(lengths) if lengths else tokens
 
     def _drawn(self, index: int, tokens: int) -> int:
         """A text that fits."""
