@@ -208,12 +208,14 @@ def whitening_for(
     batches: Iterable[Mapping[str, Tensor]],
     chunking: Chunking,
     shrinkage: float,
+    first: int = 0,
 ) -> dict[str, Whitening]:
     """What gates look at in some batches, each by its name.
 
     Args:
         batches: `input_ids` and maybe `attention_mask` of each.
         chunking: cuts them, as training will.
+        first: the number of the first batch, by which chunk plans are drawn.
 
     Raises:
         ValueError: as `check_room`; no sample of two chunks.
@@ -223,7 +225,7 @@ def whitening_for(
     model.eval()
     try:
         with watched_gates(model) as seen:
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(batches, first):
                 chunking.batches = number
                 _read(model, batch, chunking)
     finally:

@@ -75,6 +75,9 @@ def train_for(
     folder.mkdir(parents=True, exist_ok=True)
     progress = _progress(folder, config)
     done = int(progress.get("steps", 0))
+    if done >= config.mixture.steps:
+        log(f"all {done} steps are done")
+        return done
     prepared = prepare(config, device=device, going_on=done > 0, log=log)
     if done:
         restore(prepared.model, _place(folder, done), whole=False)
@@ -190,9 +193,12 @@ class _Loop:
         fused = self.model.device.type != "cpu"
         if not config.gates.whiten:
             return AdamW(groups, betas=(0.9, 0.999), fused=fused)
+        # The batches ahead; as many at a run's end, where they are those that were learned last.
         last = min(self.step + config.gates.batches, len(self._batches))
-        coming = (collate([self._batches[number]]) for number in range(self.step, last))
-        whitening = whitening_for(self.model, coming, self._chunking, config.gates.shrinkage)
+        first = max(0, last - config.gates.batches)
+        seen = (collate([self._batches[number]]) for number in range(first, last))
+        args = (self.model, seen, self._chunking, config.gates.shrinkage)
+        whitening = whitening_for(*args, first=first)
         gates = WhitenedGates(gates_of(self.model), whitening)
         if is_new and not self.step:
             gates.start(config.gates.start)
