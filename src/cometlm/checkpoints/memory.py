@@ -91,8 +91,8 @@ def save_model(
         ValueError: as `check_can_save`.
         OSError: the folder cannot be written.
     """
-    backbone = backbone or _needs_backbone(model)
     check_can_save(model, backbone)
+    backbone = backbone or _needs_backbone(model)
     if not backbone:
         _warn_of_what_is_lost(model)
     folder = Path(directory)
@@ -163,16 +163,22 @@ def check_can_save(model: CometForCausalLM, backbone: bool) -> None:
 
     Raises:
         ValueError: a LoRA adapter was merged into the backbone, which is not to be written; a
-            quantised backbone is to be; several adapters are active, or one of a kind that a
-            checkpoint cannot hold.
+            quantised backbone is to be, or has to be since no name brings it back; several adapters
+            are active, or one of a kind that a checkpoint cannot hold.
     """
     if has_adapter(model):
         check_can_save_adapter(model)
-    if backbone and getattr(model._backbone, "is_quantized", False):
-        raise ValueError(
-            "a quantised backbone is not written with a checkpoint: save with backbone=False, "
-            "which names it"
-        )
+    needed = _needs_backbone(model)
+    if (backbone or needed) and getattr(model._backbone, "is_quantized", False):
+        what_to_do = "save with backbone=False, which names it"
+        if needed:
+            what_to_do = (
+                f"no name brings this one back, whose vocabulary of {model.config.vocab_size} was "
+                "resized or which was made of a config: save the backbone before it is quantised, "
+                "and load it from there"
+            )
+        raise ValueError(f"a quantised backbone is not written with a checkpoint: {what_to_do}")
+    backbone = backbone or needed
     if model.merged and not backbone:
         raise ValueError(
             "a LoRA adapter was merged into the backbone, which is then no longer the one that the "
@@ -303,6 +309,19 @@ def memory_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, weight in state_dict.items()
         if name.startswith(_PREFIX)
     }
+
+
+def saved_names(model: CometForCausalLM, backbone: bool = False) -> set[str]:
+    """Names, as in `state_dict()`, of the weights that a checkpoint is made of.
+
+    Args:
+        backbone: the backbone's too; as always where no name brings it back.
+    """
+    names = model.state_dict().keys()
+    if backbone or _needs_backbone(model):
+        return set(names)
+    plain = plain_names(model, names)
+    return {name for name in names if name not in plain or name.startswith(_PREFIX)}
 
 
 def _saved_weights(model: CometForCausalLM, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

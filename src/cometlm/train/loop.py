@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
+from cometlm.checkpoints.memory import check_can_save
 from cometlm.device import readable_bytes
 from cometlm.train.config import Log, TrainConfig
 from cometlm.train.gates import WhitenedGates, gates_of, whitening_for
@@ -79,6 +80,7 @@ def train_for(
         log(f"all {done} steps are done")
         return done
     prepared = prepare(config, device=device, going_on=done > 0, log=log)
+    check_can_save(prepared.model, backbone=False)
     if done:
         restore(prepared.model, _place(folder, done), whole=False)
         log(f"going on after step {done}")
