@@ -99,8 +99,8 @@ def _of_adapters(model: CometForCausalLM) -> dict[str, torch.nn.Parameter]:
         module, is_copy, _ = name.partition(".modules_to_save.")
         if is_copy and p.dtype.itemsize < 4:  # it would not take what layers in p.dtype give it
             raise ValueError(
-                f"mode lora trains in float32, but the adapter's copy of {module} cannot be beside a "
-                f"backbone in {p.dtype}: load the model with dtype float32"
+                f"mode lora trains in float32, but the adapter's copy of {module} cannot be beside "
+                f"a backbone in {p.dtype}: load the model with dtype float32"
             )
     return found
 
