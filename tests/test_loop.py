@@ -129,6 +129,26 @@ def test_gates_look_at_as_many_batches_near_the_end(options, tmp_path, monkeypat
     assert numbers == [0, 1, 2, 1, 2, 3]
 
 
+def test_a_checkpoint_holds_everything_once_in_small_files(options, tmp_path):
+    looped(options, output=str(tmp_path))
+    place = tmp_path / "step-4"
+    sizes = {
+        str(path.relative_to(place)): path.stat().st_size for path in place.rglob("*.safetensors")
+    }
+    assert sizes.keys() == {
+        "model.safetensors", "lora/adapter_model.safetensors", "moments-00.safetensors",
+    }  # fmt: skip
+    held = {name: read_weights(place / name) for name in sizes}
+    memory, adapter = held["model.safetensors"], held["lora/adapter_model.safetensors"]
+    assert all(".comet." in name for name in memory)
+    assert all(".lora_" in name for name in adapter)
+    room = 40_000  # for the names
+    for name, weights in held.items():
+        assert sizes[name] < sum(w.nbytes for w in weights.values()) + room
+    trained = sum(w.nbytes for w in [*memory.values(), *adapter.values()])
+    assert sizes["moments-00.safetensors"] < 2 * trained + room
+
+
 def test_moments_are_split_into_small_files(tmp_path):
     tensors = {f"w{n}": torch.randn(n, 100) for n in (2, 3, 4, 1, 5)}
     paths = save_split(tensors, tmp_path, largest=2100)

@@ -78,6 +78,7 @@ def save_model(
     backbone: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str | None = None,
+    adapter_twice: bool = True,
 ) -> None:
     """Write a checkpoint folder; see the module's docstring.
 
@@ -86,6 +87,7 @@ def save_model(
             One that no name brings back is always written.
         state_dict: weights to take instead of the model's own (gathered ones, when sharded).
         max_shard_size: of the backbone's files.
+        adapter_twice: put an adapter's weights beside the memory's too, as a Trainer needs them.
 
     Raises:
         ValueError: as `check_can_save`.
@@ -97,7 +99,8 @@ def save_model(
         _warn_of_what_is_lost(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = _saved_weights(model, model.state_dict() if state_dict is None else state_dict)
+    state = model.state_dict() if state_dict is None else state_dict
+    weights = _saved_weights(model, state, adapter_twice)
     config = CometModelConfig.from_dict(model.config.to_dict())
     if backbone:
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -324,10 +327,14 @@ def saved_names(model: CometForCausalLM, backbone: bool = False) -> set[str]:
     return {name for name in names if name not in plain or name.startswith(_PREFIX)}
 
 
-def _saved_weights(model: CometForCausalLM, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The memory's weights, and an adapter's under their names in the model."""
+def _saved_weights(
+    model: CometForCausalLM, state_dict: Mapping[str, Tensor], with_adapter: bool
+) -> dict[str, Tensor]:
+    """The memory's weights, and if wanted an adapter's under their names in the model."""
     plain = plain_names(model, state_dict, copied=MEMORY_NAME)
     memory = memory_weights({plain[name]: state_dict[name] for name in plain})
+    if not with_adapter:
+        return memory
     beside = {
         name: weight.detach().cpu().contiguous().clone()
         for name, weight in state_dict.items()

@@ -1,8 +1,8 @@
 """A mixture trained for some minutes, with torch and peft alone: for a machine that is only lent.
 
 The same model, batches, losses and learning rates as `train.run`, in a plain loop that stops in
-time and leaves what a next one goes on from, in small files: memory and adapter as a checkpoint has
-them, and the optimiser's moments. It needs neither trl, datasets nor accelerate.
+time and leaves what a next one goes on from, in small files: a checkpoint whose adapter is in
+`lora/` alone, and the optimiser's moments. It needs neither trl, datasets nor accelerate.
 
 What differs: gates are whitened anew each time, by what they look at then, and their moments begin
 anew with that; a run that goes on is otherwise the one that did not stop.
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
-from cometlm.checkpoints.memory import check_can_save
+from cometlm.checkpoints.memory import check_can_save, save_model
 from cometlm.device import readable_bytes
 from cometlm.train.config import Log, TrainConfig
 from cometlm.train.gates import WhitenedGates, gates_of, whitening_for
@@ -215,7 +215,7 @@ class _Loop:
         if self._saved == self.step:
             return
         place = _place(self._folder, self.step)
-        self.model.save_pretrained(place)
+        save_model(self.model, place, adapter_twice=False)
         self.tokenizer.save_pretrained(place)
         written = save_split(self._moments(), place)
         write_whole(self._folder / SETTINGS, json.dumps(self.config.to_dict(), indent=2).encode())
