@@ -205,6 +205,30 @@ def test_moments_are_of_what_gates_look_at():
     assert all("update" not in vars(m) for m in model.modules() if isinstance(m, GlobalMemory))
 
 
+def test_compiled_cells_are_looked_at_as_they_are():
+    """With nothing compiled for it, and learning goes on from there."""
+    torch._dynamo.reset()
+    ids, graphs = batch_of(2, 48), []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    batches, chunking = [{"input_ids": ids}], Chunking.of({"fixed": 1})
+    wanted = whitening_for(tiny_comet("llama"), batches, chunking, 0.1)
+    model = tiny_comet("llama").train()
+    assert model.model.compile_cells(backend=counted)
+    compiled = len(graphs)
+    found = whitening_for(model, batches, chunking, 0.1)
+    assert len(graphs) == compiled > 0
+    assert found.keys() == wanted.keys()
+    for name, one in found.items():
+        assert error(one.root, wanted[name].root) < 1e-6
+        assert error(one.bias, wanted[name].bias) < 1e-6
+    model(ids, labels=ids).loss.backward()
+    assert all(gate.grad.any() for gate in gates_of(model).values())
+
+
 def test_room_is_what_whitening_takes_at_its_peak():
     """Products of all layers in float64, and six matrices for one root."""
     assert peak_bytes([64, 64, 64]) == (3 + 6) * 64 * 64 * 8

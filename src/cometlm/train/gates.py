@@ -242,7 +242,8 @@ def whitening_for(
     training = model.training
     model.eval()
     try:
-        with watched_gates(model) as seen:
+        # Cells that are compiled would be compiled again for what looks on.
+        with watched_gates(model) as seen, torch.compiler.set_stance("force_eager"):
             for number, batch in enumerate(batches, first):
                 chunking.batches = number
                 _read(model, batch, chunking)
