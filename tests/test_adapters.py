@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import cometlm
 from cometlm import CometForCausalLM
+from cometlm.checkpoints.memory import saved_names
+from cometlm.train.trainable import set_trainable
 from tests import real
-from tests.checkpoints import SIZES, attached, logits
+from tests.checkpoints import IDS, SIZES, attached, logits
 from tests.tiny import error, random_ids, refused, tiny_backbone
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's, beside transformers 5.24
@@ -34,6 +36,8 @@ KINDS = {
     "tokens": {"target_modules": Q, "trainable_token_indices": [3, 4]},
 }
 
+OWN_PARTS = ("lora_", "ia3_l", "modules_to_save", "trainable_tokens_delta")  # of a weight's name
+
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory):
@@ -53,10 +57,9 @@ def config_of(kind):
 def shaken(model):
     """With every weight of an adapter off its beginning."""
     torch.manual_seed(8)
-    parts = ("lora_", "ia3_l", "modules_to_save", "trainable_tokens_delta")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in parts):
+            if any(part in name for part in OWN_PARTS):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
 
@@ -101,6 +104,33 @@ def test_an_adapter_is_saved_and_loaded(named, tmp_path, kind, way, whole):
     assert torch.equal(logits(CometForCausalLM.from_pretrained(tmp_path)), want)
     merged = CometForCausalLM.from_pretrained(tmp_path, merge=True)
     assert error(logits(merged), want) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "whole head", "tokens", "ia3"])
+def test_a_models_own_adapter_is_trained_and_saved(named, tmp_path, kind):
+    """All of it, whatever its kind; and of gathered weights, those of `saved_names` are enough."""
+    shaken(after_attach(named, config_of(kind))).save_pretrained(tmp_path / "begun")
+    model = CometForCausalLM.from_pretrained(tmp_path / "begun").train()
+    set_trainable(model, "lora")
+    model(IDS, labels=IDS).loss.backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert moved == {
+        name
+        for name, _ in model.named_parameters()
+        if ".comet." in name or any(part in name for part in OWN_PARTS)
+    }
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    saved = saved_names(model)
+    weights = {name: w for name, w in model.state_dict().items() if name in saved}
+    assert "model.embed_tokens.weight" not in weights
+    model.eval().save_pretrained(tmp_path / "on", state_dict=weights)
+    assert torch.equal(logits(CometForCausalLM.from_pretrained(tmp_path / "on")), logits(model))
+
+
+def test_a_copy_that_cannot_be_trained_in_float32_is_refused(named):
+    model = after_attach(named, config_of("whole head")).bfloat16()
+    with refused("the adapter's copy of lm_head cannot be beside a backbone in torch.bfloat16"):
+        set_trainable(model, "lora")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Keeping the backbone what it is: what is compared, what it teaches, and what a run keeps."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from cometlm.train.keep import (
     Answered,
     KeepBatches,
     Rows,
+    answer_ends,
     answers_for,
     as_backbone,
     keep_loss,
+    own_answers,
 )
 from cometlm.train.mixture import MixtureBatches
 from cometlm.train.trainable import lora_config, set_trainable
@@ -168,7 +171,7 @@ def test_a_batch_has_its_share_of_prose_and_of_answers(text):
             )
     assert torch.equal(made[7].ids, batches(text, answered)[7].ids)
     assert not torch.equal(made[8].ids, rows.ids)
-    with refused("keep.prose_share must be 1 without prompts"):
+    with refused("keep.prose_share must be 1 without prompts, got 0.4"):
         batches(text)
     assert batches(text, prose_share=1.0)[0].counted.all(1).sum() >= 4
 
@@ -246,6 +249,39 @@ def test_answers_are_the_backbones_and_made_once(tmp_path):
     with refused("keep.answer_tokens must be at most "):
         answers_for(model, words, replace(keep, answer_tokens=90), *args[3:])
     assert answers_for(model, words, replace(keep, prose_share=1.0), *args[3:]) == []
+
+
+class Says:
+    """A backbone whose answers are these; each is filled up behind the first of the ends."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def generate(self, ids, eos_token_id, pad_token_id, **options):
+        return torch.cat([ids, torch.tensor(self.answers)], dim=1)
+
+
+def test_an_answer_ends_with_its_turn():
+    """Which in Phi-3's template and in Gemma's is not the end of a text."""
+    words = copy.deepcopy(tokenizer("smollm2"))
+    words.eos_token = "<|endoftext|>"
+    turn, text = words.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert answer_ends(words) == sorted([turn, text]) != [text]
+    said = own_answers(Says([5, turn, text], [6, text, turn], [7, 8, 9]), words, [[4]] * 3, 3)
+    assert said == [[5, turn], [6, text], [7, 8, 9]]
+
+
+def test_answers_without_an_end_of_text():
+    words = copy.deepcopy(tokenizer("smollm2"))
+    words.eos_token = None
+    (turn,) = answer_ends(words)
+    assert words.decode([turn]) == "<|im_end|>"
+    assert own_answers(Says([5, turn, 7]), words, [[4]], 3) == [[5, turn]]
+    words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert answer_ends(words) == []
+    assert own_answers(Says([5, turn, 7]), words, [[4]], 3) == [[5, turn, 7]]
 
 
 # --- runs ---------------------------------------------------------------------------------------

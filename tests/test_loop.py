@@ -8,6 +8,7 @@ import torch
 import cometlm
 import recipe as gpu_recipe
 from cometlm.checkpoints.atomic_write import read_weights
+from cometlm.train import gates
 from cometlm.train import loop as plain
 from cometlm.train.config_file import config_of
 from cometlm.train.loop import PROGRESS, save_split, train_for
@@ -92,6 +93,60 @@ def test_it_goes_on_where_it_was_stopped(options, tmp_path, whiten):
     ]  # fmt: skip
     with refused("holds a run with other settings (seed: was 0, is 1)"):
         looped(options, output=str(tmp_path / "parts"), seed=1)
+
+
+def test_a_run_that_is_over_is_left_as_it_is(options, tmp_path):
+    options |= {"gates": {"whiten": True, "batches": 3}, "output": str(tmp_path)}
+    looped(options)
+    saved = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    said = []
+    assert train_for(config_of(options), 5, device="cpu", log=said.append) == 4
+    assert said == ["all 4 steps are done"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == saved
+
+
+def test_gates_look_at_as_many_batches_near_the_end(options, tmp_path, monkeypatch):
+    """Cut as training cuts them: chunk plans are drawn by the numbers of their batches."""
+    numbers = []
+    read = gates._read
+
+    def noted(model, batch, chunking):
+        numbers.append(chunking.batches)
+        read(model, batch, chunking)
+
+    monkeypatch.setattr(gates, "_read", noted)
+    config = config_of(
+        {**options, "gates": {"whiten": True, "batches": 3}, "output": str(tmp_path)}
+    )
+
+    def stop(line):
+        if line.startswith("saved"):
+            raise OSError("the machine is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        train_for(config, 5, device="cpu", log=stop)
+    assert train_for(config, 5, device="cpu", log=lambda line: None) == 4
+    assert numbers == [0, 1, 2, 1, 2, 3]
+
+
+def test_a_checkpoint_holds_everything_once_in_small_files(options, tmp_path):
+    looped(options, output=str(tmp_path))
+    place = tmp_path / "step-4"
+    sizes = {
+        str(path.relative_to(place)): path.stat().st_size for path in place.rglob("*.safetensors")
+    }
+    assert sizes.keys() == {
+        "model.safetensors", "lora/adapter_model.safetensors", "moments-00.safetensors",
+    }  # fmt: skip
+    held = {name: read_weights(place / name) for name in sizes}
+    memory, adapter = held["model.safetensors"], held["lora/adapter_model.safetensors"]
+    assert all(".comet." in name for name in memory)
+    assert all(".lora_" in name for name in adapter)
+    room = 40_000  # for the names
+    for name, weights in held.items():
+        assert sizes[name] < sum(w.nbytes for w in weights.values()) + room
+    trained = sum(w.nbytes for w in [*memory.values(), *adapter.values()])
+    assert sizes["moments-00.safetensors"] < 2 * trained + room
 
 
 def test_moments_are_split_into_small_files(tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import cometlm
 from cometlm import extras
 from cometlm.checkpoints import backbones as loading
+from cometlm.checkpoints.memory import check_can_save
 from cometlm.cli.console import load_quietly
 from cometlm.model_loader import QuantizationWarning
 from cometlm.train.config_file import read_config
@@ -86,6 +87,17 @@ def test_reading_does_not_change_what_is_trained_or_saved(model, tmp_path):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="a quantised backbone is not written"):
         model.save_pretrained(tmp_path, backbone=True)
+    check_can_save(model, backbone=False)
+    model.config.backbone = str(resized(tmp_path / "resized"))
+    for backbone in (False, True):
+        with pytest.raises(ValueError, match="save the backbone before it is quantised"):
+            check_can_save(model, backbone)
+
+
+def resized(path):
+    """Where the backbone has another vocabulary, as one that was resized after loading."""
+    tiny_backbone("llama", vocab_size=99).save_pretrained(path)
+    return path
 
 
 def test_a_backbone_that_is_quantised_already_stays_so(model, tmp_path):

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import cometlm
 from cometlm import CometForCausalLM
+from cometlm.checkpoints.memory import saved_names
 from tests.checkpoints import SIZES
 from tests.tiny import error, random_ids, refused, tiny_backbone
 
@@ -63,6 +64,17 @@ def test_what_was_trained_after_resizing_is_saved(tmp_path):
     model(IDS, labels=IDS).loss.backward()
     optimizer.step()
     model.eval().save_pretrained(tmp_path / "checkpoint")
+    loaded = CometForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_gathered_weights_then_hold_the_backbone_too(tmp_path):
+    model = cometlm.attach(backbone(tmp_path / "tiny", False), **SIZES)
+    assert "lm_head.weight" not in saved_names(model)
+    assert "lm_head.weight" in saved_names(model, backbone=True)
+    model.resize_token_embeddings(98)
+    weights = {name: w for name, w in model.state_dict().items() if name in saved_names(model)}
+    model.save_pretrained(tmp_path / "checkpoint", state_dict=weights)
     loaded = CometForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 

@@ -78,6 +78,7 @@ def save_model(
     backbone: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str | None = None,
+    adapter_twice: bool = True,
 ) -> None:
     """Write a checkpoint folder; see the module's docstring.
 
@@ -86,18 +87,20 @@ def save_model(
             One that no name brings back is always written.
         state_dict: weights to take instead of the model's own (gathered ones, when sharded).
         max_shard_size: of the backbone's files.
+        adapter_twice: put an adapter's weights beside the memory's too, as a Trainer needs them.
 
     Raises:
         ValueError: as `check_can_save`.
         OSError: the folder cannot be written.
     """
-    backbone = backbone or _needs_backbone(model)
     check_can_save(model, backbone)
+    backbone = backbone or _needs_backbone(model)
     if not backbone:
         _warn_of_what_is_lost(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = _saved_weights(model, model.state_dict() if state_dict is None else state_dict)
+    state = model.state_dict() if state_dict is None else state_dict
+    weights = _saved_weights(model, state, adapter_twice)
     config = CometModelConfig.from_dict(model.config.to_dict())
     if backbone:
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -163,16 +166,22 @@ def check_can_save(model: CometForCausalLM, backbone: bool) -> None:
 
     Raises:
         ValueError: a LoRA adapter was merged into the backbone, which is not to be written; a
-            quantised backbone is to be; several adapters are active, or one of a kind that a
-            checkpoint cannot hold.
+            quantised backbone is to be, or has to be since no name brings it back; several adapters
+            are active, or one of a kind that a checkpoint cannot hold.
     """
     if has_adapter(model):
         check_can_save_adapter(model)
-    if backbone and getattr(model._backbone, "is_quantized", False):
-        raise ValueError(
-            "a quantised backbone is not written with a checkpoint: save with backbone=False, "
-            "which names it"
-        )
+    needed = _needs_backbone(model)
+    if (backbone or needed) and getattr(model._backbone, "is_quantized", False):
+        what_to_do = "save with backbone=False, which names it"
+        if needed:
+            what_to_do = (
+                f"no name brings this one back, whose vocabulary of {model.config.vocab_size} was "
+                "resized or which was made of a config: save the backbone before it is quantised, "
+                "and load it from there"
+            )
+        raise ValueError(f"a quantised backbone is not written with a checkpoint: {what_to_do}")
+    backbone = backbone or needed
     if model.merged and not backbone:
         raise ValueError(
             "a LoRA adapter was merged into the backbone, which is then no longer the one that the "
@@ -305,10 +314,27 @@ def memory_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _saved_weights(model: CometForCausalLM, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The memory's weights, and an adapter's under their names in the model."""
+def saved_names(model: CometForCausalLM, backbone: bool = False) -> set[str]:
+    """Names, as in `state_dict()`, of the weights that a checkpoint is made of.
+
+    Args:
+        backbone: the backbone's too; as always where no name brings it back.
+    """
+    names = model.state_dict().keys()
+    if backbone or _needs_backbone(model):
+        return set(names)
+    plain = plain_names(model, names)
+    return {name for name in names if name not in plain or name.startswith(_PREFIX)}
+
+
+def _saved_weights(
+    model: CometForCausalLM, state_dict: Mapping[str, Tensor], with_adapter: bool
+) -> dict[str, Tensor]:
+    """The memory's weights, and if wanted an adapter's under their names in the model."""
     plain = plain_names(model, state_dict, copied=MEMORY_NAME)
     memory = memory_weights({plain[name]: state_dict[name] for name in plain})
+    if not with_adapter:
+        return memory
     beside = {
         name: weight.detach().cpu().contiguous().clone()
         for name, weight in state_dict.items()

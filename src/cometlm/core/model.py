@@ -76,6 +76,8 @@ class CometModel(CometPreTrainedModel):
         self.comet = _new_comet(parts, sizes)
         self._tables = RotaryTables(parts.rotary, config.text_config, parts.family)
         self.training_plan = TrainingPlan()
+        # Kept, since every learning forward asks them: the backbone's own switch may be turned.
+        self._may_checkpoint = [m for m in self.cells.modules() if hasattr(m, _CHECKPOINTS)]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -91,9 +93,9 @@ class CometModel(CometPreTrainedModel):
 
         They cannot: a layer that runs again would add its keys to the chunk again.
         """
-        told = list(checkpointing(self.cells))
+        told = [module for module in self._may_checkpoint if getattr(module, _CHECKPOINTS)]
         for module in told:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
+            setattr(module, _CHECKPOINTS, False)
         if told and self.training_plan.recomputation is None:
             self.training_plan = replace(self.training_plan, recomputation=Recomputation())
 
@@ -493,6 +495,7 @@ class CometModel(CometPreTrainedModel):
         return self._tables.of(max_positions, like, [device_of(cell) for cell in self.cells])
 
 
+_CHECKPOINTS = "gradient_checkpointing"  # transformers' switch, on each layer
 _PART_OF_A_MODEL = (
     "a CometModel has no checkpoint of its own: save and load the CometForCausalLM that it is a "
     "part of"
@@ -501,7 +504,7 @@ _PART_OF_A_MODEL = (
 
 def checkpointing(module: nn.Module) -> Iterator[nn.Module]:
     """Modules in a module that transformers was told to checkpoint."""
-    return (part for part in module.modules() if getattr(part, "gradient_checkpointing", False))
+    return (part for part in module.modules() if getattr(part, _CHECKPOINTS, False))
 
 
 def position_limit(config: Any) -> int | None:

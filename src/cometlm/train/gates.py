@@ -18,7 +18,7 @@ Legend: D width of the model, F = 2D features of a gate, S samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,8 @@ from cometlm.train.chunk_plans import Chunking
 from cometlm.train.config import Gates
 
 FILE = "gates.safetensors"  # in a run's folder
-MOST_BYTES = 1 << 30  # of all whitening matrices
+MOST_BYTES = 3 << 30  # of the CPU's memory while whitening matrices are made
+_AT_ONCE = 6  # matrices that one root takes, beside the products that it is made of
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ class Whitening:
         along = self.bias @ own
         return torch.cat([self.root @ (own - self.mean * along), along[None]])
 
-    def like(self, weight: Tensor) -> Whitening:
-        """The same in a weight's dtype, on its device."""
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Whitening:
+        """The same on another device, in another dtype."""
         parts = (self.root, self.mean, self.bias)
-        return Whitening(*(part.to(weight.device, weight.dtype) for part in parts))
+        return Whitening(*(part.to(device, dtype) for part in parts))
 
 
 class WhitenedGates:
@@ -108,7 +109,9 @@ class WhitenedGates:
         self, gates: Mapping[str, nn.Parameter], whitening: Mapping[str, Whitening]
     ) -> None:
         self._gates = list(gates.values())
-        self._whitening = [whitening[name].like(gate) for name, gate in gates.items()]
+        self._whitening = [
+            whitening[name].to(gate.device, gate.dtype) for name, gate in gates.items()
+        ]
         self._thetas = [nn.Parameter(gate.new_zeros(gate.numel() + 1)) for gate in self._gates]
 
     @torch.no_grad()
@@ -145,7 +148,10 @@ class WhitenedGates:
 
 
 class Moments:
-    """Mean and covariance of rows, added up in float64."""
+    """Mean and covariance of rows, added up in float64 on the CPU.
+
+    An accelerator may lack that dtype (MPS), and has no memory to spare for a matrix of each layer.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -154,7 +160,7 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Count rows [S, F] in."""
-        wide = rows.double()
+        wide = rows.detach().cpu().double()
         total, products = wide.sum(0), wide.T @ wide
         self._sum = total if self._sum is None else self._sum + total
         self._products = products if self._products is None else self._products.add_(products)
@@ -189,18 +195,30 @@ def gates_of(model: CometForCausalLM) -> dict[str, nn.Parameter]:
 
 
 def check_room(model: CometForCausalLM) -> None:
-    """Refuse models whose whitening would take more than `MOST_BYTES`.
+    """Refuse models whose whitening would take more than `MOST_BYTES` at its peak.
 
     Raises:
         ValueError: as it says; or the memory has no gates.
     """
-    needed = sum(gate.numel() ** 2 * 4 for gate in gates_of(model).values())
+    needed = peak_bytes([gate.numel() for gate in gates_of(model).values()])
     if needed > MOST_BYTES:
         raise ValueError(
-            f"gates.whiten keeps a matrix of (2 x {model.config.hidden_size})² for each layer, "
-            f"{readable_bytes(needed)} for this model, and at most {readable_bytes(MOST_BYTES)}: "
-            "set whiten: false"
+            f"gates.whiten makes a matrix of (2 x {model.config.hidden_size})² for each layer, "
+            f"which takes up to {readable_bytes(needed)} of the CPU's memory for this model, and "
+            f"may take at most {readable_bytes(MOST_BYTES)}: set whiten: false"
         )
+
+
+def peak_bytes(features: Sequence[int]) -> int:
+    """The most that whitening takes at once, on the CPU.
+
+    In float64, the products of all layers, and what one root takes. What is kept of a layer, in
+    float32, is half of its products, which it takes the place of.
+
+    Args:
+        features: F of each gate.
+    """
+    return 8 * (sum(n**2 for n in features) + _AT_ONCE * max(features) ** 2)
 
 
 def whitening_for(
@@ -208,12 +226,14 @@ def whitening_for(
     batches: Iterable[Mapping[str, Tensor]],
     chunking: Chunking,
     shrinkage: float,
+    first: int = 0,
 ) -> dict[str, Whitening]:
-    """What gates look at in some batches, each by its name.
+    """What gates look at in some batches, each by its name, in float32 on the CPU.
 
     Args:
         batches: `input_ids` and maybe `attention_mask` of each.
         chunking: cuts them, as training will.
+        first: the number of the first batch, by which chunk plans are drawn.
 
     Raises:
         ValueError: as `check_room`; no sample of two chunks.
@@ -222,13 +242,15 @@ def whitening_for(
     training = model.training
     model.eval()
     try:
-        with watched_gates(model) as seen:
-            for number, batch in enumerate(batches):
+        # Cells that are compiled would be compiled again for what looks on.
+        with watched_gates(model) as seen, torch.compiler.set_stance("force_eager"):
+            for number, batch in enumerate(batches, first):
                 chunking.batches = number
                 _read(model, batch, chunking)
     finally:
         model.train(training)
-    return {name: moments.whitening(shrinkage) for name, moments in seen.items()}
+    # One root after the other, each in the place of its moments.
+    return {name: seen.pop(name).whitening(shrinkage).to("cpu", torch.float32) for name in [*seen]}
 
 
 @torch.no_grad()

@@ -91,7 +91,9 @@ class KeepBatches:
         self._prose = round(settings.tokens * settings.prose_share)
         self._said = settings.tokens - self._prose
         if self._said and not answered:
-            raise ValueError(f"keep.prose_share must be 1 without prompts, got {self._prose}")
+            raise ValueError(
+                f"keep.prose_share must be 1 without prompts, got {settings.prose_share}"
+            )
         self._answered = list(answered)
         self._haystacks = [
             Haystack(tokenizer, corpus_files(name))
@@ -210,6 +212,7 @@ def answers_for(
     made_for = {
         "backbone": model.config.backbone,
         "answer_tokens": settings.answer_tokens,
+        "ends": answer_ends(tokenizer),
         "prompts": prompts,
     }
     path = folder / ANSWERS_FILE
@@ -267,24 +270,32 @@ def own_answers(
     Returns:
         Ids up to and with the token that ends the answer, in the order of the prompts.
     """
-    end = tokenizer.eos_token_id
+    ends = answer_ends(tokenizer)
+    filling = ends[0] if ends else 0
     said: list[list[int]] = []
     for start in range(0, len(asked), _AT_ONCE):
         some = asked[start : start + _AT_ONCE]
         width = max(map(len, some))
-        ids = torch.tensor([[end] * (width - len(row)) + row for row in some])
+        ids = torch.tensor([[filling] * (width - len(row)) + row for row in some])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in some])
         out = backbone.generate(
             ids.to(backbone.device),
             attention_mask=mask.to(backbone.device),
             max_new_tokens=longest,
             do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
+            eos_token_id=ends or None,
+            pad_token_id=filling,
         )
         for row in out[:, width:].tolist():
-            said.append(row[: row.index(end) + 1] if end in row else row)
+            first = next((place for place, token in enumerate(row) if token in ends), len(row))
+            said.append(row[: first + 1])
     return said
+
+
+def answer_ends(tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: its turn in the chat template (Gemma, Phi-3), or the text."""
+    turn = render_turn(tokenizer, "", first=True, began=True)
+    return sorted({*turn.closing_ids[:1], tokenizer.eos_token_id} - {None})
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -1,8 +1,8 @@
 """A mixture trained for some minutes, with torch and peft alone: for a machine that is only lent.
 
 The same model, batches, losses and learning rates as `train.run`, in a plain loop that stops in
-time and leaves what a next one goes on from, in small files: memory and adapter as a checkpoint has
-them, and the optimiser's moments. It needs neither trl, datasets nor accelerate.
+time and leaves what a next one goes on from, in small files: a checkpoint whose adapter is in
+`lora/` alone, and the optimiser's moments. It needs neither trl, datasets nor accelerate.
 
 What differs: gates are whitened anew each time, by what they look at then, and their moments begin
 anew with that; a run that goes on is otherwise the one that did not stop.
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
+from cometlm.checkpoints.memory import check_can_save, save_model
 from cometlm.device import readable_bytes
 from cometlm.train.config import Log, TrainConfig
 from cometlm.train.gates import WhitenedGates, gates_of, whitening_for
@@ -75,7 +76,11 @@ def train_for(
     folder.mkdir(parents=True, exist_ok=True)
     progress = _progress(folder, config)
     done = int(progress.get("steps", 0))
+    if done >= config.mixture.steps:
+        log(f"all {done} steps are done")
+        return done
     prepared = prepare(config, device=device, going_on=done > 0, log=log)
+    check_can_save(prepared.model, backbone=False)
     if done:
         restore(prepared.model, _place(folder, done), whole=False)
         log(f"going on after step {done}")
@@ -190,9 +195,12 @@ class _Loop:
         fused = self.model.device.type != "cpu"
         if not config.gates.whiten:
             return AdamW(groups, betas=(0.9, 0.999), fused=fused)
+        # The batches ahead; as many at a run's end, where they are those that were learned last.
         last = min(self.step + config.gates.batches, len(self._batches))
-        coming = (collate([self._batches[number]]) for number in range(self.step, last))
-        whitening = whitening_for(self.model, coming, self._chunking, config.gates.shrinkage)
+        first = max(0, last - config.gates.batches)
+        seen = (collate([self._batches[number]]) for number in range(first, last))
+        args = (self.model, seen, self._chunking, config.gates.shrinkage)
+        whitening = whitening_for(*args, first=first)
         gates = WhitenedGates(gates_of(self.model), whitening)
         if is_new and not self.step:
             gates.start(config.gates.start)
@@ -207,7 +215,7 @@ class _Loop:
         if self._saved == self.step:
             return
         place = _place(self._folder, self.step)
-        self.model.save_pretrained(place)
+        save_model(self.model, place, adapter_twice=False)
         self.tokenizer.save_pretrained(place)
         written = save_split(self._moments(), place)
         write_whole(self._folder / SETTINGS, json.dumps(self.config.to_dict(), indent=2).encode())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cometlm.checkpoints.adapters import has_adapter
+from cometlm.checkpoints.adapters import has_adapter, plain_names
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.extras import TRAIN, lacks
 
@@ -58,11 +58,12 @@ def set_trainable(model: CometForCausalLM, mode: str, lora: LoraConfig | None = 
     The backbone stays in its own dtype where it is frozen, so nothing of it is ever copied.
 
     Args:
-        mode: "memory", "lora" (a new adapter unless the model has one) or "full".
+        mode: "memory", "lora" (a new adapter unless the model has one, of any kind) or "full".
         lora: for mode "lora".
 
     Raises:
-        ValueError: an unknown mode; mode "full" of a quantised backbone.
+        ValueError: an unknown mode; mode "full" of a quantised backbone; mode "lora" of an adapter
+            that has copies of modules (peft's `modules_to_save`) in less than float32.
     """
     if mode not in ("memory", "lora", "full"):
         raise ValueError(f"mode must be memory, lora or full, got {mode!r}")
@@ -79,10 +80,29 @@ def set_trainable(model: CometForCausalLM, mode: str, lora: LoraConfig | None = 
         model.add_adapter(config)
     trained = dict(model.model.comet.named_parameters())
     if mode == "lora":
-        trained |= {name: p for name, p in model.named_parameters() if ".lora_" in name}
+        trained |= _of_adapters(model)
     for parameter in trained.values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.requires_grad_(True)
+
+
+def _of_adapters(model: CometForCausalLM) -> dict[str, torch.nn.Parameter]:
+    """Weights of a model's adapters, by name.
+
+    Raises:
+        ValueError: a copy of a module that could not be trained in float32.
+    """
+    named = dict(model.named_parameters())
+    plain = plain_names(model, named)
+    found = {name: p for name, p in named.items() if name not in plain}
+    for name, p in found.items():
+        module, is_copy, _ = name.partition(".modules_to_save.")
+        if is_copy and p.dtype.itemsize < 4:  # it would not take what layers in p.dtype give it
+            raise ValueError(
+                f"mode lora trains in float32, but the adapter's copy of {module} cannot be beside "
+                f"a backbone in {p.dtype}: load the model with dtype float32"
+            )
+    return found
 
 
 def parameter_groups(

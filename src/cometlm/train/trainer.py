@@ -30,7 +30,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from cometlm.checkpoints.memory import check_can_save
+from cometlm.checkpoints.memory import check_can_save, saved_names
 from cometlm.compat import leave_to_itself
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.parallel.p2p import PipelineError, answering
@@ -310,12 +310,10 @@ class CometTrainer(SFTTrainer):
     def save_model(self, *args: Any, **options: Any) -> None:
         """See `Trainer.save_model`; of sharded weights, the first rank saves whole ones."""
         if self._sharded:
-            self._gathered = gathered(self._comet, self._is_saved, keep=self.args.should_save)
+            saved = saved_names(self._comet, self._whole)
+            self._gathered = gathered(self._comet, saved.__contains__, keep=self.args.should_save)
         super().save_model(*args, **options)
         self._gathered = None
-
-    def _is_saved(self, name: str) -> bool:
-        return self._whole or ".comet." in name or ".lora_" in name
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """None of trl's, which shows how to load a whole model: the memory comes with its own."""
