@@ -22,6 +22,7 @@ from cometlm.train.keep import (
     as_backbone,
     keep_loss,
     own_answers,
+    prompt_ids,
 )
 from cometlm.train.mixture import MixtureBatches
 from cometlm.train.trainable import lora_config, set_trainable
@@ -217,6 +218,13 @@ def test_prompts_of_train_and_test_are_others(tmp_path, monkeypatch):
         prompts_of(str(own), "train")
     with refused("prompts must be everyday, faq or a file, got 'nothing'"):
         prompts_of("nothing", "train")
+
+
+def test_control_tokens_in_a_prompt_are_text():
+    words = tokenizer("smollm2")
+    end, prompt = words.convert_tokens_to_ids("<|im_end|>"), "What does {} mean?"
+    framed = prompt_ids(words, prompt.format("<|im_end|>"))
+    assert framed.count(end) == prompt_ids(words, prompt.format("that")).count(end)
 
 
 # --- the backbone's answers ---------------------------------------------------------------------

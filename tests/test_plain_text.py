@@ -1,6 +1,12 @@
 """Control tokens that stand in a text are spelled, whatever kind of tokenizer it is."""
 
+import ast
 import copy
+import gc
+import sys
+import threading
+import weakref
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+import cometlm
 from cometlm.session.plain_text import PlainText, unused_mark
 from tests import real
 from tests.tiny import examples
@@ -146,6 +153,28 @@ def test_white_space_that_a_token_takes_with_it():
     assert ids == plain.encode_frame(f"<|r|>{plain.escaped('a<|end|>', mark)}<|r|>", mark)
 
 
+def test_threads_do_not_change_what_counts_in_each_others_text():
+    tokenizer = real.tokenizer("smollm2")
+    plain, frame, text = PlainText.of(tokenizer), "<|im_start|>user\nHi<|im_end|>\n", "a bed " * 20
+    want, done = plain.encode_frame(frame, unused_mark(frame)), threading.Event()
+
+    def read():
+        while not done.is_set():
+            plain.encode(text)
+
+    thread = threading.Thread(target=read)
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        for _ in range(1000):
+            assert plain.encode_frame(frame, unused_mark(frame)) == want
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(often)
+
+
 def test_tokens_that_come_later_count():
     tokenizer = _bytes()
     assert "<|new|>" not in PlainText.of(tokenizer).control
@@ -157,3 +186,49 @@ def test_a_mark_stands_nowhere():
     first = unused_mark("")
     assert unused_mark([{"content": [first]}]) not in (first, "")
     assert unused_mark({first: 1}) != first
+
+
+def test_only_a_few_tokenizers_are_kept():
+    seen = []
+    for _ in range(20):
+        tokenizer = _words()
+        PlainText.of(tokenizer)
+        seen.append(weakref.ref(tokenizer))
+    del tokenizer
+    gc.collect()
+    assert sum(one() is not None for one in seen) <= 16
+
+
+def test_words_of_a_templates_code_are_no_control_tokens():
+    tokenizer = _bytes()
+    tokenizer.add_tokens(["content", "user", "<|in a comment|>", "<|of a string|>"])
+    tokenizer.chat_template = (
+        "{# <|in a comment|> #}{{ '<|of a string|>' }}user: {{ messages[0]['content'] }}"
+    )
+    control = PlainText.of(tokenizer).control
+    assert "<|of a string|>" in control
+    assert not {"content", "user", "<|in a comment|>"} & set(control)
+
+
+def test_names_that_a_template_knows_stay_names():
+    tokenizer = _bytes()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["role"]})
+    plain = PlainText.of(tokenizer)
+    given = {"role": "role", "arguments": {"<|end|>": "</s>"}}
+    assert plain.escaped(given, "*") == {
+        "role": "r*ole",
+        "arguments": {"<*|end|>": "<*/s>"},
+    }
+
+
+@pytest.mark.parametrize("package", ["eval", "methods", "session", "tasks"])
+def test_nothing_asks_a_tokenizer_itself(package):
+    """Only `plain_text` does: elsewhere it would be forgotten that text is only text."""
+    folder = Path(cometlm.__file__).parent / package
+    files = [path for path in folder.rglob("*.py") if path.name != "plain_text.py"]
+    assert files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func).removesuffix(".encode").rpartition(".")[2]
+                assert called.strip("_") != "tokenizer", f"{path}:{node.lineno}"

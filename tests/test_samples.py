@@ -4,6 +4,8 @@ import copy
 import json
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from cometlm.compat import ACTIVATION_CHECKPOINTING
@@ -108,6 +110,22 @@ def test_control_tokens_in_text_are_text_unless_that_is_said(tmp_path):
         assert control == [end]
         made, _ = samples(tmp_path, row, special=True)
         assert made["input_ids"].count(end) > 1
+
+
+def test_a_text_begins_as_in_a_session(tmp_path):
+    """Also where one token begins and ends a text."""
+    inner = Tokenizer(
+        models.WordLevel({"</s>": 0, "one": 1, "two": 2, "<unk>": 3}, unk_token="<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="</s>", eos_token="</s>", unk_token="<unk>"
+    )
+    made, _ = samples(tmp_path, {"text": "one two"}, tokenizer)
+    assert made["input_ids"] == [0, 1, 2, 0]
 
 
 def test_what_the_assistant_writes_itself_stays(tmp_path):

@@ -1,6 +1,7 @@
 """One session in several threads, and what may not enter a session."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -210,3 +211,57 @@ def test_tools_are_for_the_first_message(asked):
     talk.chat("Why?", max_new_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="tools must be given with a session's first message"):
         talk.chat("Why?", tools=tools, max_new_tokens=2)
+
+
+# --- what is no way to leave a session ----------------------------------------------------------
+
+
+def test_an_interrupt_while_an_answer_is_read_back_locks_nothing(asked, monkeypatch):
+    session, _ = asked
+    before = session.fork()
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cometlm.session.session._ended", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.chat("Why?", max_new_tokens=2, **GREEDY)
+    monkeypatch.undo()
+    assert_same(session, before)
+    session.chat("Why?", max_new_tokens=2, **GREEDY)
+    assert session.turns == 1
+
+
+def test_a_copy_is_a_fork(asked):
+    session, _ = asked
+    other, before = copy.copy(session), session.fork()
+    other.read("more " * 40)
+    assert_same(session, before)
+    assert other._reads is not session._reads
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"kept by save\(\) and copied by fork\(\)"):
+            copied(session)
+
+
+def test_reading_waits_for_what_is_foreseen():
+    session = session_of()
+    session.read(TEXT[:100])
+    held = []
+    hook = session.model.lm_head.register_forward_hook(
+        lambda *given: held.append(_is_held(session._reads))
+    )
+    try:
+        session.read_foreseen([5, 6])
+    finally:
+        hook.remove()
+    assert held == [True]
+    assert not _is_held(session._reads)
+
+
+def _is_held(lock):
+    """Whether another thread has to wait for a lock."""
+    got = []
+    thread = threading.Thread(target=lambda: got.append(lock.acquire(blocking=False)))
+    thread.start()
+    thread.join()
+    return not got[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cometlm import Session
 from cometlm.cli import console, terminal
 from tests import real
 from tests.cli.said import GREEDY, TEXT, assert_same, kept, new_session, one_line
@@ -139,6 +140,55 @@ def test_ctrl_c_ends_an_answer_and_keeps_it(talk, monkeypatch, model):
         [{"role": "user", "content": "Who?"}], add_generation_prompt=True, return_dict=False
     )
     assert len(turn) < counts[0] < counts[1]
+
+
+def test_a_system_message_is_said_once(talk, monkeypatch):
+    """Also behind an answer that was interrupted; and again where no answer was given yet."""
+    chat, said, printed = Session.chat, [], console.print_stream
+
+    def noting(session, message, *, system=None, **options):
+        said.append(system)
+        return chat(session, message, system=system, **options)
+
+    def interrupted(pieces):
+        if len(said) > 1:
+            return printed(pieces)
+        next(pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "chat", noting)
+    monkeypatch.setattr("cometlm.cli.chat.print_stream", interrupted)
+    talk("/fork", "Who?", "Why?", "/back", "Where?", "When?", options=["--system", "Be brief."])
+    assert said == ["Be brief.", None, "Be brief.", None]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, FloatingPointError])
+def test_an_error_of_the_model_does_not_end_the_conversation(talk, monkeypatch, error):
+    printed, failed = console.print_stream, []
+
+    def failing(pieces):
+        if failed:
+            return printed(pieces)
+        failed.append(next(pieces))
+        raise error("the device is full")
+
+    monkeypatch.setattr("cometlm.cli.chat.print_stream", failing)
+    code, out, err = talk("Who?", "Why?", "/save s")
+    assert code == 0
+    assert out.strip()
+    assert "error: the device is full" in err
+    assert "saved s" in err
+
+
+def test_an_unforeseen_end_says_what_is_lost(talk, monkeypatch, capsys):
+    def failing(pieces):
+        list(pieces)
+        raise KeyError("wrong")
+
+    monkeypatch.setattr("cometlm.cli.chat.print_stream", failing)
+    with pytest.raises(KeyError):
+        talk("Who?")
+    assert "of this conversation are in no file" in capsys.readouterr().err
 
 
 def test_a_message_may_begin_with_a_slash(talk, model):

@@ -62,6 +62,15 @@ def test_notes_are_rewritten_part_by_part(empty, words, asked):
     assert read == f"Notes on a text:\nnote 3\n\nHow it goes on:\n{words.decode(text[-1:])}"
 
 
+def test_notes_that_hold_control_tokens_end_no_turn(empty, words, monkeypatch):
+    monkeypatch.setattr(CacheReader, "answer", lambda self, ids=(), **rest: "a<|im_start|>b")
+    reader = SummaryReader(empty)
+    reader.read(ids_of(reader.part + 1))
+    assert words.convert_tokens_to_ids("<|im_start|>") not in reader._notes
+    assert words.convert_tokens_to_ids("<|im_start|>") in reader._frame[0]
+    assert reader.notes == "a<|im_start|>b"
+
+
 def test_what_is_held_stays_within_the_budget(empty):
     reader = SummaryReader(empty)
     for seed in range(4):

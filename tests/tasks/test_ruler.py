@@ -264,6 +264,27 @@ def test_evidence_is_where_answers_stand(name, told, words, folder):
             assert re.fullmatch(told.format(answer), decoded(words, sample, where))
 
 
+def test_control_tokens_in_a_prompt_are_text(words, folder, monkeypatch):
+    task, end = Ruler(words, task="one", folder=folder), words.convert_tokens_to_ids("<|im_end|>")
+    clean = task.sample(0, 700)
+    make = task._family.make
+
+    def making(*given):
+        text, wanted = make(*given)
+        begin, _, prefix = text.rpartition("\x1e")
+        return f"<|im_end|> {begin}\x1e<|im_end|>{prefix}", wanted
+
+    monkeypatch.setattr(task._family, "make", making)
+    made = task.sample(0, 700)
+    assert end not in made.context
+    assert words.decode(made.context).startswith("<|im_end|> ")
+    (was,), (is_now,) = clean.questions, made.questions
+    assert is_now.answer_prefix.startswith("<|im_end|>")
+    assert asked_ids(words, is_now).count(end) == asked_ids(words, was).count(end)
+    for where in is_now.evidence:
+        assert decoded(words, made, where).endswith(f" is: {is_now.answers[0]}.")
+
+
 def test_seeds_ask_other_questions(words, folder):
     def asked(seed):
         task = Ruler(words, seed=seed, task="paragraph", folder=folder)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -37,6 +38,9 @@ HELP = """\
 /quit        leave (also Ctrl-D); Ctrl-C ends an answer
 //…          a message that begins with /"""
 
+# What must not end a conversation, which may be in no file: a message that is no text, a full
+# device, a memory that stopped being finite. The session is then as it was before.
+_NO_END = (ValueError, RuntimeError, FloatingPointError)
 LONGER = options.GenerationOptions(max_new_tokens=512)
 
 
@@ -62,13 +66,15 @@ def chat(
     if is_untrained(loaded):
         err.print(UNTRAINED, style="yellow")
     conversation = Conversation(begun, writing, chat_template.system, encoding)
-    if not sys.stdin.isatty():
-        conversation.run()
-    else:
-        err.print("type a message, or /help", highlight=False)
-        with _history():
+    try:
+        if not sys.stdin.isatty():
             conversation.run()
-    conversation.say_what_is_lost()
+        else:
+            err.print("type a message, or /help", highlight=False)
+            with _history():
+                conversation.run()
+    finally:
+        conversation.say_what_is_lost()
 
 
 class Conversation:
@@ -92,6 +98,7 @@ class Conversation:
         self._forks: list[Session] = []
         self._generation = generation
         self._system = system
+        self._turns = session.turns  # answered before this conversation
         self._encoding = encoding
         self._kept = session.stats().tokens  # how much was read when the session was last saved
 
@@ -124,13 +131,14 @@ class Conversation:
             )
 
     def _answer(self, message: str) -> None:
-        options = {**self._generation, "system": self._system}
+        system = self._system if self._session.turns == self._turns else None
+        answer = self._session.chat(message, stream=True, system=system, **self._generation)
         try:
-            print_stream(self._session.chat(message, stream=True, **options))
-            self._system = None
+            with contextlib.closing(cast("Generator[str]", answer)) as pieces:
+                print_stream(pieces)
         except KeyboardInterrupt:
             out.print()  # what was written so far stays in the session
-        except ValueError as error:  # a message that is no text must not end the conversation
+        except _NO_END as error:
             print_error(error)
 
     def _obey(self, line: str) -> None:
@@ -138,7 +146,7 @@ class Conversation:
         rest = rest.strip()
         try:
             self._command(word, rest)
-        except (ValueError, OSError) as error:  # a wrong path must not end the conversation
+        except (*_NO_END, OSError) as error:  # a wrong path, too
             print_error(error)
 
     def _command(self, word: str, rest: str) -> None:

@@ -50,7 +50,10 @@ def read(
     loading: options.LoadOptions,
     save: Annotated[
         Path | None,
-        typer.Option(help="Keep the session here: at the end, when stopped, and every 5 minutes."),
+        typer.Option(
+            help="Keep the session here: at the end, when stopped, and every 5 minutes; SIGKILL "
+            "loses what was read since."
+        ),
     ] = None,
     session: Annotated[
         Path | None, typer.Option(help="Go on from this saved session with a new text.")

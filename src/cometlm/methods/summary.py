@@ -23,6 +23,7 @@ from cometlm.methods.base import Budget, Method, Reader
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
 from cometlm.session.chat_template import Turn, render_turn
+from cometlm.session.plain_text import PlainText, encoded
 
 _DEFAULT = 2048  # tokens, where neither the budget nor the model says
 _NOTES, _PART = "cometlm stand-in notes", "cometlm stand-in part"
@@ -78,8 +79,11 @@ class SummaryReader(Reader):
             turn = render_turn(self.tokenizer, _ASKED, first=True, began=False)
         head, _, rest = turn.opening.partition(_NOTES)
         middle, _, tail = rest.partition(_PART)
-        self._frame = [self._encode(piece) for piece in (head, middle, tail)]
-        self._end = self._encode(turn.closing)[:1]
+        self._frame = [
+            list(encoded(self.tokenizer, piece, special=True)["input_ids"])
+            for piece in (head, middle, tail)
+        ]
+        self._end = turn.closing_ids[:1]
         room = self._limit - sum(map(len, self._frame))
         self.part, self.most_notes = room // 2, room // 4
         if self.most_notes < _LEAST:
@@ -157,8 +161,7 @@ class SummaryReader(Reader):
         self._notes = written[: self.most_notes] or self._notes
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        return PlainText.of(self.tokenizer).encode(text)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -27,14 +27,14 @@ class Place:
         # Of a place that was kept, only the digest is here; more text cannot be added to that.
         self._running = hashlib.sha256() if characters == 0 else None
 
-    def add(self, text: str) -> None:
-        """Go on by so much text."""
-        if not text:
+    def add(self, characters: int, encoded: bytes) -> None:
+        """Go on by so many characters, given as UTF-8."""
+        if not characters:
             return
-        self.characters += len(text)
+        self.characters += characters
         self._known = None
         if self._running is not None:
-            self._running.update(text.encode())
+            self._running.update(encoded)
 
     @property
     def digest(self) -> str | None:

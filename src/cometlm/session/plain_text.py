@@ -5,25 +5,63 @@ chat template puts around messages may hold such tokens; whoever wrote a documen
 not. So `PlainText.encode` spells them, and `escaped` marks them in what a template is given, so
 that `PlainText.encode_frame` can tell them from the template's own.
 
-Control tokens are those that the tokenizer calls special, and those of its added tokens that stand
-in its chat template. Other added tokens, such as words of a domain, stay what they are.
+Control tokens are those that the tokenizer calls special, and those of its added tokens that its
+chat template writes. Other added tokens, such as words of a domain, stay what they are.
 
 Pitfalls:
     - A frame that is made of ordinary words ("[INST]", "### Human:") is text, whoever writes it.
+      So is a word that was added as a token and is not called special, such as "user".
 """
 
 from __future__ import annotations
 
 import re
-import weakref
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
 
 Spans = list[tuple[int, int]]
 _PRIVATE = range(0xF8D0, 0xF8FF)  # characters that no text should have
 _GUARDS = ("\n", ".", "0")
+# Whether control tokens count is written into the tokenizer itself, which threads share.
+ENCODING = threading.RLock()
+
+
+def encoded(tokenizer: Any, text: str, *, special: bool, **options: Any) -> Any:
+    """What a tokenizer makes of a text, without special tokens around it.
+
+    Args:
+        special: control tokens that are written in it count as such.
+        options: others of the tokenizer's.
+    """
+    with ENCODING:
+        return tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=not special,
+            verbose=False,
+            **options,
+        )
+
+
+def encoded_with_spans(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], Spans]:
+    """Ids of a text and where in it each one's characters stand; a slow tokenizer has no spans."""
+    if not getattr(tokenizer, "is_fast", False):
+        return list(encoded(tokenizer, text, special=special)["input_ids"]), []
+    found = encoded(tokenizer, text, special=special, return_offsets_mapping=True)
+    return list(found["input_ids"]), list(found["offset_mapping"])
+
+
+def prefix_ids(tokenizer: Any) -> list[int]:
+    """Special tokens that a tokenizer puts in front of a text."""
+    with ENCODING:
+        ids = list(tokenizer("")["input_ids"])
+    eos = tokenizer.eos_token_id
+    return ids[:-1] if ids and ids[-1] == eos and eos != tokenizer.bos_token_id else ids
 
 
 class PlainText:
@@ -36,12 +74,15 @@ class PlainText:
         tokenizer: as given.
         control: ids of its control tokens, by their text.
         special: those that the tokenizer calls special.
+        num_tokens: how many tokens it has.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         template = getattr(tokenizer, "chat_template", None) or ""
-        literal = "\n".join(template.values()) if isinstance(template, Mapping) else str(template)
+        sources = template.values() if isinstance(template, Mapping) else [str(template)]
+        literal = [text for source in sources for text in _literals(source)]
+        self.num_tokens = num_tokens(tokenizer)
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._added = {token.content: token for token in added.values()}
         # Some that a tokenizer calls special are not marked as such among those that it added.
@@ -57,11 +98,9 @@ class PlainText:
     @classmethod
     def of(cls, tokenizer: Any) -> PlainText:
         """The one of a tokenizer: made once, until its tokens or its chat template change."""
-        state = (num_tokens(tokenizer), str(getattr(tokenizer, "chat_template", None)))
-        known = _KNOWN.get(tokenizer)
-        if known is None or known[0] != state:
-            known = _KNOWN[tokenizer] = (state, cls(tokenizer))
-        return known[1]
+        return _known(
+            tokenizer, num_tokens(tokenizer), str(getattr(tokenizer, "chat_template", None))
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of text, without special tokens around it."""
@@ -72,11 +111,9 @@ class PlainText:
 
         A slow tokenizer has no such places: its spans are empty.
         """
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         if not getattr(self.tokenizer, "is_fast", False):
-            return self._encode_slowly(text, options), []
-        encoded = self.tokenizer(text, return_offsets_mapping=True, **options)
-        ids, spans = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+            return self._encode_slowly(text), []
+        ids, spans = encoded_with_spans(self.tokenizer, text, special=False)
         if self._ids.isdisjoint(ids):
             return ids, spans
         return self._spell(text, ids, spans)
@@ -98,7 +135,7 @@ class PlainText:
             places = [i for i in range(begin, end) if not is_plain or text[i] != mark]
             part = "".join(text[i] for i in places)
             if not is_plain:
-                own, where = self._encode_live(part)
+                own, where = encoded_with_spans(self.tokenizer, part, special=True)
             else:
                 own, where = (
                     self._encode_in_the_middle(part) if ids else self.encode_with_spans(part)
@@ -122,8 +159,13 @@ class PlainText:
         if isinstance(given, str):
             return pattern.sub(lambda found: found[0][0] + mark + found[0][1:], given)
         if isinstance(given, Mapping):
+            # A template looks for names; those that it cannot look for are somebody's data.
             return {
-                self.escaped(name, mark, control): self.escaped(value, mark, control)
+                (
+                    name
+                    if isinstance(name, str) and name.isidentifier()
+                    else self.escaped(name, mark, control)
+                ): self.escaped(value, mark, control)
                 for name, value in given.items()
             }
         if isinstance(given, (list, tuple)):
@@ -146,9 +188,7 @@ class PlainText:
         for content in self.control:
             token = self._added[content]
             if not (token.lstrip or token.rstrip):
-                behind = self.tokenizer(
-                    content + "a", add_special_tokens=False, split_special_tokens=False
-                )["input_ids"]
+                behind = encoded(self.tokenizer, content + "a", special=True)["input_ids"]
                 return list(behind[1:]) != self.encode("a")
         return False
 
@@ -175,14 +215,6 @@ class PlainText:
                 begin = after
         if len(text) > begin:
             yield begin, len(text), False
-
-    def _encode_live(self, text: str) -> tuple[list[int], Spans]:
-        """Ids of text whose control tokens count."""
-        options = {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
-        if not getattr(self.tokenizer, "is_fast", False):
-            return list(self.tokenizer(text, **options)["input_ids"]), []
-        encoded = self.tokenizer(text, return_offsets_mapping=True, **options)
-        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
     def _encode_in_the_middle(self, text: str) -> tuple[list[int], Spans]:
         ids, spans = self.encode_with_spans(text)
@@ -228,8 +260,7 @@ class PlainText:
         """Ids of some letters behind others; those hold no control token."""
 
         def encode(text: str) -> list[int]:
-            options = {"add_special_tokens": False, "split_special_tokens": True}
-            return list(self.tokenizer(text, **options)["input_ids"])
+            return list(encoded(self.tokenizer, text, special=False)["input_ids"])
 
         return self._behind_a_guard(encode, part) or encode(part)
 
@@ -241,17 +272,20 @@ class PlainText:
                 return both[len(first) :]
         return []
 
-    def _encode_slowly(self, text: str, options: dict[str, Any]) -> list[int]:
+    def _encode_slowly(self, text: str) -> list[int]:
         ids: list[int] = []
         for i, part in enumerate(re.split(f"({_any_of(self.control)})", text)):
-            if not part:
-                continue
-            inside = self.tokenizer(part, **options)["input_ids"] if i % 2 == 0 else None
-            ids += self._letters(part) if inside is None else inside
+            if part and i % 2:
+                ids += self._letters(part)
+            elif part:
+                ids += encoded(self.tokenizer, part, special=False)["input_ids"]
         return ids
 
 
-_KNOWN: weakref.WeakKeyDictionary[Any, tuple[Any, PlainText]] = weakref.WeakKeyDictionary()
+@lru_cache(maxsize=16)
+def _known(tokenizer: Any, tokens: int, template: str) -> PlainText:
+    """Of a tokenizer, as it is with so many tokens and that chat template."""
+    return PlainText(tokenizer)
 
 
 def num_tokens(tokenizer: Any) -> int:
@@ -284,9 +318,23 @@ def _strings(given: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _frames(content: str, template: str) -> bool:
-    """Whether an added token stands in a chat template, as more than a letter or white space."""
-    return len(content) > 1 and not content.isspace() and content in template
+def _literals(template: str) -> list[str]:
+    """What a chat template may write itself: its text, and strings in its code."""
+    try:
+        tokens = list(Environment().lexer.tokenize(template))
+    except TemplateSyntaxError:  # it renders nothing, and whoever renders it says so
+        return []
+    return [str(token.value) for token in tokens if token.type in ("data", "string")]
+
+
+def _frames(content: str, literal: Iterable[str]) -> bool:
+    """Whether an added token stands in one of these texts as such: as no letter, word or part."""
+    if len(content) < 2 or content.isspace() or content.isidentifier():
+        return False
+    before = r"(?<!\w)" if content[0].isalnum() else ""
+    behind = r"(?!\w)" if content[-1].isalnum() else ""
+    pattern = re.compile(before + re.escape(content) + behind)
+    return any(pattern.search(text) for text in literal)
 
 
 def _any_of(contents: Iterable[str] | Sequence[str]) -> str:

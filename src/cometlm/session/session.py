@@ -24,7 +24,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -97,6 +97,11 @@ class Session:
     @characters.setter
     def characters(self, count: int) -> None:
         self._text_place = Place(count)
+
+    @property
+    def turns(self) -> int:
+        """Messages of `chat` that were answered, also before saving and loading."""
+        return self._turns
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -250,8 +255,8 @@ class Session:
         """Like `ask`, but the message and its answer stay in the session.
 
         If a streamed answer is broken off, by its reader or by an error, what was written so far
-        stays; if nothing was, the session is as it was before the message. Nothing else can be read
-        until a streamed answer ends or is closed.
+        stays; if nothing was, or that is broken off too, the session is as it was before the
+        message. Nothing else can be read until a streamed answer ends or is closed.
 
         Raises:
             ValueError: as `ask`; also a tokenizer without a chat template.
@@ -294,25 +299,11 @@ class Session:
             ValueError: nothing was read yet; otherwise as `read`.
         """
         self._check(ids)
-        self._end_text()
-        if not self._open:
-            raise ValueError("nothing was read: there is nothing that ids could follow")
-        size = self.model.config.comet_config.chunk_size
-        found: list[Foreseen] = []
-        while len(found) < len(ids):
-            # What a chunk has room for; behind a full one, the token that closes it.
-            piece = list(ids[len(found) :][: max(1, size - len(self._open))])
-            out = self.model.model(
-                self._tensor([*self._open, *piece[:-1]]),
-                past_key_values=self._cache,
-                use_cache=True,
-                hidden_to_keep=len(piece),
-            )
-            hidden = out.last_hidden_state[:, -len(piece) :].split(_LOGITS_AT_A_TIME, dim=1)
-            for begin, part in zip(range(0, len(piece), _LOGITS_AT_A_TIME), hidden, strict=True):
-                found += foreseen(self.model.logits(part)[0], piece[begin:][: part.shape[1]])
-            self.read(piece)
-        return found
+        with self._reads:
+            self._end_text()
+            if not self._open:
+                raise ValueError("nothing was read: there is nothing that ids could follow")
+            return self._foreseen(ids)
 
     def fork(self, *, without: Collection[str] = ()) -> Self:
         """A session that goes its own way from here; nothing is copied but the open chunk's ids.
@@ -325,13 +316,20 @@ class Session:
             ValueError: another part.
         """
         with self._state:
-            fork = copy.copy(self)
+            fork = object.__new__(type(self))
+            fork.__dict__.update(self.__dict__)
             fork._cache = self._cache.without(without)
             fork._stream = copy.copy(self._stream)
             fork._open = list(self._open)
             fork._text_place = self._text_place.fork()
         fork._new_locks()
         return fork
+
+    def __copy__(self) -> Self:
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a session is kept by save() and copied by fork()")
 
     # --- keeping ----------------------------------------------------------------------------
 
@@ -402,9 +400,9 @@ class Session:
     def _taking(self, piece: str | list[int], special: bool) -> Iterator[SessionStats]:
         """Take one piece of a source."""
         if isinstance(piece, str):
-            piece.encode()  # refuse what is no text before anything changes
+            encoded = piece.encode()  # refuses what is no text before anything changes
             ids = self._text_stream().feed(piece, special)
-            self._text_place.add(piece)
+            self._text_place.add(len(piece), encoded)
             yield from self._take(ids)
         elif piece:
             self._check(piece)
@@ -423,6 +421,25 @@ class Session:
         """The text ends here; no more than one chunk is open then."""
         for _ in self.finish():
             pass
+
+    def _foreseen(self, ids: Sequence[int]) -> list[Foreseen]:
+        """See `read_foreseen`; something was read, and no text is waiting."""
+        size = self.model.config.comet_config.chunk_size
+        found: list[Foreseen] = []
+        while len(found) < len(ids):
+            # What a chunk has room for; behind a full one, the token that closes it.
+            piece = list(ids[len(found) :][: max(1, size - len(self._open))])
+            out = self.model.model(
+                self._tensor([*self._open, *piece[:-1]]),
+                past_key_values=self._cache,
+                use_cache=True,
+                hidden_to_keep=len(piece),
+            )
+            hidden = out.last_hidden_state[:, -len(piece) :].split(_LOGITS_AT_A_TIME, dim=1)
+            for begin, part in zip(range(0, len(piece), _LOGITS_AT_A_TIME), hidden, strict=True):
+                found += foreseen(self.model.logits(part)[0], piece[begin:][: part.shape[1]])
+            self.read(piece)
+        return found
 
     def _take(self, ids: Sequence[int]) -> Iterator[SessionStats]:
         """Add tokens; run every chunk that more text has followed."""
@@ -478,24 +495,25 @@ class Session:
         generation: dict[str, Any],
         stream: bool,
     ) -> Iterator[str]:
+        answer: list[int] = []
         with self._reads, self._state:
             if self._is_answering:
                 raise RuntimeError("chat() is writing another answer: end or close it first")
             turn = self._turn(message, options)
             work = self.fork()
             self._is_answering = True
-        answer: list[int] = []
         try:
             work.ask_in_one_chunk(turn.opening_ids)
             yield from work._written(answer, generation, stream)
         finally:
-            if answer:
-                stops = stop_ids(generation, self.model) & set(work._plain.control.values())
-                work.read(_ended(answer, turn.closing_ids, stops))
-                work._turns += 1
-            with self._state:
+            try:
                 if answer:
-                    self._become(work)
+                    stops = stop_ids(generation, self.model) & set(work._plain.control.values())
+                    work.read(_ended(answer, turn.closing_ids, stops))
+                    work._turns += 1
+                    with self._state:
+                        self._become(work)
+            finally:
                 self._is_answering = False
 
     def _become(self, other: Session) -> None:

@@ -11,7 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from cometlm.session.plain_text import PlainText, Spans, num_tokens
+from cometlm.session.plain_text import (
+    PlainText,
+    Spans,
+    encoded_with_spans,
+    prefix_ids,
+)
 
 _CONTEXT = 1024  # characters in front of the window whose tokens are known
 _WINDOW = 16384  # characters to collect before tokenising
@@ -35,6 +40,7 @@ class TokenStream:
                 f"{type(tokenizer).__name__} gives no offsets; streaming needs a fast tokenizer"
             )
         self._tokenizer = tokenizer
+        self._plain = PlainText.of(tokenizer)
         self._vocabulary = vocabulary
         self._text = ""
         self._special = False  # whether control tokens in _text count as such
@@ -100,12 +106,13 @@ class TokenStream:
         if not final:
             keep = max(0, end - _CONTEXT)
             self._text, self._done = self._text[keep:], end - keep
-        first = [] if self._started else self._prefix()
+        first = [] if self._started else prefix_ids(self._tokenizer)
         self._started = True
         return first + ids[:stop]
 
     def _tokenise(self) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids after what was given out, and each one's characters in `_text`."""
+        self._plain = PlainText.of(self._tokenizer)  # tokens or a chat template may have come
         ids, spans = self._encode(self._text)
         begin = next((i for i, (start, _) in enumerate(spans) if start >= self._done), len(ids))
         clean = begin == 0 or spans[begin - 1][1] <= self._done
@@ -116,25 +123,18 @@ class TokenStream:
 
     def _encode(self, text: str, special: bool | None = None) -> tuple[list[int], Spans]:
         if not (self._special if special is None else special):
-            return PlainText.of(self._tokenizer).encode_with_spans(text)
-        encoded = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        return encoded["input_ids"], encoded["offset_mapping"]
+            return self._plain.encode_with_spans(text)
+        return encoded_with_spans(self._tokenizer, text, special=True)
 
     def _refuse_unknown(self, before: str, text: str, special: bool) -> None:
         """Refuse new text with tokens that the model does not have, before it is taken.
 
         Tokenising it for that is only needed where the tokenizer has more tokens than the model.
         """
-        tokens = num_tokens(self._tokenizer)
+        tokens = self._plain.num_tokens
         if self._vocabulary is None or tokens <= self._vocabulary:
             return
-        control = () if special else PlainText.of(self._tokenizer).control.values()
+        control = () if special else self._plain.control.values()
         spelled = sum(number >= self._vocabulary for number in control)
         if tokens - spelled <= self._vocabulary:
             return  # the others are control tokens, which text has none of
@@ -158,9 +158,3 @@ class TokenStream:
             if word or len(self._text) - self._done > 8 * _WINDOW:
                 return i
         return 0
-
-    def _prefix(self) -> list[int]:
-        """Special tokens that the tokenizer puts in front of a text."""
-        ids: list[int] = self._tokenizer("")["input_ids"]
-        eos = self._tokenizer.eos_token_id
-        return ids[:-1] if ids and ids[-1] == eos and eos != self._tokenizer.bos_token_id else ids

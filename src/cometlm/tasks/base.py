@@ -150,8 +150,7 @@ def turn_ids(
 def asked_ids(tokenizer: Any, question: Question) -> list[int]:
     """A question in the tokenizer's chat template, up to where it is answered."""
     asked, _ = turn_ids(tokenizer, question.text)
-    begun: list[int] = tokenizer.encode(question.answer_prefix, add_special_tokens=False)
-    return [*asked, *begun]
+    return [*asked, *PlainText.of(tokenizer).encode(question.answer_prefix)]
 
 
 def asked_at_the_end(questions: Sequence[Question]) -> list[Question]:

@@ -29,6 +29,7 @@ import random
 import re
 import sys
 from argparse import Namespace
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -40,6 +41,7 @@ from typing import Any
 import yaml
 
 from cometlm.extras import RULER, lacks
+from cometlm.session.plain_text import PlainText, Spans
 from cometlm.tasks.base import Question, Sample, Split, Task, asked_ids
 from cometlm.tasks.questions import PACKAGE as QUESTIONS
 
@@ -141,9 +143,9 @@ class Ruler(Task):
             max_new_tokens=family.tokens_to_generate,
         )
         context = context.replace(_MARK, "") + blank
-        encoded = self.tokenizer(context, add_special_tokens=False, verbose=False)
+        ids, spans = PlainText.of(self.tokenizer).encode_with_spans(context)
         rest = len(asked_ids(self.tokenizer, question)) + family.tokens_to_generate
-        return _Prompt(context, encoded, question, len(encoded["input_ids"]) + rest)
+        return _Prompt(context, ids, spans, question, len(ids) + rest)
 
     def _number(self, index: int) -> int:
         return index + self.seed * _SAMPLES
@@ -171,26 +173,23 @@ class Ruler(Task):
 
     def _evidence(self, index: int, made: _Prompt) -> Iterator[range]:
         """Where in a context the answers stand, in tokens; slow tokenizers do not say."""
-        if not getattr(made.encoded, "is_fast", False):
+        if not made.spans:
             return
+        begins, ends = zip(*made.spans, strict=True)
         answers = made.question.answers
         for begin, end in self._family.evidence(self._number(index), made.context, answers):
-            yield range(made.encoded.char_to_token(begin), made.encoded.char_to_token(end - 1) + 1)
+            yield range(bisect_right(ends, begin), bisect_left(begins, end))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """A context, as text and as the tokenizer's encoding, its question, and tokens of all."""
+    """A context, its token ids and where they stand in it, its question, and tokens of all."""
 
     context: str
-    encoded: Any
+    ids: list[int]
+    spans: Spans
     question: Question
     num_tokens: int
-
-    @property
-    def ids(self) -> list[int]:
-        """Of the context."""
-        return list(self.encoded["input_ids"])
 
 
 # --- families of tasks ---------------------------------------------------------------------------
@@ -306,7 +305,7 @@ class _Variables(_Family):
         for size in range(5, 500, 5):
             text, names = self._call(size, *self._chains, is_icl=True)
             example = f"{text} {' '.join(names)}\n\n"
-            length = len(self.tokenizer.encode(example, add_special_tokens=False))
+            length = len(PlainText.of(self.tokenizer).encode(example))
             if found and length + self.tokens_to_generate > 500:
                 break
             found = example

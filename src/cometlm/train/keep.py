@@ -300,6 +300,4 @@ def answer_ends(tokenizer: Any) -> list[int]:
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Ids of a prompt in the chat template, in front of its answer and behind nothing."""
-    opening = render_turn(tokenizer, prompt, first=True, began=False).opening
-    ids: list[int] = tokenizer.encode(opening, add_special_tokens=False)
-    return ids
+    return render_turn(tokenizer, prompt, first=True, began=False).opening_ids

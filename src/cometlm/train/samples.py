@@ -17,7 +17,14 @@ from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template
 
 from cometlm.session.chat_template import RAISED
-from cometlm.session.plain_text import PlainText, unused_mark
+from cometlm.session.plain_text import (
+    ENCODING,
+    PlainText,
+    encoded,
+    encoded_with_spans,
+    prefix_ids,
+    unused_mark,
+)
 from cometlm.train.templates import generation_template
 
 Sample = dict[str, list[int]]
@@ -126,17 +133,13 @@ class Samples:
 
     def _text(self, text: str, end: bool = True) -> list[int]:
         """Ids of a text, with the tokens that the tokenizer puts in front, and one that ends it."""
-        first = list(self._tokenizer("")["input_ids"])
         stop = self._tokenizer.eos_token_id
-        if first and first[-1] == stop:  # some put it behind
-            first.pop()
         if self._special:
-            options = {"add_special_tokens": False, "split_special_tokens": False}
-            ids = list(self._tokenizer(text, **options)["input_ids"])
+            ids = list(encoded(self._tokenizer, text, special=True)["input_ids"])
         else:
             ids = self._plain.encode(text)
         ended = not end or stop is None or ids[-1:] == [stop]
-        return [*first, *ids, *([] if ended else [stop])]
+        return [*prefix_ids(self._tokenizer), *ids, *([] if ended else [stop])]
 
     def _conversation(
         self, record: Mapping[str, Any], messages: list[Any], masked: bool, head: bool = False
@@ -159,18 +162,12 @@ class Samples:
             **given[2],
         }
         text = self._tokenizer.apply_chat_template(given[0], tokenize=False, **common)
-        out = self._tokenizer.apply_chat_template(
-            given[0], tokenize=True, return_dict=True, return_assistant_tokens_mask=masked, **common
-        )
+        common |= {"return_dict": True, "return_assistant_tokens_mask": masked}
+        with ENCODING:
+            out = self._tokenizer.apply_chat_template(given[0], tokenize=True, **common)
         ids, mask = list(out["input_ids"]), list(out["assistant_masks"]) if masked else []
         if mark in text:
-            spans = (
-                self._tokenizer(
-                    text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-                )["offset_mapping"]
-                if masked
-                else []
-            )
+            spans = encoded_with_spans(self._tokenizer, text, special=True)[1] if masked else []
             ids, places = self._plain.encode_frame_with_spans(text, mark)
             said = bytearray(len(text))
             for (begin, end), learned in zip(spans, mask, strict=True):
