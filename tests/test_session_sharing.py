@@ -261,7 +261,13 @@ def test_reading_waits_for_what_is_foreseen():
 def _is_held(lock):
     """Whether another thread has to wait for a lock."""
     got = []
-    thread = threading.Thread(target=lambda: got.append(lock.acquire(blocking=False)))
+
+    def take():
+        got.append(lock.acquire(blocking=False))
+        if got[0]:
+            lock.release()
+
+    thread = threading.Thread(target=take)
     thread.start()
     thread.join()
     return not got[0]
