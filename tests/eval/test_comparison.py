@@ -1,6 +1,7 @@
 """A comparison on a tiny model: whole, interrupted, killed, limited, and with something missing."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from cometlm.eval import comparison as module
@@ -129,18 +131,21 @@ def test_wherever_it_is_killed_it_finds_the_same(values, tmp_path):
     config.write_text(yaml.safe_dump({**values, "output": str(tmp_path / "out")}, sort_keys=False))
     rows = tmp_path / "out" / "rows.jsonl"
     command = [sys.executable, "-c", "from cometlm.cli.main import run; run()", "eval", str(config)]
+    # As many threads as here: another number of them adds up in another order.
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     rng = random.Random()
     for _ in range(2):
         before = len(rows.read_bytes().splitlines()) if rows.exists() else 0
         wanted = before + rng.randint(1, 4)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=env, **quiet)
         while process.poll() is None:
             if rows.exists() and len(rows.read_bytes().splitlines()) >= wanted:
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.002)
         process.wait()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert measured_apart(found)["cells"] == want["cells"]
