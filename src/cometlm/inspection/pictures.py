@@ -182,7 +182,7 @@ def _attention(history: History) -> Picture:
         "Above: of all that the text's words looked at, layer by layer, which share was memory and "
         "which their own chunk (all chunks but the first). Below: the two memories, chunk by "
         "chunk, mean over layers and heads. The first token of a chunk is shown apart, since many "
-        "models rest their eyes on it when they look for nothing."
+        "models attend to it where nothing else matters (an attention sink)."
     )
     return Picture("attention", "What words look at while reading", how, figure)
 
