@@ -159,7 +159,7 @@ def test_probes_of_wrong_shapes():
     ids, beside, labels = asked()
     model = tiny_comet("llama").train()
     wide = torch.zeros(2, CHUNK + 1, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"\[2, 1 … 12\].* got shape \(2, 13\)"):
+    with pytest.raises(ValueError, match=r"\[2 or a multiple, 1 … 12\].* got shape \(2, 13\)"):
         watched(model, questions(wide, wide))(ids, labels=ids)
     with pytest.raises(ValueError, match=r"\[3, A\] for 3 since"):
         Probe(beside, labels, (0, 0, 0))

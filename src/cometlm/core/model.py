@@ -39,7 +39,7 @@ from cometlm.core.plan import (
 )
 from cometlm.core.pretrained_model import CometPreTrainedModel
 from cometlm.core.recompute import Recomputation, read_on, read_recomputed
-from cometlm.core.state import States
+from cometlm.core.state import States, map_tensors
 from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels
 from cometlm.core.training_plan import TrainingPlan
 from cometlm.core.walk import Grid, through_layers
@@ -454,17 +454,21 @@ class CometModel(CometPreTrainedModel):
     def _beside(
         self, call: Call, rows: tuple[RowCounts, ...], states: States, ids: Tensor
     ) -> Tensor:
-        """Last hidden states [B, A, D] of ids [B, A] read from these states, which stay.
+        """Last hidden states [P·B, A, D] of ids [P·B, A] read from these states, which stay.
 
         Raises:
             ValueError: ids of another batch, or more than the open chunks have room for.
         """
         room = call.sizes.chunk_size - max(row.text for row in rows)
-        if ids.dim() != 2 or len(ids) != len(rows) or not 1 <= ids.shape[1] <= room:
+        if ids.dim() != 2 or len(ids) % len(rows) or not len(ids) or not 1 <= ids.shape[1] <= room:
             raise ValueError(
-                f"ids of a probe must be [{len(rows)}, 1 … {room}] (what a chunk has room for), "
-                f"got shape {tuple(ids.shape)}"
+                f"ids of a probe must be [{len(rows)} or a multiple, 1 … {room}] (rows of the "
+                f"batch, and what a chunk has room for), got shape {tuple(ids.shape)}"
             )
+        times = len(ids) // len(rows)
+        if times > 1:
+            rows *= times
+            states = map_tensors(states, lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
         text = TextBatch.of(ids, None, self.config.vocab_size, device_of(self.embed_tokens))
         layout = call.layout(rows, (Piece(0, text.width, close=False),) * text.batch)
         embedded = self.embedded(text, layout)

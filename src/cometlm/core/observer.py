@@ -3,7 +3,7 @@
 Questions on the way and what readout tokens should say are observers (`train.probes`). They run
 inside the step, so recomputation and the wave are exact for them as they are for the text.
 
-Legend: B batch, A tokens of a probe, M readout tokens, n text tokens of a step, D width.
+Legend: B batch, P probes, A tokens of a probe, M readout tokens, n text tokens of a step, D width.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ class ClosedChunk:
         readout: last hidden states [B, M, D] of its readout tokens; M is 0 without global memory.
         score: from hidden states [B, any, D] and labels [B, any], which stand at the position that
             is to say them (-100 is not counted), to their `Score`.
-        read: from ids [B, A] and labels [B, A] to the `Score` of those labels, each the token that
-            follows the one before it, as in `forward`. The ids are read by a fork of the memory
-            that is then forgotten. A is at most what the open chunks have room for.
+        read: from ids [P·B, A] and labels [P·B, A] to the `Score` of those labels, each the token
+            that follows the one before it, as in `forward`. Each of the P blocks of rows is read by
+            a fork of the memory that is then forgotten, all of them in one pass. A is at most what
+            the open chunks have room for.
     """
 
     layout: ChunkLayout

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.core.observer import ChunkObserver, ClosedChunk, Score
@@ -69,12 +70,16 @@ class Questions(ChunkObserver):
 
     def after_chunk(self, chunk: ClosedChunk) -> Mapping[str, Score]:
         """See `ChunkObserver.after_chunk`."""
-        scores = [
-            chunk.read(probe.ids, probe.labels)
+        due = [
+            probe
             for probe in self._probes
             if _is_due(chunk, probe.since) and _still_holds(chunk, probe.until)
         ]
-        return {ANSWERS: _sum(scores)} if scores else {}
+        if not due:
+            return {}
+        # In one pass: many small ones keep an accelerator waiting for launches.
+        ids, labels = _stacked([one.ids for one in due], 0), _stacked([one.labels for one in due])
+        return {ANSWERS: chunk.read(ids, labels)}
 
 
 def _is_due(chunk: ClosedChunk, since: Sequence[int]) -> bool:
@@ -182,8 +187,7 @@ def _only(labels: Tensor, rows: Sequence[bool]) -> Tensor:
     return labels.masked_fill(~torch.tensor(rows, device=labels.device)[:, None], -100)
 
 
-def _sum(scores: Sequence[Score]) -> Score:
-    total = scores[0]
-    for score in scores[1:]:
-        total = total + score
-    return total
+def _stacked(blocks: Sequence[Tensor], filling: int = -100) -> Tensor:
+    """Blocks [B, any] below each other, filled up behind to the longest."""
+    width = max(block.shape[1] for block in blocks)
+    return torch.cat([F.pad(x, (0, width - x.shape[1]), value=filling) for x in blocks])
