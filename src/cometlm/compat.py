@@ -156,21 +156,26 @@ class Graph(NamedTuple):
     begin: Callable[[], None]
     end: Callable[[], None]
     replay: Callable[[], None]
+    pool: Callable[[], Any]
 
 
-def new_graph(device: torch.device) -> Graph | None:
-    """A graph to record a device's work in; None for a device without, CPUs among them."""
+def new_graph(device: torch.device, pool: Any = None) -> Graph | None:
+    """A graph to record a device's work in; None for a device without, CPUs among them.
+
+    Args:
+        pool: of the memory of another graph, which this one shares; None: its own.
+    """
     if device.type == "cpu":
         return None
     if hasattr(torch.accelerator, "Graph"):
-        graph = torch.accelerator.Graph(capture_error_mode="thread_local")
-        return Graph(graph.capture_begin, graph.capture_end, graph.replay)
+        graph = torch.accelerator.Graph(pool=pool, capture_error_mode="thread_local")
+        return Graph(graph.capture_begin, graph.capture_end, graph.replay, graph.pool)
     kind = getattr(torch.get_device_module(device), f"{device.type.upper()}Graph", None)
     if kind is None:
         return None
     own = kind()
-    begin = functools.partial(own.capture_begin, capture_error_mode="thread_local")
-    return Graph(begin, own.capture_end, own.replay)
+    begin = functools.partial(own.capture_begin, pool=pool, capture_error_mode="thread_local")
+    return Graph(begin, own.capture_end, own.replay, own.pool)
 
 
 # --- private entries of torch ---

@@ -14,9 +14,6 @@ Pitfalls:
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,15 +23,13 @@ import torch
 from torch import Tensor
 
 from cometlm.backbones.families import KeyValue
-from cometlm.compat import new_graph
 from cometlm.config import CometConfig
 from cometlm.core.cache import CometCache
 from cometlm.core.fixed_layout import FixedLayout
 from cometlm.core.layout import RowCounts
+from cometlm.core.recording import Recorder
 from cometlm.core.state import LayerState, OpenChunk
 from cometlm.core.walk import Grid, through_layers
-
-_WARM_UPS = 2  # runs before recording: kernels are chosen and workspaces made in the first ones
 
 
 class Writer(Protocol):
@@ -293,52 +288,12 @@ def _run(model: Writer, buffers: _Buffers, items: int) -> Tensor:
     return model.logits(inner.norm(hidden[:, :1]))[:, 0]
 
 
-# Recording is a state of the process: one at a time, on one stream for each device, since each
-# stream that products run on gets a workspace for good.
-_RECORDING = threading.Lock()
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.Stream:
-    return torch.Stream(device=device)
-
-
 def _recorded(work: Callable[[], Tensor], buffers: _Buffers) -> Callable[[], Tensor] | None:
     """Work that a device replays; None on a device that records nothing."""
-    device = buffers.ids.device
-    graph = new_graph(device)
-    if graph is None:
-        return None
     before = [counter.clone() for counter in buffers.counters]
-    with _RECORDING, _on_a_stream_of_its_own(device):
-        for _ in range(_WARM_UPS):
-            work()
-            for counter, value in zip(buffers.counters, before, strict=True):
-                counter.copy_(value)
-        torch.accelerator.synchronize(device)
-        graph.begin()
-        try:
-            logits = work()
-        finally:
-            graph.end()
 
-    def replay() -> Tensor:
-        graph.replay()
-        return logits
+    def reset() -> None:
+        for counter, value in zip(buffers.counters, before, strict=True):
+            counter.copy_(value)
 
-    return replay
-
-
-@contextlib.contextmanager
-def _on_a_stream_of_its_own(device: torch.device) -> Iterator[None]:
-    """Let work run on another stream, after what the current one has begun, before what follows."""
-    index = torch.accelerator.current_device_index()
-    here, own = torch.accelerator.current_stream(device), _stream(device)
-    own.wait_stream(here)
-    torch.accelerator.set_stream(own)  # which makes its device the current one
-    try:
-        yield
-    finally:
-        torch.accelerator.set_stream(here)
-        torch.accelerator.set_device_index(index)
-        here.wait_stream(own)
+    return Recorder().recorded(work, buffers.ids.device, reset)

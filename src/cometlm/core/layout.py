@@ -299,7 +299,7 @@ class ChunkLayout:
         return _sees(slot, torch.arange(max(self.slots)), window)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _tables_of(shape: tuple[Any, ...]) -> dict[Any, Any]:
     """The tables of steps of one shape; what a step needs of it is put in when it is asked for."""
     return {}

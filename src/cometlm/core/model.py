@@ -413,7 +413,7 @@ class CometModel(CometPreTrainedModel):
         Returns:
             Hidden states [B, n, D]; or [2], and three numbers for each loss of an observer.
         """
-        hidden = self._normed(out, layout.text_index)
+        hidden = self.normed(out, layout.text_index)
         if call.scored is None:
             return hidden
         score = call.scored.score(hidden, call.text.labels(call.scored.labels, layout))
@@ -446,7 +446,7 @@ class CometModel(CometPreTrainedModel):
             is_last=call.is_last(layout),
             states=after,
             text=hidden,
-            readout=self._normed(out, layout.readout_index),
+            readout=self.normed(out, layout.readout_index),
             score=scored,
             read=read,
         )
@@ -473,9 +473,9 @@ class CometModel(CometPreTrainedModel):
         layout = call.layout(rows, (Piece(0, text.width, close=False),) * text.batch)
         embedded = self.embedded(text, layout)
         out, _ = through_layers(self.grid(call.max_positions), embedded, layout, states)
-        return self._normed(out, layout.text_index)
+        return self.normed(out, layout.text_index)
 
-    def _normed(self, out: Tensor, index: Tensor) -> Tensor:
+    def normed(self, out: Tensor, index: Tensor) -> Tensor:
         """Last hidden states of some items."""
         hidden: Tensor = self.norm(take(out, index.to(out.device)))
         return hidden

@@ -163,6 +163,85 @@ class Keep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """A shape of batches.
+
+    Attributes:
+        rows: of a batch.
+        chunks: tokens of each of a row's chunks; the last one stays open.
+        since: the first step that has such a batch.
+        until: the first step that has none any more; None: none.
+    """
+
+    rows: int
+    chunks: tuple[int, ...]
+    since: int = 0
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"fixed.shapes.rows must be at least 1, got {self.rows}")
+        if len(self.chunks) < 2:
+            raise ValueError(
+                f"fixed.shapes.chunks must be two or more, since questions are asked where one "
+                f"ends, got {list(self.chunks)}"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row."""
+        return sum(self.chunks)
+
+    @property
+    def asks(self) -> tuple[int, ...]:
+        """Chunks at whose ends questions are asked: the last that is closed, and one halfway."""
+        last = len(self.chunks) - 2
+        return tuple(sorted({last // 2, last}))
+
+    def holds(self, step: int) -> bool:
+        """Whether a step may have such a batch."""
+        return self.since <= step and (self.until is None or step < self.until)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedShapes:
+    """Batches of a few fixed shapes, whose steps a device records once and replays.
+
+    Where launching is what limits a step, as on accelerators with small models, this is many times
+    as fast. Only for `train.loop`; see `train.fixed_batches` for what a batch is.
+
+    Attributes:
+        shapes: each step's is drawn of those that hold for it.
+        questions: of each row, asked beside it.
+        width: tokens of a question with its answer at most.
+        answer: tokens of an answer at most.
+        learned: tokens of each chunk that are learned as text.
+        kept: rows that are held to the backbone, of
+        kept_width: tokens.
+    """
+
+    shapes: tuple[StepShape, ...]
+    questions: int = 4
+    width: int = 112
+    answer: int = 48
+    learned: int = 256
+    kept: int = 16
+    kept_width: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "width", "answer", "learned", "kept", "kept_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"fixed.{name} must be at least 1, got {getattr(self, name)}")
+        shortest = min((min(shape.chunks) for shape in self.shapes), default=0)
+        for name in ("learned", "width"):
+            if getattr(self, name) >= shortest:
+                raise ValueError(
+                    f"fixed.{name} must be less than the shortest chunk of fixed.shapes, "
+                    f"{shortest}, got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gates:
     """How gates learn; see `train.gates`.
 
@@ -233,6 +312,8 @@ class TrainConfig:
             for texts that a chat template rendered already. Else they are text.
         keep: what holds the model to its backbone within a chunk; None: nothing does.
         gates: how gates learn.
+        fixed: batches of fixed shapes, which take the place of the mixture's lengths and sizes and
+            of `chunks`; only for `train.loop`.
         chunks: where samples are cut.
         recompute: how a training step saves memory.
         compile: put cells through `torch.compile`, where it works.
@@ -265,6 +346,7 @@ class TrainConfig:
     special: bool = False
     keep: Keep | None = None
     gates: Gates = Gates()
+    fixed: FixedShapes | None = None
     chunks: ChunkSettings = field(default_factory=ChunkSettings)
     recompute: Recompute = Recompute()
     compile: bool = False

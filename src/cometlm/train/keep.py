@@ -139,7 +139,7 @@ def keep_loss(model: CometForCausalLM, rows: Rows) -> Tensor:
         rows: on any device.
     """
     with torch.no_grad(), as_backbone(model):
-        theirs = _counted(model, _backbone_hidden(model, rows.ids.to(model.device)), rows.counted)
+        theirs = _counted(model, backbone_hidden(model, rows.ids.to(model.device)), rows.counted)
     width = rows.ids.shape[1]
     out = model.model(
         rows.ids,
@@ -173,7 +173,7 @@ def as_backbone(model: CometForCausalLM) -> Iterator[None]:
         model.train(training)
 
 
-def _backbone_hidden(model: CometForCausalLM, ids: Tensor) -> Tensor:
+def backbone_hidden(model: CometForCausalLM, ids: Tensor) -> Tensor:
     """Last hidden states [B, N, D] of the plain backbone."""
     hidden: Tensor = model._backbone.get_decoder()(ids, use_cache=False).last_hidden_state
     return hidden

@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,11 @@ from transformers import get_cosine_schedule_with_warmup
 
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
 from cometlm.checkpoints.memory import check_can_save, save_model
+from cometlm.core.recording import Recorder
 from cometlm.device import readable_bytes
-from cometlm.train.config import Log, TrainConfig
+from cometlm.train.config import Log, StepShape, TrainConfig
+from cometlm.train.fixed_batches import FixedBatch, FixedBatches
+from cometlm.train.fixed_step import REPORTED, FixedStep, Weights
 from cometlm.train.gates import WhitenedGates, gates_of, whitening_for
 from cometlm.train.keep import KEEP, KeepBatches, answers_for, keep_loss
 from cometlm.train.mixture import MixtureBatches, collate, probes_of
@@ -41,7 +45,8 @@ from cometlm.train.trainable import parameter_groups
 PROGRESS = "progress.json"  # says which step's folder is whole; written after it
 MOMENTS = "moments-{:02}.safetensors"
 LARGEST = 15 << 20  # bytes of a file of moments: some transfers take no more than 16 MiB
-_SPARE = 20.0  # seconds to save in
+_SPARE = 10.0  # seconds to save in
+_RECENT = 50  # steps, the slowest of which says how long a further one may take
 _TRL = "trainer.max_grad_norm"
 _CLIP = 1.5
 
@@ -85,7 +90,7 @@ def train_for(
         restore(prepared.model, _place(folder, done), whole=False)
         log(f"going on after step {done}")
     loop = _Loop(config, prepared, done, workers, log)
-    while loop.step < config.mixture.steps and time.monotonic() + loop.slowest < end:
+    while loop.step < config.mixture.steps and time.monotonic() + loop.foreseen < end:
         loop.learn()
     loop.save()
     return loop.step
@@ -100,13 +105,20 @@ class _Loop:
         mixture = config.mixture
         assert mixture is not None
         self.config, self.model, self.tokenizer = config, prepared.model, prepared.tokenizer
-        self.step, self.slowest, self.tokens = done, 0.0, 0
+        self.step, self.tokens = done, 0
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._saved: int | None = None
         self._log, self._folder, self._weight = log, Path(config.output), mixture.answer_weight
         self._batches = MixtureBatches(mixture, self.tokenizer, config.seed)
         self._batches.check(self.model.config.comet_config.chunk_size)
         self._keep = self._keeping()
         self._chunking = chunking_of(config.chunks, self.tokenizer, config.seed)
+        self._fixed: FixedBatches | None = None
+        self._steps: dict[StepShape, FixedStep] = {}
+        self._recorder = Recorder(warm_ups=1)
+        if config.fixed is not None:
+            args = (mixture, config.fixed, self.tokenizer, self._keep, config.seed)
+            self._fixed = FixedBatches(*args)
         self.optimizer = self._new_optimizer(prepared.is_new)
         self._load_moments()
         self.schedule = get_cosine_schedule_with_warmup(
@@ -115,18 +127,23 @@ class _Loop:
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.model.train()
         recompute = config.recompute
-        if recompute.enabled:
+        if recompute.enabled and self._fixed is None:
             options = {"every": recompute.every, "truncate_after": recompute.truncate_after}
             self.model.activation_checkpointing_enable(options, offload=recompute.offload)
         self._coming = iter(
             DataLoader(
-                self._batches,  # type: ignore[arg-type]  # it has what a dataset needs
+                self._fixed or self._batches,  # type: ignore[arg-type]  # what a dataset needs
                 batch_size=1,
                 sampler=range(done, len(self._batches)),
-                collate_fn=collate,
+                collate_fn=collate if self._fixed is None else _only,
                 num_workers=workers,
             )
         )
+
+    @property
+    def foreseen(self) -> float:
+        """Seconds that a further step may take."""
+        return max(self._seconds, default=0.0)
 
     # --- one step -----------------------------------------------------------------------------
 
@@ -134,9 +151,12 @@ class _Loop:
         """One batch forward and backward, and a step of the optimiser."""
         start = time.monotonic()
         batch = next(self._coming)
-        read = batch["input_ids"].numel()
-        loss, parts = self._loss(batch)
-        loss.backward()
+        if isinstance(batch, FixedBatch):
+            read, parts = batch.ids.numel(), self._fixed_step(batch)
+        else:
+            read = batch["input_ids"].numel()
+            loss, parts = self._loss(batch)
+            loss.backward()
         clip = float(self.config.trainer.get("max_grad_norm", _CLIP))
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained, clip))
         if not math.isfinite(norm) or not math.isfinite(parts["loss"]):
@@ -149,7 +169,7 @@ class _Loop:
         seconds = time.monotonic() - start
         self.step += 1
         self.tokens += read
-        self.slowest = max(self.slowest, seconds)
+        self._seconds.append(seconds)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in parts.items())
         self._log(f"step {self.step}  {shown}  norm {norm:.2f}  {read / seconds:,.0f} tokens/s")
         if self.step % self.config.save_steps == 0:
@@ -173,6 +193,18 @@ class _Loop:
             loss = loss + self.config.keep.weight * parts[KEEP]
         return loss, {n: float(x.detach()) for n, x in {"loss": loss, **parts}.items()}
 
+    def _fixed_step(self, batch: FixedBatch) -> dict[str, float]:
+        """Leaves gradients, as `_loss` and a backward pass; the parts of the loss for the log."""
+        assert self._fixed is not None
+        assert self.config.fixed is not None
+        shape = self._fixed.shape(self.step)
+        if shape not in self._steps:
+            keep = self.config.keep.weight if self.config.keep is not None else 0.0
+            weights = Weights(self._weight, keep)
+            args = (self.config.fixed.learned, batch, weights, self._recorder)
+            self._steps[shape] = FixedStep(self.model, shape, *args)
+        return dict(zip(REPORTED, self._steps[shape](batch).tolist(), strict=True))
+
     # --- what it begins with ------------------------------------------------------------------
 
     def _keeping(self) -> KeepBatches | None:
@@ -182,6 +214,8 @@ class _Loop:
         args = (self.model, self.tokenizer, settings, self._batches.questions, self._folder)
         answered = answers_for(*args, self._log)
         longest = self.model.config.comet_config.chunk_size
+        if self.config.fixed is not None:
+            longest = min(longest, self.config.fixed.kept_width)
         return KeepBatches(settings, self.tokenizer, answered, longest, self.config.seed)
 
     def _new_optimizer(self, is_new: bool) -> AdamW:
@@ -198,7 +232,7 @@ class _Loop:
         # The batches ahead; as many at a run's end, where they are those that were learned last.
         last = min(self.step + config.gates.batches, len(self._batches))
         first = max(0, last - config.gates.batches)
-        seen = (collate([self._batches[number]]) for number in range(first, last))
+        seen = (self._looked_at(number) for number in range(first, last))
         args = (self.model, seen, self._chunking, config.gates.shrinkage)
         whitening = whitening_for(*args, first=first)
         gates = WhitenedGates(gates_of(self.model), whitening)
@@ -207,6 +241,12 @@ class _Loop:
         optimizer = AdamW(gates.stand_in(groups), betas=(0.9, 0.999), fused=fused)
         gates.watch(optimizer)
         return optimizer
+
+    def _looked_at(self, number: int) -> dict[str, Tensor]:
+        """A batch that gates are whitened by."""
+        if self._fixed is None:
+            return collate([self._batches[number]])
+        return {"input_ids": self._fixed.long_ids(number)}
 
     # --- what it leaves -----------------------------------------------------------------------
 
@@ -288,6 +328,11 @@ def save_split(tensors: dict[str, Tensor], folder: Path, largest: int = LARGEST)
     for path, part in zip(paths, files, strict=True):
         write_whole(path, to_bytes(part))
     return paths
+
+
+def _only(batches: list[FixedBatch]) -> FixedBatch:
+    (batch,) = batches
+    return batch
 
 
 def _check(config: TrainConfig) -> None:

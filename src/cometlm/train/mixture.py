@@ -44,7 +44,7 @@ class MixtureBatches:
         self._tokenizer = tokenizer
         self._seed = seed
         self._per_step = per_step
-        self._tasks = [_task(name, settings, tokenizer, seed) for name in settings.tasks]
+        self._tasks = [task_of(name, settings, tokenizer, seed) for name in settings.tasks]
         self._weights = list(settings.tasks.values())
 
     def __len__(self) -> int:
@@ -175,7 +175,12 @@ class MixtureBatches:
         return turn_ids(self._tokenizer, question.text, answer, first=first)
 
 
-def _task(name: str, settings: Mixture, tokenizer: Any, seed: int) -> Task:
+def task_of(name: str, settings: Mixture, tokenizer: Any, seed: int) -> Task:
+    """A task of a mixture, of the train split.
+
+    Raises:
+        ValueError: an option that it does not take.
+    """
     options = settings.options.get(name, {})
     try:
         return TASKS.find(name)(tokenizer, split="train", seed=seed, **options)
