@@ -7,12 +7,14 @@ without one, which pytest's summary says once.
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
 import cometlm
-from cometlm.backbones.families import KeyValue
+from cometlm.backbones.families import KeyValue, take_apart
+from cometlm.backbones.rotary import RotaryTables
 from cometlm.core.attention import attend_one_part
 from cometlm.device import default_device
 from tests.test_attention import plain
@@ -54,8 +56,21 @@ KERNEL = {
 
 
 def on_device(model, dtype=torch.float64):
-    """A copy of a model on the device; the model itself stays in float64 on the CPU."""
-    return copy.deepcopy(model).to(DEVICE, dtype)
+    """A copy of a model on the device; the model itself stays in float64 on the CPU.
+
+    transformers computes cosines and sines in float32 whatever the model's dtype, and each device
+    rounds them its own way, which in float64 would be the largest error by far. So the copy has the
+    model's own; `test_rotary_tables` compares what the device makes of them.
+    """
+    twin = copy.deepcopy(model).to(DEVICE, dtype)
+    twin.model.rotary_emb.forward = partial(made_by, model.model.rotary_emb)
+    return twin
+
+
+def made_by(rotary, like, positions, *layer_type):
+    """Cosines and sines of a rotary module on the CPU, sent to where they are wanted."""
+    tables = rotary(like.to("cpu"), positions.to("cpu"), *layer_type)
+    return tuple(table.to(like.device) for table in tables)
 
 
 def home(x):
@@ -114,6 +129,23 @@ def test_attention_in_one_part(dtype, new, before, window, heads):
 
 
 # --- reading ---
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_rotary_tables(family):
+    """The same to float32's rounding, in which transformers computes them."""
+    parts, length = take_apart(tiny_backbone(family)), 5000
+    made = []
+    for place in (torch.device("cpu"), DEVICE):
+        rotary = copy.deepcopy(parts.rotary).to(place)
+        tables = RotaryTables(rotary, parts.config, parts.family)
+        like = torch.empty(0, dtype=torch.float64, device=place)
+        made.append(tables.of(length, like, [place] * len(parts.layers)))
+    for wanted, got in zip(*made, strict=True):
+        for one, other in zip(wanted, got, strict=True):
+            # The angles are the same; either device's cosine may be off by two units in its last
+            # place, each of which is half of `eps`.
+            assert float((home(other) - one).abs().max()) <= 2 * torch.finfo(torch.float32).eps
 
 
 @DTYPES
@@ -237,17 +269,19 @@ def test_autocast(dtype, recompute):
 
 
 def test_compiled_cells():
-    """One, since each is compiled by itself and takes its seconds."""
+    """One layer, since each is compiled by itself and takes its seconds.
+
+    A chunk without memory, one with it, and a token behind them: one chunk more than the trial of
+    `compile_cells`, which goes backward too. Each further shape would be compiled anew, and all of
+    them without gradients.
+    """
     model = cometlm.attach(tiny_backbone("llama", num_hidden_layers=1), **SMALL)
     scramble(model.model.comet, 0.5)
-    twin, ids = on_device(model, torch.float32), batch_of(2, 40)
+    twin, ids = on_device(model, torch.float32), batch_of(1, 25)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler's own parts
-        options = (
-            {} if ACCELERATED else {"backend": "eager"}
-        )  # tests/test_compiling.py has the other
-        assert twin.model.compile_cells(**options)
-    with torch.no_grad():
+        # tests/test_compiling.py has the CPU's compiler
+        assert twin.model.compile_cells(**({} if ACCELERATED else {"backend": "eager"}))
         assert error(home(twin(ids.to(DEVICE)).logits), model(ids).logits) < 1e-3
 
 

@@ -108,6 +108,13 @@ def test_everything_is_measured(done):
             assert min(entry["tokens_per_second"], entry["peak_bytes"], entry["took_seconds"]) > 0
 
 
+def test_what_is_compared_first_is_measured_first(done):
+    """A run of few minutes has no time for all of decoding's quick half."""
+    found = [name for name in done["measurements"] if name.startswith("decode/")]
+    first = ["32/batch 1/recorded", "4k/batch 1/recorded", "32/batch 1/backbone"]
+    assert found[:3] == [f"decode/4B/{name}" for name in first]
+
+
 @pytest.mark.slow
 def test_compilers_run_too(bench):
     report, lab = bench

@@ -169,10 +169,12 @@ def test_positions(layout):
         assert got == list(range(first, first + len(items)))
     assert (layout.positions < layout.max_positions).all()
     widest = max(sum(memory_of(layout.config, row)) for row in layout.rows)
-    assert layout.memory_positions.tolist() == [list(range(layout.memory_width))]
     assert layout.memory_width >= widest
     if layout.uniform:
         assert layout.memory_width == widest
+        count = layout.items[0]
+        in_a_row = list(range(layout.first_position, layout.first_position + count))
+        assert layout.positions.tolist() == [in_a_row]
 
 
 @given(configs(), st.lists(st.integers(1, 25), min_size=1, max_size=4), st.booleans())

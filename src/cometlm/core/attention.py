@@ -9,7 +9,7 @@ their log-sum-exp. The split saves the mask, which costs CPU kernels all that sk
 dead rows gains. torch's log-sum-exp carries no gradient, so both parts live in one
 `autograd.Function` that hands each backward the *merged* output and log-sum-exp; with these a flash
 backward computes exactly its part of the whole. On other devices one call with a lower-right causal
-flag does the same without a split (written for them, but only ever run on CPUs here).
+flag does the same without a split.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Cell(nn.Module):
         call = CellCall(layout, memory, before)
         out = hidden
         if hidden.shape[1]:  # else a chunk ends that is full already and has no readout tokens
-            positions = _at(rotary, layout.positions)
+            positions = _of_items(rotary, layout)
             out = self.layer(hidden, attention_mask=None, position_embeddings=positions, comet=call)
         if call.chunk is None:
             raise ValueError(_OTHER_ATTENTION.format(self._attention.config._attn_implementation))
@@ -137,13 +137,13 @@ class Cell(nn.Module):
             parts.append(weights.global_memory(memory.state).to(dtype))
         if not self.packs:
             parts.extend(memory.entries)
-        pairs = [self.family.key_value(self.layer, torch.cat(parts, dim=1))] if parts else []
+        pairs = [self.family.key_value(self.layer, _joined(parts))] if parts else []
         if self.packs and memory.entries:
-            pairs.append(self._unpack(torch.cat(memory.entries, dim=1)))
+            pairs.append(self._unpack(_joined(memory.entries)))
         if not pairs:
             return None
         key, value = (torch.cat(part, dim=2) for part in zip(*pairs, strict=True))
-        cos, sin = _at(rotary, layout.memory_positions)
+        cos, sin = _between(rotary, 0, layout.memory_width)
         return KeyValue(rotate_keys(self.layer, key, cos, sin), value)
 
     @property
@@ -198,7 +198,7 @@ class Cell(nn.Module):
         if isinstance(layout, FixedLayout) or layout.uniform:
             return (*pending, new)
         before = [row.compressions for row in layout.rows]
-        old = torch.cat(pending, dim=1) if pending else new[:, :0]
+        old = _joined(pending) if pending else new[:, :0]
         return (join_ragged(old, before, new, layout.compressions),)
 
     def _fold(
@@ -240,9 +240,9 @@ class Cell(nn.Module):
     ) -> tuple[Tensor, ...]:
         capacity = layout.config.capacity
         if layout.uniform:
-            return push(entries, torch.cat(pending, dim=1), capacity)
-        new = torch.cat(pending, dim=1)
-        old = torch.cat(entries, dim=1) if entries else new[:, :0]
+            return push(entries, _joined(pending), capacity)
+        new = _joined(pending)
+        old = _joined(entries) if entries else new[:, :0]
         added = [
             row.compressions + count if piece.close else 0
             for row, count, piece in zip(layout.rows, layout.compressions, layout.step, strict=True)
@@ -257,11 +257,24 @@ _OTHER_ATTENTION = (
 )
 
 
-def _at(rotary: RotaryTable, positions: Tensor) -> RotaryTable:
-    """Cosines and sines at positions [1 or B, n]: [1 or B, n, width] each."""
+def _of_items(rotary: RotaryTable, layout: ChunkLayout | FixedLayout) -> RotaryTable:
+    """Cosines and sines of the new items: [1 or B, I, width] each."""
+    if isinstance(layout, ChunkLayout) and layout.uniform:
+        return _between(rotary, layout.first_position, layout.items[0])
     cos, sin = rotary
-    positions = positions.to(cos.device)
+    positions = layout.positions.to(cos.device)
     return cos[positions], sin[positions]
+
+
+def _between(rotary: RotaryTable, first: int, count: int) -> RotaryTable:
+    """Cosines and sines of so many positions in a row: [1, count, width] each, not copied."""
+    cos, sin = rotary
+    return cos[None, first : first + count], sin[None, first : first + count]
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks [B, n, W] behind each other; one block is not copied."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=1)
 
 
 def _per_row(flags: Sequence[bool], out: Tensor) -> Tensor:

@@ -246,16 +246,17 @@ class ChunkLayout:
 
     def _make_positions(self) -> Tensor:
         item = torch.arange(max(self.items))[None, :]
-        first = torch.tensor(
-            [self._global(b) + self.rows[b].entries + self.rows[b].items for b in self.distinct]
-        )
+        first = torch.tensor([self._first_position(b) for b in self.distinct])
         return sent((item + first[:, None]).clamp(max=self.max_positions - 1), self.device)
 
     @property
-    def memory_positions(self) -> Tensor:
-        """[1, memory_width]: position of each memory slot."""
-        width = self.memory_width
-        return self._table("memory", lambda: torch.arange(width, device=self.device)[None, :])
+    def first_position(self) -> int:
+        """Position of the first new item, uniform layouts only; the others follow it."""
+        assert self.uniform
+        return self._first_position(0)
+
+    def _first_position(self, b: int) -> int:
+        return self._global(b) + self.rows[b].entries + self.rows[b].items
 
     # --- masks ------------------------------------------------------------------------------
 

@@ -55,9 +55,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm of x [..., D], in the weight's dtype."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight.to(normed.dtype)).to(self.weight.dtype)
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        weight = self.weight.to(wide)
+        return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(self.weight.dtype)
 
 
 class LowRankAdapter(nn.Module):
@@ -94,7 +94,7 @@ class GlobalMemory(nn.Module):
         if state is None or self.gate is None:
             return candidate
         keep = self.share_kept(state, candidate)
-        return keep * state + (1 - keep) * candidate
+        return torch.lerp(candidate, state, keep.to(candidate.dtype))
 
     def share_kept(self, state: Tensor, candidate: Tensor) -> Tensor:
         """The gate [B, M, 1]: the share of the old state [B, M, D] that stays; 0 without gates."""
