@@ -1,11 +1,10 @@
 """Train a recipe for some minutes on a machine that is only lent, and say what to carry back.
 
-    python gpu/recipe.py [recipes/answers.yaml] [--minutes 8] [--device DEVICE] [--out FOLDER]
+    python gpu/recipe.py [recipes/answers-gpu.yaml] [--minutes 8] [--device DEVICE] [--out FOLDER]
 
-The recipe's batches are made as large as an accelerator likes them (`SIZES`); `--set key=value`
-changes a field behind that, and `--own-sizes` leaves all as the recipe has it. The same command
-goes on from what is in the folder: carry it there and back. Needs torch, transformers, peft and
-what the recipe's tasks need, and no network (docs/gpu.md).
+`--set key=value` changes a field. The same command goes on from what is in the folder: carry it
+there and back. Needs torch, transformers, peft and what the recipe's tasks need, and no network
+(docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -20,29 +19,23 @@ import torch
 from cometlm.train.config_file import read_config
 from cometlm.train.loop import train_for
 
-ROOT = Path(__file__).resolve().parents[1]
-# 16 rows of the recipe's longest contexts and 128 of the shortest. What limits them are a chunk's
-# logits where all of it is learned: 128 x 256 labels of 49,152 words take 6 GiB in float32, and
-# their loss some four times that.
-SIZES = ("mixture.batch_tokens=65536", "keep.tokens=4096", "save_steps=100")
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "answers-gpu.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Train a recipe for some minutes.")
-    parser.add_argument("recipe", type=Path, nargs="?", default=ROOT / "recipes" / "answers.yaml")
+    parser.add_argument("recipe", type=Path, nargs="?", default=RECIPE)
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it")
     parser.add_argument("--device", help="default: an accelerator, else the CPU")
     parser.add_argument("--out", type=Path, default=Path("out/train"))
     parser.add_argument("--workers", type=int, default=8, help="processes that make batches")
-    parser.add_argument("--own-sizes", action="store_true", help="those of the recipe")
     parser.add_argument("--set", action="append", default=[], help="change a field: key=value")
     options = parser.parse_args(arguments)
-    sizes = () if options.own_sizes else SIZES
     if torch.accelerator.is_available():
         torch.set_float32_matmul_precision("high")  # trained weights are in float32
     try:
-        config = read_config(options.recipe, [*sizes, f"output={options.out}", *options.set])
+        config = read_config(options.recipe, [f"output={options.out}", *options.set])
         steps = train_for(
             config, options.minutes, device=options.device, workers=options.workers, log=_say
         )

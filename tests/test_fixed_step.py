@@ -123,6 +123,50 @@ def test_another_batch_of_the_shape_gives_other_losses():
     assert not torch.equal(step(other), first)
 
 
+class Replays:
+    """A recorder that runs work again instead of replaying it; or cannot record it."""
+
+    def __init__(self, error=None):
+        self.error, self.recordings, self.replays = error, 0, 0
+
+    def recorded(self, work, device):
+        if self.error is not None:
+            raise self.error
+        self.recordings += 1
+
+        def replay():
+            self.replays += 1
+            return work()
+
+        return replay
+
+
+def test_a_step_is_recorded_once():
+    shape = StepShape(rows=2, chunks=(12, 12))
+    given, recorder = batch(shape), Replays()
+    model = tiny_comet("llama").train()
+    step = FixedStep(model, shape, LEARNED, given, Weights(1, 1), recorder)
+    first = step(given).clone()
+    assert torch.equal(step(given), first)
+    assert (recorder.recordings, recorder.replays) == (1, 2)
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_unrecorded():
+    shape = StepShape(rows=2, chunks=(12, 12))
+    given = batch(shape)
+    step = FixedStep(
+        tiny_comet("llama").train(),
+        shape,
+        LEARNED,
+        given,
+        Weights(1, 1),
+        Replays(RuntimeError("a")),
+    )
+    with pytest.warns(UserWarning, match="training is not recorded, since that failed: a"):
+        first = step(given).clone()
+    assert torch.equal(step(given), first)
+
+
 @pytest.mark.parametrize(
     ("chunks", "asks"), [((8, 8), (0,)), ((8, 8, 8), (0, 1)), ((8,) * 8, (3, 6))]
 )

@@ -7,6 +7,7 @@ without one, which pytest's summary says once.
 
 import copy
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,8 +17,13 @@ import cometlm
 from cometlm.backbones.families import KeyValue, take_apart
 from cometlm.backbones.rotary import RotaryTables
 from cometlm.core.attention import attend_one_part
+from cometlm.core.recording import Recorder
 from cometlm.device import default_device
+from cometlm.train.config import StepShape
+from cometlm.train.fixed_step import FixedStep, Weights
 from tests.test_attention import plain
+from tests.test_fixed_step import LEARNED
+from tests.test_fixed_step import batch as fixed_batch
 from tests.tiny import (
     FAMILIES,
     SMALL,
@@ -67,9 +73,9 @@ def on_device(model, dtype=torch.float64):
     return twin
 
 
-def made_by(rotary, like, positions, *layer_type):
+def made_by(rotary, like, position_ids, *layer_type):
     """Cosines and sines of a rotary module on the CPU, sent to where they are wanted."""
-    tables = rotary(like.to("cpu"), positions.to("cpu"), *layer_type)
+    tables = rotary(like.to("cpu"), position_ids.to("cpu"), *layer_type)
     return tuple(table.to(like.device) for table in tables)
 
 
@@ -266,6 +272,27 @@ def test_autocast(dtype, recompute):
     assert loss.dtype == torch.float32
     assert 0 < error(home(loss), wanted) < 0.05
     assert all(p.grad.dtype == torch.float32 for p in twin.parameters() if p.grad is not None)
+
+
+def test_a_recorded_training_step():
+    """Its gradients are those of the step as it is, with the values of another batch too."""
+    shape, weights = StepShape(rows=2, chunks=(12, 9, 12)), Weights(1.0, 1.0)
+    given = fixed_batch(shape)
+    other = replace(given, ids=given.ids.flip(1), asked=given.asked.flip(0))
+    model = on_device(tiny_comet("llama"), torch.float32).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = FixedStep(model, shape, LEARNED, given, weights, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a step that could not be recorded warns
+        recorded = FixedStep(model, shape, LEARNED, given, weights, Recorder(warm_ups=1))
+        for some in (given, other, given):
+            wanted = plain(some).tolist()
+            grads = [None if p.grad is None else p.grad.clone() for p in trained]
+            assert recorded(some).tolist() == pytest.approx(wanted, rel=1e-4)
+            for parameter, grad in zip(trained, grads, strict=True):
+                assert (parameter.grad is None) == (grad is None)
+                if grad is not None:
+                    assert error(home(parameter.grad), home(grad)) < BOUNDS[torch.float32][1]
 
 
 def test_compiled_cells():

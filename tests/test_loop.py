@@ -176,6 +176,90 @@ def test_what_it_does_not_have_is_refused(options, tmp_path, changes, said):
         looped(options, **{"output": str(tmp_path), **changes})
 
 
+@pytest.fixture
+def fixed(options):
+    """The same task in batches of two shapes."""
+    (text,) = options["keep"]["corpora"]
+    shapes = [
+        {"rows": 2, "chunks": [80, 80]},
+        {"rows": 2, "chunks": [80, 80, 80], "since": 1},
+    ]
+    sizes = {"questions": 1, "width": 64, "answer": 10, "learned": 20, "corpora": [text]}
+    kept = {"kept": 2, "kept_width": 24}
+    changes = {"sizes": {"chunk_size": 80}, "fixed": {"shapes": shapes, **sizes, **kept}}
+    return {**options, **changes, "gates": {"whiten": True, "batches": 2}}
+
+
+def test_batches_of_fixed_shapes_go_on_as_if_they_had_not_stopped(fixed, tmp_path):
+    """All but white gates, whose moments begin anew."""
+    fixed = {**fixed, "gates": {}}
+    whole = looped(fixed, output=str(tmp_path / "whole"))
+    assert len(whole) == 4
+    assert figures(whole[0]).keys() >= {"loss", "text_loss", "end_accuracy", "keep_loss"}
+    assert len({figures(line)["loss"] for line in whole}) == 4
+    again = {**fixed, "output": str(tmp_path / "parts")}
+    parts = [stopped(again, 2), looped(again)]
+    numbers = [figures(line) for line in [*parts[0], *parts[1]]]
+    for ours, line in zip(numbers, whole, strict=True):
+        wanted = figures(line)
+        for name in ("loss", "answer_loss", "keep_loss", "norm"):
+            assert ours[name] == pytest.approx(wanted[name], rel=2e-3, abs=2e-3), name
+
+
+def stopped(options, steps):
+    """What a loop says that is ended after some steps."""
+    said = []
+    learn = plain._Loop.learn
+
+    def learned(self):
+        if self.step == steps:
+            raise KeyboardInterrupt
+        learn(self)
+        self.save()
+
+    config = config_of(options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain._Loop, "learn", learned)
+        with pytest.raises(KeyboardInterrupt):
+            train_for(config, 5, device="cpu", log=said.append)
+    return [line for line in said if line.startswith("step")]
+
+
+def test_white_gates_learn_with_batches_of_fixed_shapes(fixed, tmp_path):
+    lines = looped(fixed, output=str(tmp_path / "out"))
+    assert len(lines) == 4
+    model, _ = cometlm.load(str(tmp_path / "out" / "step-4"), device="cpu")
+    found = gates.gates_of(model)
+    assert found
+    assert all(gate.any() for gate in found.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"compile": True}, "compile is not for steps that are recorded"),
+        ({"lora": {"r": 2, "dropout": 0.1}}, "lora.dropout is not for steps that are recorded"),
+        ({"recompute": {"every": 2}}, "recompute.every is not for steps that are recorded"),
+        ({"mixture": None, "records": "x.jsonl"}, "fixed makes batches of a mixture"),
+    ],
+)
+def test_what_steps_of_fixed_shapes_have_not(fixed, changes, said):
+    with refused(said):
+        config_of({**fixed, **changes})
+
+
+def test_every_step_needs_a_shape(fixed):
+    fixed["fixed"]["shapes"][0]["until"] = 1
+    fixed["fixed"]["shapes"][1]["since"] = 3
+    with refused("fixed.shapes must have one for every step, got none for 1"):
+        config_of(fixed)
+
+
+def test_trl_has_no_batches_of_fixed_shapes(fixed):
+    with refused("fixed is for a recipe that gpu/run.sh trains"):
+        quietly(config_of(fixed))
+
+
 def test_a_loss_that_is_not_finite_ends_it_before_it_is_saved(options, tmp_path, monkeypatch):
     monkeypatch.setattr(plain, "keep_loss", lambda model, rows: torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError, match="step 1"):
@@ -184,19 +268,19 @@ def test_a_loss_that_is_not_finite_ends_it_before_it_is_saved(options, tmp_path,
 
 
 def test_the_script_trains_a_recipe(options, tmp_path, capfd):
-    """At its own sizes here; what is wrong is one line."""
+    """What is wrong is one line."""
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(options))
     out = tmp_path / "out"
     common = [str(path), "--device", "cpu", "--out", str(out), "--workers", "1"]
-    assert gpu_recipe.main([*common, "--own-sizes", "--set", "mixture.steps=2"]) == 0
+    assert gpu_recipe.main([*common, "--set", "mixture.steps=2"]) == 0
     said = capfd.readouterr().out
     assert "tokens/s" in said
     assert f"saved {out}/step-2" in said
     assert "2 steps are done" in said
     model, _ = cometlm.load(str(out / "step-2"), device="cpu")
     assert model.config.comet_config.chunk_size == 56
-    assert gpu_recipe.main([*common, "--own-sizes", "--set", "mixture.steps=3"]) == 0
+    assert gpu_recipe.main([*common, "--set", "mixture.steps=3"]) == 0
     assert f"saved {out}/step-3 " in capfd.readouterr().out
-    assert gpu_recipe.main(common) == 1
+    assert gpu_recipe.main([*common, "--set", "mixture.batch_tokens=300"]) == 1
     assert "other settings (mixture: was" in capfd.readouterr().err

@@ -216,6 +216,7 @@ class FixedShapes:
         width: tokens of a question with its answer at most.
         answer: tokens of an answer at most.
         learned: tokens of each chunk that are learned as text.
+        corpora: where the text comes from that fills rows up.
         kept: rows that are held to the backbone, of
         kept_width: tokens.
     """
@@ -225,14 +226,23 @@ class FixedShapes:
     width: int = 112
     answer: int = 48
     learned: int = 256
+    corpora: tuple[str, ...] = CORPORA_OF["train"]
     kept: int = 16
     kept_width: int = 256
+
+    def at(self, step: int) -> list[StepShape]:
+        """The shapes that a step's batch may have."""
+        return [shape for shape in self.shapes if shape.holds(step)]
 
     def __post_init__(self) -> None:
         for name in ("questions", "width", "answer", "learned", "kept", "kept_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"fixed.{name} must be at least 1, got {getattr(self, name)}")
-        shortest = min((min(shape.chunks) for shape in self.shapes), default=0)
+        if not self.shapes:
+            raise ValueError("fixed.shapes must name one at least, got none")
+        if not self.corpora:
+            raise ValueError("fixed.corpora must name one at least, got none")
+        shortest = min(min(shape.chunks) for shape in self.shapes)
         for name in ("learned", "width"):
             if getattr(self, name) >= shortest:
                 raise ValueError(
@@ -395,6 +405,8 @@ class TrainConfig:
         for name, own in _OURS.items():
             if name in self.trainer:
                 raise ValueError(f"trainer.{name} is a field of the run itself: {own}")
+        if self.fixed is not None:
+            self._check_fixed(self.fixed)
         if self.mixture is not None and self.evaluate is not None:
             raise ValueError("evaluate measures records: not with a mixture")
         recompute = self.recompute
@@ -407,6 +419,22 @@ class TrainConfig:
             )
         if self.shard_weights:
             self._check_sharded()
+
+    def _check_fixed(self, fixed: FixedShapes) -> None:
+        if self.mixture is None:
+            raise ValueError("fixed makes batches of a mixture: not with records")
+        clashing = {
+            "compile": self.compile,
+            "lora.dropout": self.lora is not None and self.lora.dropout > 0,
+            "recompute.every": self.recompute.every > 1,
+            "recompute.offload": self.recompute.offload,
+            "recompute.truncate_after": self.recompute.truncate_after > 0,
+        }
+        for name in (name for name, is_set in clashing.items() if is_set):
+            raise ValueError(f"{name} is not for steps that are recorded: leave it out, or fixed")
+        for step in range(self.mixture.steps):
+            if not fixed.at(step):
+                raise ValueError(f"fixed.shapes must have one for every step, got none for {step}")
 
     def _check_sharded(self) -> None:
         probes = self.mixture is not None and self.mixture.ask == "probes"

@@ -26,7 +26,6 @@ from torch import Tensor
 from cometlm.data.corpora import corpus_files
 from cometlm.tasks.base import Question, Sample, asked_at_the_end, turn_ids
 from cometlm.tasks.haystack import Haystack
-from cometlm.tasks.story import CORPORA_OF
 from cometlm.train.config import FixedShapes, Mixture, StepShape
 from cometlm.train.keep import KeepBatches
 from cometlm.train.mixture import task_of
@@ -107,7 +106,7 @@ class FixedBatches:
         self._tasks = [task_of(name, settings, tokenizer, seed) for name in settings.tasks]
         self._weights = list(settings.tasks.values())
         self._filling = Haystack(
-            tokenizer, [file for name in CORPORA_OF["train"] for file in corpus_files(name)]
+            tokenizer, [file for name in shapes.corpora for file in corpus_files(name)]
         )
 
     def __len__(self) -> int:
@@ -115,8 +114,7 @@ class FixedBatches:
 
     def shape(self, number: int) -> StepShape:
         """The shape of a step's batch."""
-        may = [shape for shape in self._shapes.shapes if shape.holds(number)]
-        return random.Random(f"shape/{self._seed}/{number}").choice(may)
+        return random.Random(f"shape/{self._seed}/{number}").choice(self._shapes.at(number))
 
     def __getitem__(self, number: int) -> FixedBatch:
         """Batch `number`, on the CPU."""

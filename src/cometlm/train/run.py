@@ -48,10 +48,13 @@ def train(
         The trained model, which is saved in `config.output`.
 
     Raises:
-        ValueError: data that cannot be trained on, or checkpoints of another configuration.
+        ValueError: data that cannot be trained on, checkpoints of another configuration, or
+            batches of fixed shapes, which only `train.loop` has.
         FloatingPointError: the loss or its gradient is not finite.
         OSError: something cannot be read or written.
     """
+    if config.fixed is not None:
+        raise ValueError("fixed is for a recipe that gpu/run.sh trains (docs/gpu.md): leave it out")
     output = Path(config.output)
     if restart and Path(config.model).resolve().is_relative_to(output.resolve()):
         raise ValueError(f"model {config.model} lies in output {output}, which a restart clears")
