@@ -76,7 +76,7 @@ def numbers(value):
 
 
 def expected_names():
-    names = {"peak/matrix", "peak/copy", "train/0.6B/record"}
+    names = {"peak/matrix", "peak/copy", "train/0.6B/record", "kernels/4B/reading"}
     lengths = ("128", "256", "512", "1k")
     names |= {f"prefill/4B/backbone/{x}" for x in lengths}
     ours = ("128", "256", "1k", "4k", "steady", "steady compiled")
@@ -92,6 +92,18 @@ def expected_names():
     return names | {f"train/0.6B/{n}/{way}" for n in ("512", "1k", "2k") for way in ways}
 
 
+def test_what_a_chunk_is_made_of(done):
+    """Of operations here, since a CPU has no kernels."""
+    entry = done["measurements"]["kernels/4B/reading"]
+    longest = entry["longest"]
+    assert any("attention" in one["name"] for one in longest)
+    spent = [one["seconds_per_chunk"] for one in longest]
+    assert spent == sorted(spent, reverse=True)
+    assert sum(spent) <= entry["busy_per_chunk"] * 1.001
+    assert entry["launching_per_chunk"] <= entry["seconds_per_chunk"]
+    assert sum(one["per_chunk"] for one in longest) <= entry["kernels_per_chunk"]
+
+
 def test_everything_is_measured(done):
     entries = done["measurements"]
     assert set(entries) == expected_names()
@@ -104,7 +116,7 @@ def test_everything_is_measured(done):
         assert all(map(math.isfinite, numbers(entry)))
         if recorded:
             assert entry["reason"] == "recorded: not available on cpu"
-        elif not skipped and not name.startswith("peak"):
+        elif not skipped and not name.startswith(("peak", "kernels")):
             assert min(entry["tokens_per_second"], entry["peak_bytes"], entry["took_seconds"]) > 0
 
 

@@ -8,11 +8,13 @@ fitted law leaves out.
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import profile, supported_activities
 
 from cometlm import CometCache, CometConfig, CometForCausalLM
 from cometlm.compat import CACHE
@@ -30,6 +32,7 @@ COUNTED = (
 _STEADY = 32  # chunks that are timed with a full memory
 _PIECE = 8192  # tokens that full attention reads at a time where a text does not fit whole
 _SPARE = 3.0  # seconds left of a time box for what follows
+_LONGEST = 16  # kernels of a profile that are named
 _COMPILING = 90.0  # seconds that compiling may take
 
 
@@ -50,6 +53,7 @@ class Prefill:
         for tokens in self.scale.quick:
             self._ours(tokens, box, rounds=3)
         self._steady(box)
+        self._profile(box)
         for tokens in self.scale.quick:
             self._backbone(tokens, box, rounds=3)
 
@@ -104,6 +108,28 @@ class Prefill:
             "weights_bytes": self.lab.weights_bytes(model),
             **self._share(multiplied, seconds),
         }
+
+    def _profile(self, box: TimeBox) -> None:
+        """What a chunk with a full memory is made of: its kernels, and how long Python launches."""
+
+        def work() -> Entry:
+            model, size = self._ready(), self.scale.comet.chunk_size
+            past = read(self.lab, model, self.scale.filling * size)
+            chunks = self.scale.piece
+            self.lab.wait()
+            with profile(activities=supported_activities()) as seen:
+                start = time.perf_counter()
+                read(self.lab, model, chunks * size, past)
+                launched = time.perf_counter() - start
+                self.lab.wait()
+                whole = time.perf_counter() - start
+            return {
+                "seconds_per_chunk": whole / chunks,
+                "launching_per_chunk": launched / chunks,
+                **kernels(seen, self.lab.device, chunks),
+            }
+
+        self.report.measure(f"kernels/{self.shape}/reading", work, box, chunks=self.scale.piece)
 
     def _million(self, box: TimeBox) -> None:
         """Read on until it is a million tokens, or the time is over and the flat law takes over."""
@@ -226,6 +252,29 @@ class Prefill:
 
     def _name(self, whose: str, what: str) -> str:
         return f"prefill/{self.shape}/{whose}/{what}"
+
+
+def kernels(seen: profile, device: torch.device, chunks: int) -> Entry:
+    """What a profile saw of a device: how many kernels, their seconds, and the longest of them.
+
+    On a CPU, operations in the place of kernels.
+    """
+    on_cpu = device.type == "cpu"
+    names: dict[str, list[float]] = {}
+    for event in seen.events():
+        if (event.device_type.name == "CPU") != on_cpu:
+            continue
+        own = event.self_cpu_time_total if on_cpu else event.self_device_time_total
+        names.setdefault(event.name, []).append(own / 1e6)
+    longest = sorted(names.items(), key=lambda pair: -sum(pair[1]))[:_LONGEST]
+    return {
+        "kernels_per_chunk": sum(map(len, names.values())) / chunks,
+        "busy_per_chunk": sum(map(sum, names.values())) / chunks,
+        "longest": [
+            {"name": name[:160], "per_chunk": len(x) / chunks, "seconds_per_chunk": sum(x) / chunks}
+            for name, x in longest
+        ],
+    }
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The run for people: four short tables."""
+"""The run for people: short tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def show(result: Mapping[str, Any], console: Console | None = None) -> None:
     console.print(
         f"\n[bold]{machine.get('name') or machine.get('device')}[/bold], {_peaks(entries)}"
     )
-    for table in (_reading(entries), _writing(entries), _training(entries), _promises(result)):
+    made = (_reading(entries), _kernels(entries), _writing(entries), _training(entries))
+    for table in (*made, _promises(result)):
         if table.row_count:
             console.print(table)
     others = [x["status"] for x in entries.values() if x["status"] != "ok"]
@@ -47,6 +48,25 @@ def _reading(entries: Entries) -> Table:
             shape, whose, what = rest
             share = f"{entry['share_of_peak']:.0%}" if "share_of_peak" in entry else ""
             table.add_row(f"{shape} {whose}", what, *_speed(entry, share), _said(entry))
+    return table
+
+
+def _kernels(entries: Entries) -> Table:
+    """Of one chunk: how long Python launches, how long the device works, and on what."""
+    table = Table("kernels of a chunk", "number", "ms", "share")
+    for name, entry in entries.items():
+        if not name.startswith("kernels/") or entry["status"] != "ok":
+            continue
+        whole = entry["seconds_per_chunk"]
+
+        def row(what: str, number: str, seconds: float, whole: float = whole) -> None:
+            table.add_row(what[:70], number, f"{1e3 * seconds:.2f}", f"{seconds / whole:.0%}")
+
+        row(f"{name.split('/')[1]}, profiled", "", whole)
+        row("launched by Python", "", entry["launching_per_chunk"])
+        row("all kernels", f"{entry['kernels_per_chunk']:,.0f}", entry["busy_per_chunk"])
+        for one in entry["longest"]:
+            row(one["name"], f"{one['per_chunk']:,.1f}", one["seconds_per_chunk"])
     return table
 
 
