@@ -235,6 +235,21 @@ def test_recomputation(every, offload, dtype):
         assert error(home(one), other) < BOUNDS[dtype][1]
 
 
+def test_borders_that_a_device_is_still_copying_when_they_are_wanted():
+    """Wide borders, many of them, offloaded without waiting."""
+    width, chunks = (512, 60) if ACCELERATED else (64, 14)
+    backbone = tiny_backbone("llama", hidden_size=width, head_dim=width // 4)
+    model = cometlm.attach(backbone, chunk_size=32, readout_tokens=32, stride=2, capacity=96)
+    twin = on_device(calm(model), torch.float32).train()
+    ids = batch_of(2, 32 * chunks).to(DEVICE)
+    twin.activation_checkpointing_enable()
+    wanted = gradients(twin, ids)
+    for every in (1, 5):
+        twin.activation_checkpointing_enable({"every": every}, offload=True)
+        for one, other in zip(gradients(twin, ids), wanted, strict=True):
+            assert error(home(one), home(other)) < BOUNDS[torch.float32][1]
+
+
 def gradients(model, ids):
     model.zero_grad()
     model(ids, labels=ids).loss.backward()

@@ -160,9 +160,12 @@ def restore(model: Any) -> None:
 def step(lab: Lab, model: Any, tokens: int) -> dict[str, float]:
     """One exact step: its loss, and the size of the memory's gradient, which shows that it is one.
 
+    Texts of one length are the same, so that ways to train can be compared by both.
+
     Raises:
         FloatingPointError: either is not finite.
     """
+    torch.manual_seed(tokens)
     ids = torch.randint(model.config.vocab_size, (1, tokens), device=lab.device)
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
