@@ -25,6 +25,7 @@ from cometlm.cli.console import (
 from cometlm.cli.read import open_bytes
 from cometlm.data.corpora import corpus_files
 from cometlm.device import peak_memory, readable_bytes
+from cometlm.session.plain_text import PlainText
 from cometlm.session.session import Session, SessionStats
 from cometlm.text_file import read_blocks
 
@@ -189,7 +190,7 @@ def _tokens_of(file: str, tokenizer: Any) -> float:
         return math.inf
     with path.open("rb") as begun:
         head = begun.read(_HEAD)
-    count = len(tokenizer.encode(head.decode("utf-8", errors="ignore"), add_special_tokens=False))
+    count = len(PlainText.of(tokenizer).encode(head.decode("utf-8", errors="ignore")))
     return count * path.stat().st_size / max(1, len(head))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.session.plain_text import encoded
 from cometlm.train.config import Start
 
 
@@ -22,7 +23,7 @@ def start_like(model: CometForCausalLM, tokenizer: Any, start: Start) -> None:
         text = getattr(start, name)
         if text is None or rows is None:
             continue
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = encoded(tokenizer, text, special=True)["input_ids"]
         if not ids:
             raise ValueError(f"start.{name} must be a text with tokens, got {text!r}")
         like = torch.tensor([ids[i % len(ids)] for i in range(len(rows))])
