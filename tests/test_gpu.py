@@ -310,6 +310,20 @@ def test_a_recorded_training_step():
                     assert error(home(parameter.grad), home(grad)) < BOUNDS[torch.float32][1]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_recorded_chunks(family):
+    model, ids = tiny_comet(family), batch_of(2, 151)
+    twin = on_device(model)
+    twin.model.record_chunks()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # chunks that could not be recorded warn
+        first = twin(ids[:, :100].to(DEVICE), use_cache=True, close_last=True)
+        second = twin(ids[:, 100:].to(DEVICE), past_key_values=first.past_key_values)
+    got = torch.cat([first.logits, second.logits], dim=1)
+    assert error(home(got), model(ids).logits) < BOUNDS[torch.float64][0]
+
+
 def test_compiled_cells():
     """One layer, since each is compiled by itself and takes its seconds.
 

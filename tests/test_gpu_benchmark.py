@@ -79,7 +79,7 @@ def expected_names():
     names = {"peak/matrix", "peak/copy", "train/0.6B/record", "kernels/4B/reading"}
     lengths = ("128", "256", "512", "1k")
     names |= {f"prefill/4B/backbone/{x}" for x in lengths}
-    ours = ("128", "256", "1k", "4k", "steady", "steady compiled")
+    ours = ("128", "256", "1k", "4k", "steady", "steady compiled", "steady recorded")
     names |= {f"prefill/4B/ours/{x}" for x in ours}
     for after in ("32", "512", "4k"):
         for batch in (1, 2):

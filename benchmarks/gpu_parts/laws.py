@@ -82,7 +82,7 @@ def conclusions(entries: Entries, scale: Scale, shapes: Sequence[str]) -> dict[s
             laws.get("4B", {}).get("memory_ratio"), lambda x: x >= SMALLER, scale
         ),
         "reading at 50% of the matrix peak": _promise(
-            entries.get("prefill/4B/ours/steady", {}).get("share_of_peak"),
+            _steady(entries, "prefill/4B/ours").get("share_of_peak"),
             lambda x: x >= SHARE,
             scale,
         ),
@@ -92,10 +92,15 @@ def conclusions(entries: Entries, scale: Scale, shapes: Sequence[str]) -> dict[s
     return {"laws": laws, "promises": promises}
 
 
+def _steady(entries: Entries, begin: str) -> dict[str, Any]:
+    """A chunk with a full memory: recorded where there are figures of that; {} where of neither."""
+    return _ok(entries, f"{begin}/steady recorded") or _ok(entries, f"{begin}/steady") or {}
+
+
 def _at_a_million(entries: Entries, scale: Scale, shape: str) -> dict[str, Any] | None:
     """Ours and full attention's at a million tokens, and where each figure is from."""
     begin = f"prefill/{shape}/ours"
-    read, steady = (_ok(entries, f"{begin}/{x}") for x in (label(scale.million), "steady"))
+    read, steady = _ok(entries, f"{begin}/{label(scale.million)}"), _steady(entries, begin)
     found: dict[str, Any] = {"tokens": scale.million}
     if read:
         found |= {"seconds": read["seconds"], "basis": read["basis"]}
@@ -104,7 +109,7 @@ def _at_a_million(entries: Entries, scale: Scale, shape: str) -> dict[str, Any] 
         found |= {"seconds": chunks * steady["seconds_per_chunk"], "basis": "flat law"}
     else:
         return None
-    ours = read or steady or {}
+    ours = read or steady
     found["peak_bytes"] = ours["peak_bytes"]
     law = full_attention_law(entries, shape)
     if law is None:

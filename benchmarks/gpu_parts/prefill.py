@@ -7,8 +7,11 @@ fitted law leaves out.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.profiler import profile, supported_activities
 
 from cometlm import CometCache, CometConfig, CometForCausalLM
-from cometlm.compat import CACHE
+from cometlm.compat import CACHE, new_graph
 from cometlm.planner.flops import chunk_cost
 from gpu_parts.lab import Lab, limit
 from gpu_parts.laws import full_attention_law
@@ -53,6 +56,7 @@ class Prefill:
         for tokens in self.scale.quick:
             self._ours(tokens, box, rounds=3)
         self._steady(box)
+        self._recorded(box)
         self._profile(box)
         for tokens in self.scale.quick:
             self._backbone(tokens, box, rounds=3)
@@ -84,6 +88,24 @@ class Prefill:
             return self._steady_figures(self._ready(), box)
 
         self.report.measure(self._name("ours", "steady"), work, box, chunks=_STEADY)
+
+    def _recorded(self, box: TimeBox) -> None:
+        """The steady state with each chunk replayed instead of launched."""
+        name = self._name("ours", "steady recorded")
+        if not self._can_record:
+            self.report.skip(name, f"recorded: not available on {self.lab.device.type}")
+            return
+
+        def work() -> Entry:
+            model = self._ready()
+            with recorded_chunks(model):
+                return self._steady_figures(model, box)
+
+        self.report.measure(name, work, box, chunks=_STEADY)
+
+    @property
+    def _can_record(self) -> bool:
+        return new_graph(self.lab.device) is not None
 
     def _steady_figures(self, model: CometForCausalLM, box: TimeBox) -> Entry:
         size = self.scale.comet.chunk_size
@@ -132,9 +154,17 @@ class Prefill:
         self.report.measure(f"kernels/{self.shape}/reading", work, box, chunks=self.scale.piece)
 
     def _million(self, box: TimeBox) -> None:
-        """Read on until it is a million tokens, or the time is over and the flat law takes over."""
+        """Read on until it is a million tokens, or the time is over and the flat law takes over.
+
+        With recorded chunks, where there were figures of them.
+        """
+        is_recorded = self.report.figures(self._name("ours", "steady recorded")) is not None
 
         def work() -> Entry:
+            with recorded_chunks(self._ready()) if is_recorded else contextlib.nullcontext():
+                return read_on() | {"recorded": is_recorded}
+
+        def read_on() -> Entry:
             model, size = self._ready(), self.scale.comet.chunk_size
             piece, past, done, spent = self.scale.piece * size, None, 0, 0.0
             last = 0.0
@@ -252,6 +282,18 @@ class Prefill:
 
     def _name(self, whose: str, what: str) -> str:
         return f"prefill/{self.shape}/{whose}/{what}"
+
+
+@contextlib.contextmanager
+def recorded_chunks(model: CometForCausalLM) -> Iterator[None]:
+    """While it is open, chunks with a full memory are recorded; what cannot be is an error."""
+    model.model.record_chunks()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="chunks are not recorded")
+            yield
+    finally:
+        model.model.record_chunks(False)
 
 
 def kernels(seen: profile, device: torch.device, chunks: int) -> Entry:

@@ -39,6 +39,7 @@ from cometlm.core.plan import (
 )
 from cometlm.core.pretrained_model import CometPreTrainedModel
 from cometlm.core.recompute import Recomputation, read_on, read_recomputed
+from cometlm.core.recorded_chunks import RecordedChunks
 from cometlm.core.state import States, map_tensors
 from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels
 from cometlm.core.training_plan import TrainingPlan
@@ -76,6 +77,7 @@ class CometModel(CometPreTrainedModel):
         self.comet = _new_comet(parts, sizes)
         self._tables = RotaryTables(parts.rotary, config.text_config, parts.family)
         self.training_plan = TrainingPlan()
+        self._recorded: RecordedChunks | None = None
         # Kept, since every learning forward asks them: the backbone's own switch may be turned.
         self._may_checkpoint = [m for m in self.cells.modules() if hasattr(m, _CHECKPOINTS)]
         self.post_init()
@@ -270,6 +272,17 @@ class CometModel(CometPreTrainedModel):
         """
         return compile_or_warn(cast("Sequence[nn.Module]", self.cells), self._try, **options)
 
+    def record_chunks(self, on: bool = True) -> None:
+        """Record reading a whole chunk with a full memory once, and replay it, where devices can.
+
+        For reading long texts without gradients on an accelerator; on CPUs nothing changes. It
+        holds one chunk's activations for good. Call it again where adapters are switched.
+
+        Args:
+            on: False forgets what was recorded, and records no more.
+        """
+        self._recorded = RecordedChunks() if on else None
+
     def _try(self) -> None:
         """Read two chunks, and backward where weights are trained."""
         size = self.config.comet_config.chunk_size
@@ -370,7 +383,7 @@ class CometModel(CometPreTrainedModel):
         grid, scored = self.grid(call.max_positions), call.scored
 
         def read(layout: ChunkLayout, states: States) -> tuple[Tensor, States]:
-            out, after = through_layers(grid, self.embedded(call.text, layout), layout, states)
+            out, after = self._read_step(grid, call, layout, states)
             if scored is None and not call.wants(layout.step):
                 return out.new_zeros(()), after
             kept = self.kept(call, layout, out, after)
@@ -390,6 +403,22 @@ class CometModel(CometPreTrainedModel):
             kept, states = read_on(*args, watch, truncate)
         watch.end()
         return kept, CometCache(states, call.rows, call.sizes, call.max_positions, columns)
+
+    def _read_step(
+        self, grid: Grid, call: Call, layout: ChunkLayout, states: States
+    ) -> tuple[Tensor, States]:
+        """The last layer's outputs [B, I, D] of a step, and every layer's state after it."""
+        recorded = self._recorded
+        if recorded is None or torch.is_grad_enabled() or not recorded.takes(layout):
+            return through_layers(grid, self.embedded(call.text, layout), layout, states)
+
+        def work(ids: Tensor, states: States) -> tuple[Tensor, States]:
+            width = ids.shape[1]
+            text = TextBatch(ids, (0,) * len(ids), (width,) * len(ids))
+            alike = replace(layout, step=(Piece(0, width, close=True),) * len(ids))
+            return through_layers(grid, self.embedded(text, alike), alike, states)
+
+        return recorded.read(layout, call.text.piece(layout), states, work, self.parameters())
 
     def embedded(self, text: TextBatch, layout: ChunkLayout) -> Tensor:
         """Items [B, I, D] of one step: text, compression and readout tokens in their order."""
