@@ -280,6 +280,7 @@ def test_the_script_trains_a_recipe(options, tmp_path, capfd):
     assert "2 steps are done" in said
     model, _ = cometlm.load(str(out / "step-2"), device="cpu")
     assert model.config.comet_config.chunk_size == 56
+    assert model.config.trained_for == "the tasks passkey in texts of up to 200 tokens"
     assert gpu_recipe.main([*common, "--set", "mixture.steps=3"]) == 0
     assert f"saved {out}/step-3 " in capfd.readouterr().out
     assert gpu_recipe.main([*common, "--set", "mixture.batch_tokens=300"]) == 1

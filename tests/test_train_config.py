@@ -34,6 +34,15 @@ def test_a_mixture_is_not_evaluated(settings, tmp_path):
         read_config(as_config(settings, tmp_path, evaluate="held-out.jsonl"))
 
 
+def test_a_run_says_what_its_memory_is_trained_for(settings, tmp_path):
+    ran = read_config(as_config(settings, tmp_path))
+    assert ran.purpose == "the tasks passkey in texts of up to 80 tokens"
+    said = read_config(as_config(settings, tmp_path, trained_for="ships"))
+    assert said.purpose == "ships"
+    records = TrainConfig(model="tiny", output="out", records="talks.jsonl")
+    assert records.purpose == "what talks.jsonl asks"
+
+
 def test_comet_is_for_new_memories(settings, start, tmp_path):
     """Which start as they are told to, also without any."""
     with pytest.raises(ValueError, match="is a checkpoint and has its memory: comet is for new"):

@@ -171,6 +171,7 @@ class CometModelConfig(PreTrainedConfig):
         comet: `CometConfig` as a dict; `comet_config` is the frozen object.
         suppressed_tokens: vocabulary ids that are never generated (the reserved rows of published
             checkpoints).
+        trained_for: what the memory learned, as a part of a sentence; empty where nothing says it.
         use_cache: return a cache where a call does not say.
     """
 
@@ -184,6 +185,7 @@ class CometModelConfig(PreTrainedConfig):
     backbone: str = ""
     comet: dict[str, Any] | None = None
     suppressed_tokens: list[int] | None = None
+    trained_for: str = ""
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -35,6 +35,15 @@ def test_ask_answers_and_changes_nothing(command, loads, model, saved):
     assert options["capacity"] == 5
 
 
+def test_ask_says_what_the_memory_was_trained_for(command, model, saved, monkeypatch):
+    monkeypatch.setattr(model.config, "name_or_path", "a checkpoint")
+    monkeypatch.setattr(model.config, "trained_for", "names of ships")
+    code, _, err = command("ask", saved, "Which ship?", "--max-new-tokens", "2")
+    assert code == 0
+    assert "The memory was trained for names of ships.\n" in err
+    assert "untrained" not in err
+
+
 def test_ask_raw_goes_on_from_the_prompt(command, model, saved):
     want = kept(saved, model).ask("Which", template=False, max_new_tokens=9, **GREEDY)
     assert command("ask", saved, "Which", "--raw", "--max-new-tokens", "9")[:2] == (0, want + "\n")

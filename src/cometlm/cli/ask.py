@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cometlm.cli import options
-from cometlm.cli.console import UNTRAINED, err, is_untrained, load_for_session, print_stream
+from cometlm.cli.console import load_for_session, print_stream, tell_what_it_learned
 from cometlm.cli.terminal import prompt_text
 from cometlm.session.session import Session
 
@@ -33,8 +33,7 @@ def ask(
     if raw and (chat.system is not None or variables):
         raise ValueError("--system and --variable are for the chat template: not with --raw")
     loaded, tokenizer = load_for_session(session, model, device, quantization)
-    if is_untrained(loaded):
-        err.print(UNTRAINED, style="yellow")
+    tell_what_it_learned(loaded)
     reader = Session.load(session, loaded, tokenizer)
     print_stream(
         reader.ask(

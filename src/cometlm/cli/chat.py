@@ -13,15 +13,14 @@ import typer
 from cometlm.checkpoints.backbones import cache_folder
 from cometlm.cli import options
 from cometlm.cli.console import (
-    UNTRAINED,
     describe,
     err,
-    is_untrained,
     load_quietly,
     made_with,
     out,
     print_error,
     print_stream,
+    tell_what_it_learned,
 )
 from cometlm.cli.terminal import as_path, read_message
 from cometlm.device import readable_bytes
@@ -63,8 +62,7 @@ def chat(
     loaded, tokenizer = load_quietly(model, **{**made, **loading.given()})
     begun = Session.load(session, loaded, tokenizer) if session else Session(loaded, tokenizer)
     err.print(describe(loaded), highlight=False, soft_wrap=True)
-    if is_untrained(loaded):
-        err.print(UNTRAINED, style="yellow")
+    tell_what_it_learned(loaded)
     conversation = Conversation(begun, writing, chat_template.system, encoding)
     try:
         if not sys.stdin.isatty():

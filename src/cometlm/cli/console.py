@@ -155,6 +155,15 @@ def is_untrained(model: CometForCausalLM) -> bool:
     return not model.config.name_or_path
 
 
+def tell_what_it_learned(model: CometForCausalLM, console: Console = err) -> None:
+    """One line: that the memory is untrained, or what it was trained for, where that is known."""
+    if is_untrained(model):
+        console.print(UNTRAINED, style="yellow")
+    elif model.config.trained_for:
+        what = f"The memory was trained for {model.config.trained_for}."
+        console.print(what, highlight=False, soft_wrap=True)
+
+
 class ReadingProgress:
     """A bar with tokens, tokens/s, chunks and bytes of memory held."""
 

@@ -14,13 +14,12 @@ import typer
 
 from cometlm.cli import options
 from cometlm.cli.console import (
-    UNTRAINED,
     ReadingProgress,
     describe,
     err,
-    is_untrained,
     load_quietly,
     out,
+    tell_what_it_learned,
 )
 from cometlm.cli.read import open_bytes
 from cometlm.data.corpora import corpus_files
@@ -58,8 +57,7 @@ def demo(
     whole = tokens if file is None else min(tokens, _tokens_of(file, tokenizer))
     place = round(whole * (random.random() if depth is None else depth))
     out.print(describe(loaded), highlight=False, soft_wrap=True)
-    if is_untrained(loaded):
-        out.print(UNTRAINED, style="yellow")
+    tell_what_it_learned(loaded, out)
     texts, about = _texts(file)
     out.print(f"reading {about}", highlight=False, soft_wrap=True)
     session = Session(loaded, tokenizer)

@@ -327,6 +327,8 @@ class TrainConfig:
         chunks: where samples are cut.
         recompute: how a training step saves memory.
         compile: put cells through `torch.compile`, where it works.
+        trained_for: what checkpoints say that the memory learned, as a part of a sentence; None
+            names the mixture's tasks, or the records.
         seed: of a new memory, adapters, a mixture's samples, chunk plans and the order of records.
         learning_rate: of everything but the memory.
         memory_factor: the memory's learning rate, as a multiple of that.
@@ -360,6 +362,7 @@ class TrainConfig:
     chunks: ChunkSettings = field(default_factory=ChunkSettings)
     recompute: Recompute = Recompute()
     compile: bool = False
+    trained_for: str | None = None
     seed: int = 0
     learning_rate: float = 5e-5
     memory_factor: float = 5.0
@@ -448,6 +451,19 @@ class TrainConfig:
         }
         for name in (name for name, is_set in clashing.items() if is_set):
             raise ValueError(f"{name} needs whole weights on each rank: not with shard_weights")
+
+    @property
+    def purpose(self) -> str:
+        """What the memory is trained for, as a part of a sentence."""
+        if self.trained_for is not None:
+            return self.trained_for
+        if self.mixture is None:
+            return f"what {self.records} asks"
+        tasks = ", ".join(name for name, weight in self.mixture.tasks.items() if weight)
+        longest = self.mixture.tokens[1]
+        if self.fixed is not None:
+            longest = max(shape.tokens for shape in self.fixed.shapes)
+        return f"the tasks {tasks} in texts of up to {longest:,} tokens"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

@@ -77,6 +77,7 @@ def prepare(
         check_room(model)
     torch.manual_seed(config.seed)
     set_trainable(model, config.mode, adapters)
+    model.config.trained_for = config.purpose
     log(describe_trained(model))
     if config.compile:
         model.model.train().compile_cells()
