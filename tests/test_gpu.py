@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cometlm
-from cometlm.backbones.families import KeyValue
+from cometlm.backbones.calling import KeyValue
 from cometlm.core.attention import attend_one_part
 from cometlm.device import default_device
 from tests.test_attention import plain

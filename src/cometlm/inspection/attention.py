@@ -98,7 +98,7 @@ _SEE: ContextVar[Callable[[nn.Module, LayerAttention], None] | None] = ContextVa
 @contextmanager
 def watching(model: CometForCausalLM, see: See) -> Iterator[None]:
     """Call `see(layer, attention)` after each layer's attention, in this thread."""
-    layers = {id(cell.layer.self_attn): i for i, cell in enumerate(_cells(model))}
+    layers = {id(cell.attention): i for i, cell in enumerate(_cells(model))}
     config = model._backbone.config
     name = config._attn_implementation
     token = _SEE.set(lambda module, attention: see(layers[id(module)], attention))
