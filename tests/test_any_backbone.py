@@ -17,7 +17,7 @@ from tests.any_backbone import MARK, MODEL_TYPES, PAGE, outcome, tables, tiny
 from tests.tiny import SMALL, error, random_ids, refused, scramble
 
 LIMITS = {"logits": 1e-6, "gradients": 1e-5, "pieces": 1e-6, "ragged": 1e-6, "detached": 0.0}
-AT_LEAST = 85  # of the types that transformers 5.24 lists
+AT_LEAST = 55  # of the types that any version lists
 # For the default suite: what each adds to a plain decoder stands beside it.
 SAMPLE = {
     "gpt2": "learned positions, a fused projection",
@@ -40,8 +40,15 @@ def check(found):
     assert [one for one in found.figures if not one[1] <= LIMITS[one[0]]] == [], found.model_type
 
 
+def known(model_type):
+    if model_type not in MODEL_TYPES:
+        pytest.skip("this transformers has no such type")
+    return tiny(model_type)
+
+
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_backbone_without_a_row(model_type):
+    known(model_type)
     check(outcome(model_type))
 
 
@@ -68,7 +75,7 @@ def test_the_whole_registry():
     ],
 )
 def test_what_does_not_fit_says_which_layer_and_is_left_as_it_was(model_type, said):
-    backbone = tiny(model_type)
+    backbone = known(model_type)
     ids, name = random_ids(20)[None], backbone.config._attn_implementation
     with torch.no_grad():
         before = backbone(ids, use_cache=False).logits
@@ -129,7 +136,7 @@ def test_training_recomputed_and_decoding(model_type):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "granite_swa"])
 def test_a_checkpoint_with_its_backbone(model_type, tmp_path):
-    model = cometlm.attach(tiny(model_type).float(), **SMALL)
+    model = cometlm.attach(known(model_type).float(), **SMALL)
     scramble(model.model.comet, 0.5)
     model.save_pretrained(tmp_path, backbone=True)
     again = cometlm.CometForCausalLM.from_pretrained(tmp_path)
