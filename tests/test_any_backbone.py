@@ -2,6 +2,8 @@
 
 import copy
 
+import accelerate
+import peft
 import pytest
 import torch
 import transformers
@@ -68,7 +70,11 @@ def test_the_whole_registry():
     [
         ("qwen3_next", r"layer 0 \(Qwen3NextDecoderLayer\) never calls transformers' attention"),
         ("mamba", r"layer 0 \(MambaBlock\) never calls transformers' attention"),
-        ("falcon_h1", "its layers carry more from token to token than keys and values"),
+        pytest.param(
+            "falcon_h1",
+            "its layers carry more from token to token than keys and values",
+            marks=pytest.mark.slow,  # its scan is, without kernels
+        ),
         ("llama4_text", r"layer 0 \(Llama4TextDecoderLayer\) attends in blocks"),
         ("diffllama", r"layer 0 \(DiffLlamaDecoderLayer\) calls 2 times"),
         ("dory", r"layer 0 \(DoryDecoderLayer\) runs 2 times"),
@@ -200,3 +206,49 @@ def test_detach_says_what_it_takes(given):
 def test_detach_of_a_plain_model():
     with pytest.raises(TypeError, match="got a GPT2LMHeadModel"):
         cometlm.detach(tiny("gpt2"))
+
+
+@pytest.mark.parametrize("offload", [accelerate.disk_offload, accelerate.cpu_offload])
+@torch.no_grad()
+def test_an_offloaded_backbone(offload, tmp_path):
+    plain = cometlm.attach(tiny("gpt2"), **SMALL)
+    scramble(plain.model.comet, 0.5)
+    where = (tmp_path,) if offload is accelerate.disk_offload else ()
+    backbone = offload(tiny("gpt2"), *where, execution_device=torch.device("cpu"))
+    model = cometlm.attach(backbone, **SMALL)
+    model.model.comet.load_state_dict(plain.model.comet.state_dict())
+    ids = random_ids(43)[None]
+    assert error(model(ids).logits, plain(ids).logits) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+@pytest.mark.parametrize(
+    ("model_type", "names"), [("gpt2", ["c_attn"]), ("deepseek_v3", ["kv_b_proj", "o_proj"])]
+)
+def test_an_adapter_reaches_the_slots(model_type, names):
+    adapter = peft.LoraConfig(
+        r=2, target_modules=names, init_lora_weights=False, fan_in_fan_out=model_type == "gpt2"
+    )
+    model = cometlm.attach(peft.get_peft_model(tiny(model_type), adapter), **SMALL)
+    scramble(model.model.comet, 0.5)
+    ids = random_ids(43)
+    with torch.no_grad():
+        assert error(model(ids[None]).logits[0], reference_logits(model, ids)) < 1e-6
+
+
+@pytest.mark.slow
+def test_compiled_cells():
+    model = cometlm.attach(tiny("gpt2").float(), **SMALL).eval()
+    ids = random_ids(43)[None]
+    with torch.no_grad():
+        want = model(ids).logits
+        assert model.model.compile_cells(backend="eager")
+        assert error(model(ids).logits, want) < 1e-6
+
+
+def test_weights_that_are_not_there_are_named():
+    config = tiny("gpt2").config
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(config)
+    with refused("its weights are on the meta device"):
+        cometlm.attach(backbone, **SMALL)

@@ -307,12 +307,13 @@ def _learned(called: Called, embed: nn.Module) -> LearnedPositions | None:
     if module is embed or not isinstance(module, nn.Embedding) or not isinstance(out, Tensor):
         return None
     rows = out.reshape(-1, out.shape[-1])
-    weight = module.weight
-    if rows.shape[-1] != weight.shape[-1] or weight.is_meta:
-        return None
-    for offset in range(min(4, len(weight) - len(rows) + 1)):
-        if torch.equal(weight[offset : offset + len(rows)].to(rows), rows):
-            return LearnedPositions(module, offset)
+    place = torch.arange(len(rows), device=rows.device)
+    for offset in range(min(4, module.num_embeddings - len(rows) + 1)):
+        learned = LearnedPositions(module, offset)
+        if not module.weight.is_meta or type(module).forward is nn.Embedding.forward:
+            found = learned(place)
+            if found.shape == rows.shape and torch.equal(found.to(rows), rows):
+                return learned
     return None
 
 

@@ -28,7 +28,16 @@ class LearnedPositions:
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Rows [1 or B, I, D] of positions [1 or B, I]."""
-        return F.embedding(positions + self.offset, self.module.weight)
+        return rows_of(self.module, positions + self.offset)
+
+
+def rows_of(module: nn.Module, index: Tensor) -> Tensor:
+    """Rows of an embedding, whatever its own forward takes."""
+    if type(module).forward is nn.Embedding.forward:
+        rows: Tensor = module(index)  # whose hooks bring weights that are kept elsewhere
+        return rows
+    weight: Any = module.weight
+    return F.embedding(index.to(weight.device), weight)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ def _ids(backbone: PreTrainedModel) -> Tensor:
     ids = torch.tensor([_IDS]) % int(backbone.config.vocab_size)
     embedding = backbone.get_input_embeddings()
     weight = next((p for p in embedding.parameters()), None)
-    if any(p.is_meta for p in backbone.parameters()) and not hasattr(backbone, "hf_device_map"):
+    offloaded = any(hasattr(module, "_hf_hook") for module in backbone.modules())
+    if any(p.is_meta for p in backbone.parameters()) and not offloaded:
         raise refusal(backbone, "its weights are on the meta device; load them first")
     hook = getattr(embedding, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)

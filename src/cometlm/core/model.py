@@ -14,13 +14,12 @@ from typing import Any, NoReturn, Unpack, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from cometlm.backbones.calling import RotaryTable
 from cometlm.backbones.families import device_of
-from cometlm.backbones.parts import Parts
+from cometlm.backbones.parts import Parts, rows_of
 from cometlm.backbones.rotary import RotaryTables
 from cometlm.compat import CACHE, EitherName, takes_either_name
 from cometlm.config import CometConfig, CometModelConfig, position_limit
@@ -425,8 +424,7 @@ class CometModel(CometPreTrainedModel):
         """Items [B, I, D] with learned positions [1 or B, I], where the backbone has such."""
         if self.embed_positions is None:
             return items
-        weight: Tensor = self.embed_positions.weight
-        return items + F.embedding(positions.to(weight.device) + self._first_place, weight)
+        return items + rows_of(self.embed_positions, positions + self._first_place)
 
     def kept(self, call: Call, layout: ChunkLayout, out: Tensor, after: States) -> Tensor:
         """The last layer's outputs [B, I, D] of a step as what is wanted: text, or its scores.
