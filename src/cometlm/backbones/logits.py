@@ -13,17 +13,13 @@ def final_logits(products: Tensor, config: Any) -> Tensor:
 
     Args:
         products: what the head gives.
-        config: the backbone's: `logits_scaling` divides (Granite), `logit_scale` (Cohere) and
-            `lm_head_multiplier` (Falcon-H1) multiply, `final_logit_softcapping` caps (Gemma 2);
-            `dim_model_base` is a width that the hidden states are scaled to (MiniCPM).
+        config: the backbone's: `logits_scaling` divides (Granite, MiniCPM), `logit_scale` (Cohere)
+            and `lm_head_multiplier` (Falcon-H1) multiply, `final_logit_softcapping` caps (Gemma 2).
     """
     logits = products
     divisor = getattr(config, "logits_scaling", None)
     if divisor is not None and divisor != 1:
         logits = logits / divisor
-    base = getattr(config, "dim_model_base", None)
-    if base is not None and base != config.hidden_size:
-        logits = logits * (base / config.hidden_size)
     for name in ("logit_scale", "lm_head_multiplier"):
         factor = getattr(config, name, None)
         if factor is not None and factor != 1:

@@ -33,10 +33,31 @@ def plain_attention(
     Returns:
         [B, heads, I, V] in the value's dtype.
     """
-    groups = query.shape[1] // key.shape[1]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    products = (query.unflatten(1, (-1, groups)) * scale) @ key[:, :, None].transpose(-1, -2)
-    products = products.flatten(1, 2)
+    weights = attention_weights(query, key, mask, scale, softcap, sinks)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    groups = query.shape[1] // key.shape[1]
+    shared = weights.to(value.dtype).unflatten(1, (-1, groups)) @ value[:, :, None]
+    return shared.flatten(1, 2)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Weights [..., heads, I, S] of `plain_attention`, in float32 or wider.
+
+    Args:
+        query: [..., heads, I, W]; key: [..., key-value heads, S, W].
+        mask, scale, softcap, sinks: as there.
+    """
+    groups = query.shape[-3] // key.shape[-3]
+    products = (query.unflatten(-3, (-1, groups)) * scale) @ key.unsqueeze(-3).transpose(-1, -2)
+    products = products.flatten(-4, -3)
     wide = torch.promote_types(products.dtype, torch.float32)
     products = products.to(wide)
     if softcap is not None:
@@ -47,12 +68,7 @@ def plain_attention(
         products = products.masked_fill(~mask, -torch.inf)
     else:
         products = products + mask
-    if sinks is not None:
-        column = sinks.to(wide).view(1, -1, 1, 1).expand(*products.shape[:3], 1)
-        products = torch.cat([products, column], dim=-1)
-    weights = products.softmax(dim=-1)
-    if sinks is not None:
-        weights = weights[..., :-1]
-    weights = F.dropout(weights, dropout) if dropout else weights
-    shared = weights.to(value.dtype).unflatten(1, (-1, groups)) @ value[:, :, None]
-    return shared.flatten(1, 2)
+    if sinks is None:
+        return products.softmax(dim=-1)
+    column = sinks.to(wide).view(-1, 1, 1).expand(*products.shape[:-1], 1)
+    return torch.cat([products, column], dim=-1).softmax(dim=-1)[..., :-1]
