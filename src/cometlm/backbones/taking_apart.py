@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from cometlm.backbones.calling import LayerCall
 from cometlm.backbones.discovery import discover
-from cometlm.backbones.families import Family, family_of, layer_type
+from cometlm.backbones.families import Family, family_of, keep_weights_in_place, layer_type
 from cometlm.backbones.parts import Parts
 from cometlm.backbones.rotary import Given, Rotation
 from cometlm.backbones.watching import refusal
@@ -40,6 +40,7 @@ def take_apart(backbone: PreTrainedModel, capture: bool = False) -> Parts:
             "AutoModelForCausalLM"
         )
     if family is None or capture:
+        keep_weights_in_place(backbone)  # it is about to be read without gradients
         return discover(backbone)
     decoder: Any = backbone.get_decoder()
     layers = list(decoder.layers)[: config.num_hidden_layers]
