@@ -24,7 +24,7 @@ AT_LEAST = 55  # of the types that any version lists
 SAMPLE = {
     "gpt2": "learned positions, a fused projection",
     "opt": "learned positions with an offset",
-    "gptj": "parallel blocks, partial rotary",
+    "gpt_neox": "parallel blocks, partial rotary",
     "stablelm": "attention that is handed no further arguments",
     "nanochat": "a norm of the embedding",
     "gemma2": "softcaps, windows, scaled embeddings",
@@ -76,7 +76,7 @@ def test_the_whole_registry():
             marks=pytest.mark.slow,  # its scan is, without kernels
         ),
         ("llama4_text", r"layer 0 \(Llama4TextDecoderLayer\) attends in blocks"),
-        ("diffllama", r"layer 0 \(DiffLlamaDecoderLayer\) calls 2 times"),
+        ("diffllama", r"layer 0 \(DiffLlamaDecoderLayer\) (never calls|calls 2 times)"),
         ("dory", r"layer 0 \(DoryDecoderLayer\) runs 2 times"),
     ],
 )

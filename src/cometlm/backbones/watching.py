@@ -119,7 +119,10 @@ _RECORD: ContextVar[Record | None] = ContextVar("record", default=None)
 
 
 def watch(backbone: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[Sample, Record]:
-    """Let a backbone read a few tokens twice: as it is, and watched.
+    """Let a backbone read a few tokens, and note what is called with what.
+
+    It attends by plain attention, which does all that its layers ask for; some of transformers' own
+    functions leave softcaps out.
 
     Args:
         layers: its layers.
@@ -128,16 +131,9 @@ def watch(backbone: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[Sampl
         UnsupportedBackboneError: it cannot read them.
     """
     ids, record = _ids(backbone), Record()
-    outputs: list[Tensor] = []
-    with _quiet(backbone):
-        with ExitStack() as stack:
-            for layer in layers:
-                note = _noting_output(outputs)
-                stack.callback(layer.register_forward_hook(note).remove)
-            logits = _run(backbone, ids)
-        with _recording(backbone, layers, record), implementation(backbone, NAME):
-            _run(backbone, ids)
-    return Sample(ids, logits, outputs), record
+    with _quiet(backbone), _recording(backbone, layers, record), implementation(backbone, NAME):
+        logits = _run(backbone, ids)
+    return Sample(ids, logits, [called.left for called in record.layers]), record
 
 
 def refusal(backbone: PreTrainedModel, why: str) -> UnsupportedBackboneError:
@@ -196,13 +192,6 @@ def implementation(backbone: PreTrainedModel, name: str) -> Iterator[None]:
         yield
     finally:
         backbone.config._attn_implementation = before
-
-
-def _noting_output(outputs: list[Tensor]) -> Callable[..., None]:
-    def note(module: nn.Module, args: Any, out: Any) -> None:
-        outputs.append(first(out))
-
-    return note
 
 
 @contextmanager
