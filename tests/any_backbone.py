@@ -81,7 +81,6 @@ _SMALLER = {
 # Tried one after the other: fields that do not fit with each other in some types.
 _ATTEMPTS: tuple[dict[str, Any], ...] = (
     {},
-    {"head_dim": 4, "num_key_value_heads": 4},
     {"head_dim": None, "num_key_value_heads": 4},
     {"head_dim": None},
     {"head_dim": None, "num_key_value_heads": None, "is_decoder": None},
@@ -162,7 +161,9 @@ def _configs(model_type: str) -> Iterator[Any]:
         yield problem
         return
     for attempt in _ATTEMPTS:
-        wanted = {name: x for name, x in {**_SMALLER, **attempt}.items() if x is not None}
+        latent = _value(base, "kv_lora_rank") is not _MISSING  # then each head has keys of its own
+        smaller = _SMALLER | ({"head_dim": 4, "num_key_value_heads": 4} if latent else {}) | attempt
+        wanted = {name: x for name, x in smaller.items() if x is not None}
         kinds = list(dict.fromkeys(_value(base, "layer_types") or ()))  # each once
         depth = max(2, len(kinds))
         wanted |= dict.fromkeys(_DEPTHS, depth)
