@@ -1,5 +1,7 @@
 """Attaching: refusals, modes, parameters, weights that are elsewhere or not tied."""
 
+import warnings
+
 import accelerate
 import pytest
 import torch
@@ -134,3 +136,52 @@ def test_attach_does_not_tie_what_the_backbone_has_not_tied():
     model = cometlm.attach(backbone, **SMALL)
     assert backbone.lm_head.weight is head
     assert torch.equal(cometlm.detach(model)(ids).logits, before)
+
+
+# --- sizes by default -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("positions", "chunk"), [(5376, 2048), (5375, 1024), (2048, 512), (256, 64), (42, 16)]
+)
+def test_default_sizes_are_the_largest_of_the_papers_proportions_that_fit(positions, chunk):
+    backbone = tiny_backbone("llama", max_position_embeddings=positions)
+    if chunk == 2048:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sizes = cometlm.attach(backbone).config.comet_config
+    else:
+        said = f"max_position_embeddings={positions}: chunk_size={chunk}, "
+        with pytest.warns(UserWarning, match=said):
+            sizes = cometlm.attach(backbone).config.comet_config
+    assert (sizes.chunk_size, sizes.capacity, sizes.readout_tokens) == (chunk, chunk, chunk // 4)
+    assert sizes.stride == 8
+    assert sizes.row_length <= positions
+
+
+@pytest.mark.parametrize("sizes", [{"capacity": 2048}, {"stride": 8}], ids=str)
+def test_sizes_that_are_given_are_not_changed(sizes):
+    with refused("chunk_size=2048 is too large for this backbone"):
+        cometlm.attach(tiny_backbone("llama"), **sizes)
+    with refused("chunk_size=2048 is too large for this backbone"):
+        cometlm.attach(tiny_backbone("llama"), CometConfig())
+
+
+def test_too_few_positions_for_any_size():
+    with refused("but the backbone has max_position_embeddings=41"):
+        cometlm.attach(tiny_backbone("llama", max_position_embeddings=41))
+
+
+def test_an_attention_function_that_somebody_chose_is_named_and_restored():
+    backbone = tiny_backbone("llama")
+    backbone.config._attn_implementation = "flex_attention"
+    with pytest.warns(UserWarning, match="not by 'flex_attention'; detach"):
+        model = cometlm.attach(backbone, **SMALL)
+    assert cometlm.detach(model).config._attn_implementation == "flex_attention"
+
+
+def test_a_model_with_memory_has_one_already():
+    model = cometlm.attach(tiny_backbone("llama"), **SMALL)
+    with refused("CometForCausalLM already has a memory; detach() it first"):
+        cometlm.attach(model, **SMALL)
+    model(random_ids(20)[None])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cometlm.backbones.families import KeyValue
+from cometlm.backbones.calling import KeyValue
 from cometlm.core.attention import attend_one_part, attend_two_part
 from tests.tiny import error
 

@@ -1,11 +1,14 @@
 """What `cometlm info` counts, by hand."""
 
 from cometlm import CometConfig
-from cometlm.planner.flops import chunk_cost
+from cometlm.planner.flops import LayerSizes, chunk_cost
+from tests.any_backbone import tiny
 
 
 class Sizes:
     """A backbone's config, as far as counting looks at it."""
+
+    model_type = "qwen3"
 
     def __init__(self, width, heads, inner):
         self.hidden_size, self.intermediate_size, self.head_dim = width, inner, 128
@@ -35,3 +38,9 @@ def test_counted_gain_at_the_sizes_of_the_paper():
     cost = chunk_cost(Sizes(2560, (32, 8), 9728), sizes)
     assert (cost.fast, cost.naive) == (fast, naive)
     assert round(cost.gain, 2) == 1.74
+
+
+def test_what_a_config_leaves_out_is_as_in_a_plain_decoder():
+    """GPT-2 names no key-value heads and calls its widths otherwise; it has no row, so no pairs."""
+    assert LayerSizes.of(tiny("gpt2").config) == LayerSizes(32, 32, 64, 32, 48, 48)
+    assert LayerSizes.of(tiny("gpt_oss").config) == LayerSizes(32, 32, 32, 32, 2 * 48, 4 * 48)

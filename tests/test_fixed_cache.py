@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import cometlm
 from cometlm import CometCache
-from cometlm.backbones.families import KeyValue
+from cometlm.backbones.calling import KeyValue
 from cometlm.core import fixed_cache
 from cometlm.core.attention import attend_masked
 from cometlm.core.fixed_cache import FixedCache

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import cometlm
-from cometlm.backbones.families import KeyValue, take_apart
+from cometlm.backbones.calling import KeyValue
 from cometlm.backbones.rotary import RotaryTables
+from cometlm.backbones.taking_apart import take_apart
 from cometlm.core.attention import attend_one_part
 from cometlm.core.recording import Recorder
 from cometlm.device import default_device
@@ -143,8 +144,9 @@ def test_rotary_tables(family):
     parts, length = take_apart(tiny_backbone(family)), 5000
     made = []
     for place in (torch.device("cpu"), DEVICE):
-        rotary = copy.deepcopy(parts.rotary).to(place)
-        tables = RotaryTables(rotary, parts.config, parts.family)
+        tables = RotaryTables(
+            [replace(x, module=copy.deepcopy(x.module).to(place)) for x in parts.rotations]
+        )
         like = torch.empty(0, dtype=torch.float64, device=place)
         made.append(tables.of(length, like, [place] * len(parts.layers)))
     for wanted, got in zip(*made, strict=True):

@@ -370,9 +370,10 @@ def test_a_directory_loads_with_the_sizes_given(folder):
     assert error(model(ids).logits[:, :4], want) < 1e-6  # before the first compression token
 
 
-def test_without_sizes_the_papers_are_taken(folder):
-    with pytest.raises(ValueError, match=r"chunk_size=2048 .*max_position_embeddings=256"):
-        cometlm.load(folder, device="cpu")
+def test_without_sizes_the_papers_are_taken_as_far_as_they_fit(folder):
+    with pytest.warns(UserWarning, match="max_position_embeddings=256: chunk_size=64, "):
+        model, _ = cometlm.load(folder, device="cpu")
+    assert model.config.comet_config.chunk_size == 64
 
 
 def test_loading_twice_gives_the_same_untrained_memory(folder):

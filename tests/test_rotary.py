@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from cometlm.backbones.families import layer_type, take_apart
+from cometlm.backbones.families import layer_type
 from cometlm.backbones.rotary import RotaryTables
+from cometlm.backbones.taking_apart import take_apart
 from tests.tiny import FAMILIES, tiny_backbone
 
 HERE = torch.device("cpu")
@@ -12,7 +13,7 @@ HERE = torch.device("cpu")
 
 def tables_of(family):
     parts = take_apart(tiny_backbone(family))
-    return RotaryTables(parts.rotary, parts.config, parts.family), parts
+    return RotaryTables(parts.rotations), parts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -23,7 +24,7 @@ def test_each_layer_has_its_types_table(family, dtype):
     found = tables.of(20, like, [HERE] * 3)
     for i, (cos, sin) in enumerate(found):
         kind = [layer_type(parts.config, i)] if parts.family.rotary_by_layer_type else []
-        wanted = parts.rotary(like, positions, *kind)
+        wanted = parts.rotations[i].module(like, positions, *kind)
         assert torch.equal(torch.stack([cos, sin]), torch.cat(wanted))
     assert found[0] is found[2]  # layers 0 and 2 are of one type in every family
 

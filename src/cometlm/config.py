@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -136,6 +137,49 @@ class CometConfig:
             if name not in known:
                 raise ValueError(f"unknown CometConfig field {name!r}; it has {', '.join(known)}")
         return cls(**values)
+
+
+_PROPORTIONS = ("chunk_size", "readout_tokens", "capacity")  # halved together
+_SMALLEST_CHUNK = 16
+
+
+def position_limit(config: Any) -> int | None:
+    """Positions that a backbone was made for, or None if its config does not say."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def sizes_for(backbone: Any, sizes: Mapping[str, Any]) -> CometConfig:
+    """The sizes of a new memory: those given, and else the paper's.
+
+    Where no size is given and the paper's do not fit the backbone's positions, chunk, readout
+    tokens and capacity are halved together until they do, and a warning says so.
+
+    Args:
+        backbone: its config.
+        sizes: `CometConfig` fields.
+
+    Raises:
+        ValueError: a name that is no field, an impossible value.
+    """
+    config = CometConfig(**known_sizes(sizes))
+    limit = position_limit(backbone)
+    given = {*_PROPORTIONS, "stride"} & set(sizes)
+    if given or limit is None or config.row_length <= limit:
+        return config
+    smaller = config
+    while smaller.row_length > limit and smaller.chunk_size > _SMALLEST_CHUNK:
+        halves = {name: max(1, getattr(smaller, name) // 2) for name in _PROPORTIONS}
+        smaller = smaller.replace(**halves)
+    if smaller.row_length > limit:
+        return config  # which is refused with all its numbers
+    taken = ", ".join(f"{name}={getattr(smaller, name)}" for name in (*_PROPORTIONS, "stride"))
+    warnings.warn(
+        f"the paper's sizes make rows of {config.row_length} positions, but the backbone has "
+        f"max_position_embeddings={limit}: {taken} are taken (give sizes to choose others)",
+        stacklevel=3,
+    )
+    return smaller
 
 
 def _switch_hint(name: str) -> str:

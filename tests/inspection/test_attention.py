@@ -5,12 +5,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import cometlm
 from cometlm.core import reference
 from cometlm.core.attention import NAME
 from cometlm.inspection import InspectedSession
 from cometlm.inspection import attention as module
 from cometlm.inspection.attention import watching
-from tests.tiny import FAMILIES, error, random_ids, tiny_comet
+from tests.any_backbone import tiny
+from tests.tiny import FAMILIES, SMALL, error, random_ids, scramble, tiny_comet
 
 COUNT = 31  # of chunks of 12: two full ones and a rest
 
@@ -20,7 +22,7 @@ def eager(model):
     """Weights [H, S, S] of each layer's plain softmax, as the naive model runs them."""
     found, config = [], model._backbone.config
     hooks = [
-        cell.layer.self_attn.register_forward_hook(lambda m, given, out: found.append(out[1][0]))
+        cell.attention.register_forward_hook(lambda m, given, out: found.append(out[1][0]))
         for cell in model.model.cells
     ]
     config._attn_implementation = "eager"
@@ -47,14 +49,27 @@ def watched(model, ids):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_weights_are_the_references_softmax(family):
-    model, ids = tiny_comet(family), random_ids(COUNT)
+    check_weights(tiny_comet(family))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "gpt_oss", "stablelm"])
+def test_weights_of_a_backbone_without_a_row(model_type):
+    """With softcaps, with sinks, and of layers that are told aside."""
+    model = cometlm.attach(tiny(model_type), **SMALL)
+    scramble(model.model.comet, 0.5)
+    check_weights(model, sums_to_one=model_type != "gpt_oss")
+
+
+def check_weights(model, sums_to_one=True):
+    ids = random_ids(COUNT)
     with torch.no_grad(), eager(model) as plain:
         reference.reference_hidden(model, ids)
     ours = watched(model, ids)
-    assert len(ours) == len(plain) == 9
+    assert len(ours) == len(plain) == 3 * len(model.model.cells)
     for (attention, weights), want in zip(ours, plain, strict=True):
         assert error(weights, want[:, attention.memory_slots :]) < 1e-5  # a softmax in float32
-        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        if sums_to_one:
+            torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
 @pytest.mark.parametrize("switch", ["global_memory", "temporary_memory"])

@@ -1,8 +1,10 @@
-"""The only room that knows Hugging Face internals: one row per model family.
+"""One row for a model family whose memory slots are projected faster than by capture.
 
-A family's row says what cannot be read off its modules: which norm stands before the key and
-value projections, whether these are fused, and how keys are normed. From that, `Family.key_value`
-projects memory slots exactly as the layer would project its own input, without running the layer.
+Any decoder attaches without a row: `discovery` finds out how its layers are called, and keys and
+values of memory slots are captured (`calling`). A row says what cannot be read off a family's
+modules: which norm stands before the key and value projections, whether these are fused, and how
+keys are normed. From that, `Family.key_value` projects memory slots exactly as the layer would
+project its own input, without running the layer.
 """
 
 from __future__ import annotations
@@ -10,28 +12,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
+from cometlm.backbones.calling import KeyValue
 from cometlm.registry import Registry
-
-SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
-
-
-class KeyValue(NamedTuple):
-    """Keys and values [B, key-value heads, S, head width]."""
-
-    key: Tensor
-    value: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.key.nbytes + self.value.nbytes
 
 
 @dataclass(frozen=True)
@@ -76,6 +64,9 @@ class Family:
         return key, value
 
 
+# What a row speaks for: layers of other types are looked at one by one, as those without a row.
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
 # One row per family; see "Add a backbone" in CONTRIBUTING.md.
 FAMILIES: Registry[Family] = Registry(
     "model family",
@@ -94,70 +85,17 @@ FAMILIES: Registry[Family] = Registry(
 )
 
 
-def family_of(config: Any) -> Family:
-    """The row for a backbone's config.
+def family_of(config: Any) -> Family | None:
+    """The row for a backbone's config; None where it has none.
 
     Raises:
-        ValueError: an encoder-decoder, a layer type that is not softmax attention, or a family
-            that has no row.
+        ValueError: an encoder-decoder.
     """
-    help_ = 'see "Add a backbone" in CONTRIBUTING.md'
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{config.model_type} is an encoder-decoder: memory needs a decoder; {help_}"
-        )
-    types = getattr(config, "layer_types", None) or ()
-    for layer, layer_type in enumerate(types):
-        if layer_type not in SUPPORTED_LAYERS:
-            raise ValueError(
-                f"layer {layer} of {config.model_type} is {layer_type!r}; memory slots need keys "
-                f"and values, so layers must be {' or '.join(SUPPORTED_LAYERS)}; {help_}"
-            )
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"no backbone row for model_type {config.model_type!r}; there are "
-            f"{', '.join(sorted(FAMILIES))}; {help_}"
-        )
-    return FAMILIES[config.model_type]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A causal language model taken apart; the modules are the model's own, not copies."""
-
-    family: Family
-    config: Any
-    embed_tokens: nn.Module
-    layers: list[nn.Module]
-    norm: nn.Module
-    rotary: nn.Module
-    lm_head: nn.Module
-
-
-def take_apart(backbone: PreTrainedModel) -> Parts:
-    """Find the parts of a Hugging Face causal language model.
-
-    Raises:
-        ValueError: the family is not supported, or the model has no head.
-    """
-    config: Any = backbone.config
-    family = family_of(config)
-    head = backbone.get_output_embeddings()
-    if head is None:
-        raise ValueError(
-            f"{type(backbone).__name__} has no language-model head; load it with "
-            "AutoModelForCausalLM"
-        )
-    decoder: Any = backbone.get_decoder()
-    return Parts(
-        family=family,
-        config=config,
-        embed_tokens=decoder.embed_tokens,
-        layers=list(decoder.layers)[: config.num_hidden_layers],
-        norm=decoder.norm,
-        rotary=decoder.rotary_emb,
-        lm_head=head,
-    )
+        raise ValueError(f"{config.model_type} is an encoder-decoder: memory needs a decoder")
+    kind = config.model_type
+    usual = set(getattr(config, "layer_types", None) or ()) <= _LAYER_TYPES
+    return FAMILIES[kind] if usual and kind in FAMILIES else None
 
 
 def keep_weights_in_place(backbone: nn.Module) -> None:
@@ -192,29 +130,6 @@ def device_of(module: nn.Module) -> torch.device:
             if device is not None:
                 return torch.empty(0, device=device).device
     return parameter.device if parameter is not None else torch.device("cpu")
-
-
-RotaryTable = tuple[Tensor, Tensor]
-
-
-def rotary_tables(
-    rotary: nn.Module, config: Any, by_layer_type: bool, length: int, like: Tensor
-) -> dict[str, RotaryTable]:
-    """Cosines and sines [length, rotated width] for every layer type.
-
-    They are computed for the whole `length` at once: scalings that look at the longest position
-    (longrope, dynamic) then do not depend on how the input was cut.
-    """
-    positions = torch.arange(length, device=like.device)[None, :]
-    types = set(getattr(config, "layer_types", None) or ()) | {"full_attention"}
-    if not by_layer_type:
-        cos, sin = rotary(like, positions)
-        return dict.fromkeys(types, (cos[0], sin[0]))
-    tables = {}
-    for name in sorted(set(config.layer_types)):
-        cos, sin = rotary(like, positions, name)
-        tables[name] = (cos[0], sin[0])
-    return tables
 
 
 def rotate_keys(layer: nn.Module, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cometlm.backbones.families import Family, RotaryTable, layer_type, rotary_tables
+from cometlm.backbones.calling import RotaryTable
 
 _KEPT = 4  # lengths; budgets that change from call to call would keep one each
+
+
+class Given(Enum):
+    """What a rotary module is called with, beside constants."""
+
+    LIKE = "a tensor of the table's dtype and device"
+    POSITIONS = "positions [1, length]"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Where a layer's rotary table comes from.
+
+    Attributes:
+        module: the backbone's rotary module; None where the layer takes no table.
+        args: what the module is called with.
+        kwargs: the same by name.
+        with_positions: the positions themselves are a last part of the table.
+    """
+
+    module: nn.Module | None
+    args: tuple[Any, ...] = (Given.LIKE, Given.POSITIONS)
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    with_positions: bool = False
+
+    def table(self, length: int, like: Tensor) -> RotaryTable:
+        """The table [length, …], each part of it.
+
+        It is computed for the whole `length` at once: scalings that look at the longest position
+        (longrope, dynamic) then do not depend on how the input was cut.
+        """
+        positions = torch.arange(length, device=like.device)[None, :]
+        meant = {Given.LIKE: like, Given.POSITIONS: positions}
+
+        def filled(value: Any) -> Any:
+            return meant[value] if isinstance(value, Given) else value
+
+        parts: tuple[Tensor, ...] = ()
+        if self.module is not None:
+            args = [filled(value) for value in self.args]
+            made = self.module(*args, **{name: filled(value) for name, value in self.kwargs})
+            parts = (made,) if isinstance(made, Tensor) else tuple(made)
+        own = (positions,) if self.with_positions else ()
+        return tuple(part[0] for part in (*parts, *own))
 
 
 class RotaryTables:
     """Tables of the last few lengths that were asked for.
 
     Args:
-        rotary: the backbone's rotary module.
-        config: the backbone's, of its text.
-        family: the backbone's.
+        rotations: of each layer.
     """
 
-    def __init__(self, rotary: nn.Module, config: Any, family: Family) -> None:
-        self._rotary = rotary
-        self._config = config
-        self._family = family
+    def __init__(self, rotations: Sequence[Rotation]) -> None:
+        self._rotations = tuple(rotations)
         self._kept: dict[tuple[Any, ...], list[RotaryTable]] = {}
 
     def __len__(self) -> int:
@@ -52,15 +94,10 @@ class RotaryTables:
     def _placed(
         self, length: int, like: Tensor, devices: Sequence[torch.device]
     ) -> list[RotaryTable]:
-        """One copy for each type of layer and device, however many layers share it."""
-        by_type = self._family.rotary_by_layer_type
-        tables = rotary_tables(self._rotary, self._config, by_type, length, like)
-        placed: dict[tuple[str, torch.device], RotaryTable] = {}
-        found = []
-        for i, device in enumerate(devices):
-            kind = layer_type(self._config, i)
-            if (kind, device) not in placed:
-                cos, sin = tables[kind]
-                placed[kind, device] = (cos.to(device), sin.to(device))
-            found.append(placed[kind, device])
-        return found
+        """One copy for each kind of table and device, however many layers share it."""
+        made = {one: one.table(length, like) for one in dict.fromkeys(self._rotations)}
+        placed: dict[tuple[Rotation, torch.device], RotaryTable] = {}
+        for one, device in zip(self._rotations, devices, strict=True):
+            if (one, device) not in placed:
+                placed[one, device] = tuple(part.to(device) for part in made[one])
+        return [placed[pair] for pair in zip(self._rotations, devices, strict=True)]

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cometlm.checkpoints.backbones import BUILT_IN, converted, read_backbone
-from cometlm.config import RUNTIME_SIZES, CometConfig, CometModelConfig, known_sizes
+from cometlm.config import RUNTIME_SIZES, CometConfig, CometModelConfig, known_sizes, sizes_for
 
 Kind = Literal["built-in", "folder", "hub"]
 
@@ -145,7 +145,7 @@ class Source:
             return memory.comet_config
         own = BUILT_IN[self.name].sizes if self.kind == "built-in" else {}
         changes = {name: value for name, value in sizes.items() if name != "seed"}
-        return CometConfig().replace(**known_sizes({**own, **changes}))
+        return sizes_for(self.backbone_config, {**own, **changes})
 
     @functools.cached_property
     def backbone(self) -> Source:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from cometlm.config import CometConfig, known_sizes
+from cometlm.checkpoints.adapters import base_of
+from cometlm.config import CometConfig, known_sizes, sizes_for
+from cometlm.core.attention import NAME
 from cometlm.core.causal_lm import CometForCausalLM
 
 
@@ -20,23 +24,41 @@ def attach(
 ) -> CometForCausalLM:
     """Give a Hugging Face causal language model a memory. Undo with `detach`.
 
-    4-bit weights of bitsandbytes keep their layout from now on, also after `detach`.
+    The layers of a family without a row of its own are looked at while the backbone reads a few
+    tokens. 4-bit weights of bitsandbytes keep their layout from now on, also after `detach`.
 
     Args:
         backbone: the model, or a `PeftModel` of it; its modules are shared with the result, and a
-            LoRA or IA3 adapter of it is the result's own: saved and loaded with the memory.
-        config: sizes and switches; default the paper's.
+            LoRA or IA3 adapter of it is the result's own: saved and loaded with the memory. While
+            it has a memory it attends by a function of its own, whichever was set before.
+        config: sizes and switches; default the paper's. Where neither these nor sizes are given
+            and the backbone has too few positions, the paper's halves, quarters, … with a warning.
         seed: of the untrained memory's random numbers. They are drawn apart from torch's own, so
             that a backbone always gets the same memory and sessions outlive the process.
         sizes: `CometConfig` fields to change, e.g. `chunk_size=512`.
 
     Raises:
-        ValueError: a family that is not supported, an impossible size, sizes that exceed the
-            backbone's positions, a backbone that already has a memory, or that has an adapter of
-            another kind.
+        TypeError: something that is no model.
+        ValueError: a backbone that can have no memory (says which layer and why), an impossible
+            size, sizes that exceed the backbone's positions, a backbone that already has a memory,
+            or that has an adapter of another kind.
     """
-    comet = (config or CometConfig()).replace(**known_sizes(sizes))
-    return CometForCausalLM.attached(backbone, comet, seed)
+    bare = base_of(_model(backbone))
+    if not isinstance(bare, PreTrainedModel):
+        raise TypeError(_WANTED.format(f"a {type(bare).__name__}, which is none of transformers'"))
+    if config is None:
+        comet = sizes_for(bare.config, sizes)
+    else:
+        comet = config.replace(**known_sizes(sizes))
+    attends = bare.config._attn_implementation
+    model = CometForCausalLM.attached(backbone, comet, seed)
+    if attends not in _USUAL:
+        warnings.warn(
+            f"with a memory the backbone attends by {NAME!r}, not by {attends!r}; detach() sets "
+            "that again",
+            stacklevel=2,
+        )
+    return model
 
 
 def detach(model: CometForCausalLM) -> Any:
@@ -45,6 +67,34 @@ def detach(model: CometForCausalLM) -> Any:
     Its attention function is its own again, and so is every parameter's `requires_grad`.
 
     Raises:
+        TypeError: a model without a memory; says what is wanted.
         ValueError: the model was detached before.
     """
-    return model.detached()
+    detached = getattr(model, "detached", None)  # a PeftModel round one has it, too
+    if detached is None:
+        raise TypeError(
+            f"detach() takes the model that attach() returned, got a {type(model).__name__}"
+        )
+    return detached()
+
+
+_USUAL = (None, "sdpa", "eager", NAME)  # what transformers sets by itself, and ours
+_WANTED = (
+    "attach() takes a causal language model of transformers, as AutoModelForCausalLM."
+    "from_pretrained returns it, got {}"
+)
+
+
+def _model(given: Any) -> nn.Module:
+    """What is given, if it is a model.
+
+    Raises:
+        TypeError: says what is wanted.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        shown = f"the name {os.fspath(given)!r}: cometlm.load({os.fspath(given)!r}) takes one"
+        raise TypeError(_WANTED.format(shown))
+    if not isinstance(given, nn.Module):
+        kind = given.__name__ if isinstance(given, type) else f"a {type(given).__name__}"
+        raise TypeError(_WANTED.format(kind))
+    return given

@@ -15,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cometlm.backbones.families import keep_weights_in_place
+from cometlm.backbones.watching import Sample, UnsupportedBackboneError
 from cometlm.checkpoints.adapters import base_of, refuse_offsets, take_adapters
 from cometlm.config import CometConfig, CometModelConfig
 from cometlm.core import attention
+from cometlm.core.backbone_check import difference
 from cometlm.core.model import checkpointing
 
 
@@ -37,7 +39,8 @@ class AttachmentMixin:
             ValueError: as `attach`.
         """
         bare = base_of(backbone)
-        if bare.config._attn_implementation == attention.NAME:
+        held = isinstance(bare, AttachmentMixin)
+        if held or bare.config._attn_implementation == attention.NAME:
             raise ValueError(f"{type(bare).__name__} already has a memory; detach() it first")
         kind: Any = cls
         with torch.random.fork_rng(devices=[]):
@@ -58,8 +61,9 @@ class AttachmentMixin:
         undo.restore_implementations()  # a config resets those of the configs inside it
         backbone.config._attn_implementation = attention.NAME
         theirs = {id(module): name for name, module in backbone.named_modules()}
-        parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
-        parts += [f"model.cells.{i}.layer" for i in range(len(model.model.cells))]
+        parts = ["lm_head", *(f"model.cells.{i}.layer" for i in range(len(model.model.cells)))]
+        own = {"cells", "comet"}
+        parts += [f"model.{name}" for name, _ in model.model.named_children() if name not in own]
         places = {name: theirs[id(model.get_submodule(name))] for name in parts}
         # Not registered as a submodule: its parts are, and detach() gives it back whole.
         for name, value in (("backbone", backbone), ("given", backbone), ("undo", undo)):
@@ -70,6 +74,19 @@ class AttachmentMixin:
         if hasattr(backbone, "hf_device_map"):
             model.hf_device_map = backbone.hf_device_map
         model.train(backbone.training)
+
+    def _check_against(self, sample: Sample) -> None:
+        """Refuse a backbone that does more than was found out about it.
+
+        Raises:
+            UnsupportedBackboneError: it does; it is as it was before.
+        """
+        model: Any = self
+        why = difference(model, sample)
+        if why is not None:
+            kind = self._backbone.config.model_type
+            self.detached()
+            raise UnsupportedBackboneError(f"{kind} cannot be given a memory: {why}")
 
     def _hand_back(self) -> None:
         """Put into the backbone what stands in its parts' places here: resized, or adapted."""

@@ -27,7 +27,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from cometlm.backbones.families import KeyValue
+from cometlm.backbones.calling import Capture, KeyValue, told
+from cometlm.backbones.plain_attention import plain_attention
 from cometlm.compat import cpu_flash_attention
 from cometlm.core.fixed_layout import FixedLayout
 from cometlm.core.layout import ChunkLayout
@@ -47,11 +48,13 @@ class CellCall:
         memory: rotated keys and values of the memory slots, or None.
         chunk: rotated keys and values of the open chunk, before the call and, afterwards, after;
             filling may follow. Under a `FixedLayout` a buffer with the whole row, written in place.
+        window: how far an item sees in its chunk, where the layer does not say so itself.
     """
 
     layout: ChunkLayout | FixedLayout
     memory: KeyValue | None
     chunk: KeyValue | None
+    window: int | None = None
 
     def append(self, new: KeyValue) -> KeyValue:
         """Add the new items' keys and values to the chunk's and return all of them."""
@@ -82,21 +85,33 @@ def comet_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    comet: CellCall | None = None,
+    comet: CellCall | Capture | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered with transformers under `NAME`.
 
     Args:
         query: [B, heads, I, head width]; key, value: [B, key-value heads, I, head width].
-        comet: the cell's call. None: plain sdpa, so that a backbone still runs by itself.
+        comet: the cell's call, or what takes keys and values only. None: as the backbone attends
+            by itself, so that it still runs.
+        softcap, s_aux: as `softcap` and `sinks` of `plain_attention`; with one of them weights are
+            formed, since no fused kernel of torch takes such.
 
     Returns:
         [B, I, heads, head width], and None for the weights.
 
     Raises:
-        ValueError: the layer caps its attention logits, which no fused kernel does.
+        ValueError: the layer asks for more: a mask of its own, or a tensor that means nothing here.
     """
+    comet = told() if comet is None else comet
+    if isinstance(comet, Capture):
+        comet.take(key, value)
+    if comet is None and (softcap is not None or s_aux is not None):
+        row = (query, key, value, attention_mask)
+        alone = plain_attention(*row, scaling, dropout, softcap, s_aux)
+        return alone.transpose(1, 2).contiguous(), None
     if comet is None:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module,
@@ -110,11 +125,23 @@ def comet_attention(
             **kwargs,
         )
         return out
-    if kwargs.get("softcap") is not None:
-        raise ValueError(f"attention softcap={kwargs['softcap']} is not supported, only None is")
+    _refuse_more({**kwargs, "attention_mask": attention_mask})
     chunk = comet.append(KeyValue(key, value))
-    attended = attend(query, comet.memory, chunk, comet.layout, sliding_window, scaling, dropout)
-    return attended.transpose(1, 2), None
+    window = sliding_window if comet.window is None else comet.window
+    given = (query, comet.memory, chunk, comet.layout, window, scaling, dropout)
+    if softcap is not None or s_aux is not None:
+        attended = attend_plain(*given, softcap, s_aux)
+    else:
+        attended = attend(*given)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _refuse_more(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if isinstance(value, Tensor) and name != "position_ids":
+            raise ValueError(
+                f"a layer gives its attention {name!r}, which attention to a memory does not take"
+            )
 
 
 def attend(
@@ -132,17 +159,40 @@ def attend(
     if not layout.uniform or (dropout and memory is not None):
         row = chunk if memory is None else _joined(memory, chunk)
         return attend_masked(query, row, layout.full_mask(window), scale, dropout)
+    same_width = query.shape[-1] == chunk.value.shape[-1]  # else latent attention
     mask = layout.chunk_mask(window, chunk.key.shape[2])
     causal = mask is None and query.shape[2] > 1
     if memory is None and mask is not None:
         return attend_masked(query, chunk, mask, scale, dropout)
     if memory is None:
         return sdpa(query, *chunk, None, dropout, causal, scale=scale, enable_gqa=True)
-    if query.device.type == "cpu" and _FLASH is not None:
+    if query.device.type == "cpu" and _FLASH is not None and same_width:
         return attend_two_part(query, memory, chunk, mask, causal, scale)
     whole = None if mask is None else layout.full_mask(window)
     chunk = KeyValue(*(x[:, :, : layout.slots[0]] for x in chunk))  # without filling
     return attend_one_part(query, memory, chunk, whole, causal, scale)
+
+
+def attend_plain(
+    query: Tensor,
+    memory: KeyValue | None,
+    chunk: KeyValue,
+    layout: ChunkLayout | FixedLayout,
+    window: int | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As `attend`, with weights formed: for what no fused kernel does."""
+    if isinstance(layout, FixedLayout):
+        row, mask = chunk, layout.mask(window)
+    else:
+        chunk = KeyValue(*(x[:, :, : max(layout.slots)] for x in chunk))  # without filling
+        row = chunk if memory is None else _joined(memory, chunk)
+        mask = layout.full_mask(window)
+    query, key, value = _cast(query, *row)
+    return plain_attention(query, key, value, mask, scale, dropout, softcap, sinks)
 
 
 def attend_two_part(

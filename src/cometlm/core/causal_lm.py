@@ -21,17 +21,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from cometlm.backbones.families import take_apart
+from cometlm.backbones.logits import final_logits
+from cometlm.backbones.taking_apart import take_apart
 from cometlm.checkpoints.fingerprint import sample
 from cometlm.checkpoints.mixin import CheckpointMixin
 from cometlm.compat import CACHE, EitherName, takes_either_name
-from cometlm.config import CometModelConfig
+from cometlm.config import CometModelConfig, position_limit
 from cometlm.core.attachment import AttachmentMixin, Undo
 from cometlm.core.attention import NAME
 from cometlm.core.cache import CometCache
 from cometlm.core.fixed_cache import FixedCache
 from cometlm.core.generation import MemoryGenerationMixin
-from cometlm.core.model import CometModel, position_limit
+from cometlm.core.model import CometModel
 from cometlm.core.observer import Score
 from cometlm.core.plan import Budget, Scored
 from cometlm.core.pretrained_model import CometPreTrainedModel
@@ -84,6 +85,8 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         self._hold(undo)
         self.post_init()
         self.generation_config = copy.deepcopy(backbone.generation_config)
+        if parts.sample is not None:
+            self._check_against(parts.sample)
         self._begun = {name: sample(p) for name, p in self._backbone_weights().items()}
 
     def get_input_embeddings(self) -> nn.Module:
@@ -202,9 +205,7 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, n, V] of last hidden states [B, n, D]."""
-        logits: Tensor = self.lm_head(hidden)
-        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return final_logits(self.lm_head(hidden), self.config.text_config)
 
     def _loss_of_chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """As `_summed_loss`; the logits are kept for no backward pass."""

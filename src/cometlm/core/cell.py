@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cometlm.backbones.families import Family, KeyValue, RotaryTable, rotate_keys
+from cometlm.backbones.calling import KeyValue, LayerCall, RotaryTable
+from cometlm.backbones.families import Family, rotate_keys
 from cometlm.core.attention import CellCall
 from cometlm.core.fixed_layout import FixedLayout
 from cometlm.core.layout import ChunkLayout, take
@@ -32,11 +33,18 @@ class Cell(nn.Module):
     It touches all the layer's weights inside `forward` and is called once per layer and step, which
     is what sharding (FSDP2) and offloading hooks need. The memory weights come in as an argument:
     they live in the one module `comet` that adapters train and save.
+
+    Args:
+        layer: the backbone's.
+        call: how it is called.
+        family: the backbone's row, which projects memory slots without running the layer. None:
+            its keys and values are captured.
     """
 
-    def __init__(self, layer: nn.Module, family: Family) -> None:
+    def __init__(self, layer: nn.Module, call: LayerCall, family: Family | None) -> None:
         super().__init__()
         self.layer = layer
+        self.call = call
         self.family = family
 
     def forward(
@@ -53,7 +61,7 @@ class Cell(nn.Module):
             hidden: [B, I, D].
             state: what the layer carries.
             layout: where the items stand.
-            rotary: cosines and sines, [positions, width] each.
+            rotary: cosines and sines, [positions, width] each (or what the layer is called with).
             weights: the layer's memory weights.
 
         Returns:
@@ -69,13 +77,12 @@ class Cell(nn.Module):
             memory, before, pending = slots(state.memory, layout), None, ()
         else:
             memory, before, pending = state.open.memory, state.open.chunk, state.open.pending
-        call = CellCall(layout, memory, before)
+        call = CellCall(layout, memory, before, self.call.window)
         out = hidden
         if hidden.shape[1]:  # else a chunk ends that is full already and has no readout tokens
-            positions = _of_items(rotary, layout)
-            out = self.layer(hidden, attention_mask=None, position_embeddings=positions, comet=call)
+            out = self.call(self.layer, hidden, _of_items(rotary, layout), call)
         if call.chunk is None:
-            raise ValueError(_OTHER_ATTENTION.format(self._attention.config._attn_implementation))
+            raise ValueError(_OTHER_ATTENTION.format(self.attention.config._attn_implementation))
         pending = self._extend(pending, out, layout, weights)
         if not layout.closes:
             return out, replace(state, open=OpenChunk(memory, call.chunk, pending))
@@ -137,46 +144,59 @@ class Cell(nn.Module):
             parts.append(weights.global_memory(memory.state).to(dtype))
         if not self.packs:
             parts.extend(memory.entries)
+        table = _between(rotary, 0, layout.memory_width)
+        if self.family is None:
+            if not parts:
+                return None
+            made: KeyValue = self.call.key_value(self.layer, _joined(parts), table)
+            return made
         pairs = [self.family.key_value(self.layer, _joined(parts))] if parts else []
         if self.packs and memory.entries:
             pairs.append(self._unpack(_joined(memory.entries)))
         if not pairs:
             return None
         key, value = (torch.cat(part, dim=2) for part in zip(*pairs, strict=True))
-        cos, sin = _between(rotary, 0, layout.memory_width)
+        cos, sin = table
         return KeyValue(rotate_keys(self.layer, key, cos, sin), value)
 
     @property
-    def _attention(self) -> Any:
-        return self.layer.self_attn
+    def attention(self) -> Any:
+        """The layer's module that attends."""
+        return self.layer.get_submodule(self.call.attention)
 
     @property
     def packs(self) -> bool:
-        """Whether entries are kept as keys and values, which they are where these are smaller."""
-        hidden, packed = self._widths
-        return packed < hidden
+        """Whether entries are kept as keys and values: where a row has them, and they are smaller.
+
+        Captured ones are rotated, so they are as good as at one place only.
+        """
+        return self.family is not None and self._packed_width < self._width
 
     @property
-    def _widths(self) -> tuple[int, int]:
-        """Width of a hidden row, and of a key and a value."""
-        config = self._attention.config
-        packed = 2 * int(config.num_key_value_heads) * int(self._attention.head_dim)
-        return int(config.hidden_size), packed
+    def _width(self) -> int:
+        """Width of a hidden row."""
+        return int(self.attention.config.hidden_size)
+
+    @property
+    def _packed_width(self) -> int:
+        """Width of a key and a value."""
+        return 2 * int(self.attention.config.num_key_value_heads) * int(self.attention.head_dim)
 
     @property
     def entry_width(self) -> int:
         """Width E of one entry of this layer's temporary memory."""
-        return min(self._widths)
+        return self._packed_width if self.packs else self._width
 
     def _pack(self, entries: Tensor) -> Tensor:
         """Entries [B, e, D] as they are kept, [B, e, E]: projected here, once in their life."""
         if not self.packs:
             return entries
+        assert self.family is not None
         pair = self.family.key_value(self.layer, entries)
         return torch.cat([x.transpose(1, 2).flatten(2) for x in pair], dim=-1)
 
     def _unpack(self, packed: Tensor) -> KeyValue:
-        head: int = self._attention.head_dim
+        head: int = self.attention.head_dim
         pair = (x.unflatten(-1, (-1, head)).transpose(1, 2) for x in packed.chunk(2, dim=-1))
         return KeyValue(*pair)
 
@@ -258,18 +278,16 @@ _OTHER_ATTENTION = (
 
 
 def _of_items(rotary: RotaryTable, layout: ChunkLayout | FixedLayout) -> RotaryTable:
-    """Cosines and sines of the new items: [1 or B, I, width] each."""
+    """A table's rows of the new items: [1 or B, I, width] each."""
     if isinstance(layout, ChunkLayout) and layout.uniform:
         return _between(rotary, layout.first_position, layout.items[0])
-    cos, sin = rotary
-    positions = layout.positions.to(cos.device)
-    return cos[positions], sin[positions]
+    positions = layout.positions.to(rotary[0].device)
+    return tuple(part[positions] for part in rotary)
 
 
 def _between(rotary: RotaryTable, first: int, count: int) -> RotaryTable:
-    """Cosines and sines of so many positions in a row: [1, count, width] each, not copied."""
-    cos, sin = rotary
-    return cos[None, first : first + count], sin[None, first : first + count]
+    """A table's rows at so many positions in a row: [1, count, width] each, not copied."""
+    return tuple(part[None, first : first + count] for part in rotary)
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from cometlm.backbones.families import KeyValue
+from cometlm.backbones.calling import KeyValue
 from cometlm.config import CometConfig
 from cometlm.core.cache import CometCache
 from cometlm.core.fixed_layout import FixedLayout
@@ -258,7 +258,9 @@ def _check(cache: CometCache, model: Writer) -> None:
             "cache_implementation='static' needs rows that stand at the same place, got rows with "
             f"{sorted({row.text for row in cache.rows})} tokens in the open chunk"
         )
-    devices = sorted({str(cos.device) for cos, _ in model.model.grid(cache.max_positions).rotary})
+    devices = sorted(
+        {str(table[0].device) for table in model.model.grid(cache.max_positions).rotary}
+    )
     if len(devices) > 1:
         raise ValueError(
             "cache_implementation='static' needs all layers on one device, got "
@@ -272,11 +274,12 @@ def _run(model: Writer, buffers: _Buffers, items: int) -> Tensor:
     batch, _, width, _ = buffers.rows[0].key.shape
     place = (buffers.position.clone()[0], buffers.memory_width[0])
     layout = FixedLayout(batch, width, items, *place)
-    embedded: Tensor = inner.embed_tokens(buffers.ids)
+    embedded: Tensor = inner.embedded_text(buffers.ids)
     if items == 2:
         assert inner.comet.compression is not None
         compression = inner.comet.compression.to(embedded)
         embedded = torch.cat([embedded, compression.expand(batch, 1, -1)], dim=1)
+    embedded = inner.placed(embedded, layout)
     states = tuple(LayerState(open=OpenChunk(None, row)) for row in buffers.rows)
     hidden, after = through_layers(buffers.grid, embedded, layout, states)
     if items == 2:

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from cometlm.backbones.families import Parts, RotaryTable, device_of
+from cometlm.backbones.calling import RotaryTable
+from cometlm.backbones.families import device_of
+from cometlm.backbones.parts import Parts, rows_of
 from cometlm.backbones.rotary import RotaryTables
 from cometlm.compat import CACHE, EitherName, takes_either_name
-from cometlm.config import CometConfig, CometModelConfig
+from cometlm.config import CometConfig, CometModelConfig, position_limit
 from cometlm.core.cache import CometCache
 from cometlm.core.cell import Cell
 from cometlm.core.compiling import compile_or_warn
 from cometlm.core.fixed_cache import FixedCache
+from cometlm.core.fixed_layout import FixedLayout
 from cometlm.core.layout import ChunkLayout, Piece, RowCounts, Step, take
 from cometlm.core.memory import Comet, LayerMemoryWeights
 from cometlm.core.observer import ClosedChunk, Score, as_vector, from_vector
@@ -71,11 +74,19 @@ class CometModel(CometPreTrainedModel):
         super().__init__(config)
         sizes = config.comet_config
         self.embed_tokens = parts.embed_tokens
-        self.cells = nn.ModuleList([Cell(layer, parts.family) for layer in parts.layers])
+        self.cells = nn.ModuleList(
+            [Cell(layer, call, parts.family) for layer, call in zip(*parts.called, strict=True)]
+        )
         self.norm = parts.norm
-        self.rotary_emb = parts.rotary
+        for name, module in parts.rotary_modules.items():
+            self.add_module(name, module)
+        self._scale, self._first_place = parts.scale, 0
+        self.embed_norm, self.embed_positions = parts.embed_norm, None
+        if parts.positions is not None:
+            self._first_place = parts.positions.offset
+            self.embed_positions = parts.positions.module
         self.comet = _new_comet(parts, sizes)
-        self._tables = RotaryTables(parts.rotary, config.text_config, parts.family)
+        self._tables = RotaryTables(parts.rotations)
         self.training_plan = TrainingPlan()
         self._recorded: RecordedChunks | None = None
         # Kept, since every learning forward asks them: the backbone's own switch may be turned.
@@ -422,16 +433,28 @@ class CometModel(CometPreTrainedModel):
 
     def embedded(self, text: TextBatch, layout: ChunkLayout) -> Tensor:
         """Items [B, I, D] of one step: text, compression and readout tokens in their order."""
-        embedded: Tensor = self.embed_tokens(text.piece(layout))
+        embedded = self.embedded_text(text.piece(layout))
         if not (any(layout.compressions) or layout.closes):
-            return embedded
+            return self.placed(embedded, layout)
         like = embedded[:1, :1] if embedded.shape[1] else embedded.new_zeros(1, 1, self._width)
         batch = embedded.shape[0]
         parts = [embedded]
         for added in (self.comet.compression, self.comet.readout):
             rows = torch.zeros_like(like[0]) if added is None else added.to(like)
             parts.append(rows[None].expand(batch, -1, -1))
-        return take(torch.cat(parts, dim=1), layout.order)
+        return self.placed(take(torch.cat(parts, dim=1), layout.order), layout)
+
+    def embedded_text(self, ids: Tensor) -> Tensor:
+        """Text tokens [B, n, D] as they enter, without their places."""
+        embedded: Tensor = self.embed_tokens(ids)
+        embedded = embedded if self._scale == 1 else embedded * self._scale
+        return embedded if self.embed_norm is None else self.embed_norm(embedded)
+
+    def placed(self, items: Tensor, layout: ChunkLayout | FixedLayout) -> Tensor:
+        """Items [B, I, D] with learned positions, where the backbone has such."""
+        if self.embed_positions is None:
+            return items
+        return items + rows_of(self.embed_positions, layout.positions + self._first_place)
 
     def kept(self, call: Call, layout: ChunkLayout, out: Tensor, after: States) -> Tensor:
         """The last layer's outputs [B, I, D] of a step as what is wanted: text, or its scores.
@@ -523,8 +546,7 @@ class CometModel(CometPreTrainedModel):
 
     def _rotary(self, max_positions: int) -> list[RotaryTable]:
         """Each layer's rotary table."""
-        weight: Tensor = self.norm.weight  # type: ignore[assignment]
-        like = torch.empty(0, dtype=weight.dtype, device=device_of(self.embed_tokens))
+        like = torch.empty(0, dtype=_dtype(self), device=device_of(self.embed_tokens))
         return self._tables.of(max_positions, like, [device_of(cell) for cell in self.cells])
 
 
@@ -540,25 +562,29 @@ def checkpointing(module: nn.Module) -> Iterator[nn.Module]:
     return (part for part in module.modules() if getattr(part, _CHECKPOINTS, False))
 
 
-def position_limit(config: Any) -> int | None:
-    """Positions that a backbone was made for, or None if its config does not say."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
-
-
 def _new_comet(parts: Parts, sizes: CometConfig) -> Comet:
     """Fresh memory weights, each where its layer lives, in the backbone's dtype."""
-    weight: Tensor = parts.norm.weight  # type: ignore[assignment]
     comet = Comet(parts.config.hidden_size, len(parts.layers), sizes)
     home = device_of(parts.embed_tokens)
     if home.type != "meta":  # else there are no weights yet
         sample = torch.arange(min(4096, parts.config.vocab_size), device=home)
         with torch.no_grad():
-            comet.imitate(parts.embed_tokens(sample).to("cpu", torch.float32))
-    comet.to(home, weight.dtype)
+            embedded = parts.embed_tokens(sample) * parts.scale
+            if parts.embed_norm is not None:
+                embedded = parts.embed_norm(embedded)
+            comet.imitate(embedded.to("cpu", torch.float32))
+    comet.to(home, _dtype(parts))
     for weights, layer in zip(comet.layers, parts.layers, strict=True):
         weights.to(device_of(layer))
     return comet
+
+
+def _dtype(parts: Parts | CometModel) -> torch.dtype:
+    """The dtype that a backbone computes in: its last norm's, or its embedding's if that has no
+    weights; neither is ever quantised.
+    """  # noqa: D205
+    weights = (*parts.norm.parameters(), *parts.embed_tokens.parameters())
+    return next(weight.dtype for weight in weights if weight.is_floating_point())
 
 
 def _refuse_past(past: CometCache | None) -> None:

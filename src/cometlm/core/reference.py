@@ -7,7 +7,10 @@ time, and shares no code with the fast path but the memory's weights.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -42,18 +45,14 @@ def reference_hidden(
     parts = [input_ids[a:b].split(config.chunk_size) for a, b in pairwise(borders)]
     for ids in chain(*parts):
         chunk, text, compression, readout = _items(model, ids, config)
-        for i in range(layers):
-            cell: Any = model.model.cells[i]
+        slots = [_slots(model, i, states[i], fifos[i], chunk) for i in range(layers)]
+        if model.model.cells[0].family is None:
+            outs, last = _through_backbone(model, ids, slots, chunk, text)
+        else:
+            outs = _through_layers(model, slots, chunk, config.row_length)
+            last = model.model.norm(outs[-1][text])
+        for i, chunk in enumerate(outs):
             weights: Any = model.model.comet.layers[i]
-            slots = []
-            if states[i] is not None:
-                slots.append(weights.global_memory.adapter(states[i]))
-            if fifos[i] is not None:
-                slots.append(fifos[i])
-            memory = sum(x.shape[0] for x in slots)
-            row = torch.cat([*slots, chunk])[None]
-            out = _layer(model, cell.layer, i, row, memory, config.row_length)[0]
-            chunk = out[memory:]
             if weights.global_memory is not None:
                 states[i] = _gate(weights.global_memory, states[i], chunk[readout])
             if weights.temporary_memory is not None:
@@ -61,7 +60,7 @@ def reference_hidden(
                 old = fifos[i]
                 both = entries if old is None else torch.cat([old, entries])
                 fifos[i] = both[-config.capacity :]
-        outputs.append(model.model.norm(chunk[text]))
+        outputs.append(last)
     return torch.cat(outputs)
 
 
@@ -83,7 +82,7 @@ def _items(
 ) -> tuple[Tensor, list[int], list[int], list[int]]:
     """Embedded items [I, D] of a closed chunk, and where its text, C and R stand."""
     comet = model.model.comet
-    embedded = model.model.embed_tokens(ids[None])[0]
+    embedded = model.model.embedded_text(ids[None])[0]
     rows: list[Tensor] = []
     text: list[int] = []
     compression: list[int] = []
@@ -99,6 +98,98 @@ def _items(
     if comet.readout is not None:
         rows.extend(comet.readout.to(embedded))
     return torch.stack(rows), text, compression, readout
+
+
+def _slots(
+    model: CometForCausalLM, i: int, state: Tensor | None, fifo: Tensor | None, like: Tensor
+) -> Tensor:
+    """Memory slots [S, D] in front of layer i's chunk; none before the first fold."""
+    weights: Any = model.model.comet.layers[i]
+    slots = [like[:0]]
+    if state is not None:
+        slots.append(weights.global_memory.adapter(state))
+    if fifo is not None:
+        slots.append(fifo)
+    return torch.cat(slots)
+
+
+def _through_layers(
+    model: CometForCausalLM, slots: Sequence[Tensor], chunk: Tensor, max_positions: int
+) -> list[Tensor]:
+    """Each layer's outputs [I, D] of a chunk's items [I, D], layer after layer."""
+    outs = []
+    for i, memory in enumerate(slots):
+        cell: Any = model.model.cells[i]
+        row = torch.cat([memory, chunk])[None]
+        out = _layer(model, cell.layer, i, row, len(memory), max_positions)[0]
+        chunk = out[len(memory) :]
+        outs.append(chunk)
+    return outs
+
+
+def _through_backbone(
+    model: CometForCausalLM,
+    ids: Tensor,
+    slots: Sequence[Tensor],
+    chunk: Tensor,
+    text: Sequence[int],
+) -> tuple[list[Tensor], Tensor]:
+    """The same, by the backbone's own forward, for those whose layers nothing is said of.
+
+    It runs on the whole row. In front of each layer, that layer's memory is put in its place and
+    the mask opened for it; compression and readout tokens come in at layer 0.
+
+    Returns:
+        Each layer's outputs [I, D], and the last hidden states [n, D] of the text.
+    """
+    backbone: Any = model._backbone
+    memory, length = len(slots[0]), len(slots[0]) + len(chunk)
+    at_text = [memory + i for i in text]
+    added = chunk.clone()
+    added[text] = 0  # the backbone embeds its text itself
+    row = chunk.new_zeros(length, chunk.shape[1])
+    row = row.index_copy(0, torch.tensor(at_text), model.model.embed_tokens(ids[None])[0])
+    outs: list[Tensor] = []
+
+    def before(i: int, layer: Any, args: Any, kwargs: Any) -> Any:
+        bound = inspect.signature(layer.forward).bind(*args, **kwargs)
+        first = next(iter(bound.arguments))
+        items = bound.arguments[first][0][memory:]
+        items = items + added if i == 0 else items
+        bound.arguments[first] = torch.cat([slots[i], items])[None]
+        holder = bound.arguments if "attention_mask" in bound.arguments else bound.kwargs
+        bias = _opened(holder.get("attention_mask"), memory, row)
+        if "attention_mask" in _arguments(layer):
+            bound.arguments["attention_mask"] = bias
+            return bound.args, bound.kwargs
+        return bound.args, {**bound.kwargs, "attention_mask": bias}
+
+    def after(layer: Any, args: Any, out: Any) -> None:
+        outs.append((out if isinstance(out, Tensor) else out[0])[0][memory:])
+
+    with ExitStack() as stack:
+        for i, cell in enumerate(model.model.cells):
+            layer: Any = cell.layer
+            hook = partial(before, i)
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(after).remove)
+        out = backbone.base_model(inputs_embeds=row[None], use_cache=False)
+    return outs, out[0][0][at_text]
+
+
+def _opened(mask: Tensor | None, memory: int, row: Tensor) -> Tensor:
+    """A layer's mask to be added [1, 1, S, S], under which each item sees all of the memory."""
+    place = torch.arange(len(row), device=row.device)
+    causal = place[:, None] >= place[None, :]
+    seen = causal if mask is None else (mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0)
+    seen = seen | (causal & (place < memory)[None, :])
+    bias = torch.zeros(len(row), len(row), dtype=row.dtype, device=row.device)
+    return bias.masked_fill(~seen, -torch.inf)[None, None]
+
+
+def _arguments(layer: Any) -> list[str]:
+    """Names of the arguments of a layer's forward."""
+    return list(inspect.signature(layer.forward).parameters)
 
 
 def _layer(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cometlm.backbones.families import KeyValue
+from cometlm.backbones.calling import KeyValue
 from cometlm.config import CometConfig
 from cometlm.core.layout import RowCounts
 from cometlm.core.memory import LayerMemory

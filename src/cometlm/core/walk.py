@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cometlm.backbones.families import RotaryTable
+from cometlm.backbones.calling import RotaryTable
 from cometlm.core.cell import Cell
 from cometlm.core.fixed_layout import FixedLayout
 from cometlm.core.layout import ChunkLayout

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from cometlm.backbones.calling import told
+from cometlm.backbones.plain_attention import attention_weights
 from cometlm.core.attention import CellCall, comet_attention
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.core.layout import ChunkLayout
@@ -43,6 +45,8 @@ class LayerAttention:
         key: rotated keys of the row [key-value heads, S, W].
         window: how far back an item sees in its chunk; None is all of it.
         scale: of the products.
+        softcap: bounds the products, or None.
+        sinks: [H] a logit of each head that takes weight and gives nothing, or None.
     """
 
     layout: ChunkLayout
@@ -50,6 +54,8 @@ class LayerAttention:
     key: Tensor
     window: int | None
     scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def global_slots(self) -> int:
@@ -65,11 +71,8 @@ class LayerAttention:
         """Attention weights [H, q, S] of some of the step's items [q], in float32 or wider."""
         wide = torch.promote_types(self.query.dtype, torch.float32)
         query, key = self.query[:, items].to(wide), self.key.to(wide)
-        groups = len(query) // len(key)
-        products = query.unflatten(0, (-1, groups)) @ key[:, None].transpose(-1, -2)
         seen = self.layout.full_mask(self.window)[0, 0, items]
-        products = (products.flatten(0, 1) * self.scale).masked_fill(~seen, -torch.inf)
-        return products.softmax(dim=-1)
+        return attention_weights(query, key, seen, self.scale, self.softcap, self.sinks)
 
     def mean_weights(self, items: Tensor) -> Tensor:
         """The same, the mean over at least one item: [H, S]. Never forms many of them at once."""
@@ -98,7 +101,7 @@ _SEE: ContextVar[Callable[[nn.Module, LayerAttention], None] | None] = ContextVa
 @contextmanager
 def watching(model: CometForCausalLM, see: See) -> Iterator[None]:
     """Call `see(layer, attention)` after each layer's attention, in this thread."""
-    layers = {id(cell.layer.self_attn): i for i, cell in enumerate(_cells(model))}
+    layers = {id(cell.attention): i for i, cell in enumerate(_cells(model))}
     config = model._backbone.config
     name = config._attn_implementation
     token = _SEE.set(lambda module, attention: see(layers[id(module)], attention))
@@ -125,10 +128,11 @@ def _watched(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered with transformers under `NAME`."""
+    comet = told() if comet is None else comet
     options = {**kwargs, "comet": comet, "scaling": scaling, "sliding_window": sliding_window}
     out = comet_attention(module, query, key, *args, **options)
     see = _SEE.get()
-    if see is None or comet is None:
+    if see is None or not isinstance(comet, CellCall):
         return out
     assert isinstance(comet.layout, ChunkLayout), "a buffer of fixed size is being watched"
     assert comet.chunk is not None
@@ -138,7 +142,9 @@ def _watched(
         keys.insert(0, comet.memory.key[0])
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     row = torch.cat(keys, dim=1)
-    see(module, LayerAttention(comet.layout, query[0], row, sliding_window, scale))
+    window = sliding_window if comet.window is None else comet.window
+    more = (kwargs.get("softcap"), kwargs.get("s_aux"))
+    see(module, LayerAttention(comet.layout, query[0], row, window, scale, *more))
     return out
 
 

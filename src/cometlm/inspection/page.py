@@ -245,7 +245,8 @@ def _pieces(
 def _decoded(tokenizer: Any, groups: Sequence[list[int]]) -> Iterator[str]:
     """Text of each group of tokens where it stands: what it adds to the text before it.
 
-    A character whose bytes are in two groups is the second one's.
+    A character whose bytes are in two groups is the second one's; what is left of one that began in
+    front of the first group is left out.
     """
     before: list[int] = []  # from a border of characters on
     new: list[int] = []
@@ -254,7 +255,8 @@ def _decoded(tokenizer: Any, groups: Sequence[list[int]]) -> Iterator[str]:
         new = [*new, *ids]
         text: str = tokenizer.decode([*before, *new])
         is_whole = text.startswith(shown) and not text.endswith("\ufffd")
-        yield text[len(shown) :] if is_whole else ""
+        added = text[len(shown) :] if is_whole else ""
+        yield added if before else added.lstrip("\ufffd")
         if is_whole:
             before, new = new, []
             shown = tokenizer.decode(before)

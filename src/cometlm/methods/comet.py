@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from cometlm.config import position_limit
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.core.foreseen import Foreseen
-from cometlm.core.model import position_limit
 from cometlm.methods.base import Budget, Method, Reader, generation_options
 from cometlm.methods.loader import Loader
 from cometlm.session.session import Session

@@ -23,7 +23,7 @@ from cometlm.core.layout import ChunkLayout, Piece
 from cometlm.core.memory import LayerMemoryWeights
 from cometlm.core.state import LayerState, tensors_of
 from cometlm.core.walk import Grid
-from cometlm.planner.flops import chunk_cost
+from cometlm.planner.flops import LayerSizes, chunk_cost
 from cometlm.planner.simulate import Costs
 
 _ADAM = 2  # moments of every trained weight, in float32
@@ -71,14 +71,14 @@ def counted(config: Any, sizes: CometConfig, speed: float, weights: Weights = _K
     if speed <= 0:
         raise ValueError(f"speed must be more than 0 operations a second, got {speed}")
     width, dtype = config.hidden_size, weights.dtype_bytes
+    entry = LayerSizes.of(config).entry
     forward = 2 * chunk_cost(config, sizes).fast / speed
     head = 2 * sizes.chunk_size * width * config.vocab_size / speed
     return Costs(
         forward=forward,
         backward=(1 + weights.trained) * forward,  # of what comes in, and of the weights
         head=3 * head,
-        memory_bytes=(sizes.global_slots * width + sizes.temporary_slots * _entry_width(config))
-        * dtype,
+        memory_bytes=(sizes.global_slots * width + sizes.temporary_slots * entry) * dtype,
         hidden_bytes=sizes.chunk_items * width * dtype,
         kept_bytes=_kept_by_count(config, sizes) * dtype,
         weight_bytes=weights.of(_layer_weights(config)),
@@ -189,7 +189,7 @@ class _Bench:
     def _head(self) -> None:
         model, count = self.model, self.labelled
         norm: nn.Module = model.model.norm
-        hidden = norm(model.model.embed_tokens(self.text).detach().requires_grad_())
+        hidden = norm(model.model.embedded_text(self.text).detach().requires_grad_())
         logits = model.logits(hidden[:, :count]).float()
         loss = F.cross_entropy(logits.flatten(0, 1), self.text[:, :count].flatten())
         loss.backward()
@@ -209,31 +209,17 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _entry_width(config: Any) -> int:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return min(config.hidden_size, 2 * config.num_key_value_heads * head)
-
-
 def _layer_weights(config: Any) -> int:
     """Weights of one layer (dense MLP of three matrices, or all of its experts)."""
-    width = config.hidden_size
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    attention = width * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    experts = getattr(config, "num_experts", None)
-    inner = experts * config.moe_intermediate_size if experts else config.intermediate_size
-    return int(attention + 3 * width * inner)
+    layer = LayerSizes.of(config)
+    attention = layer.width * (2 * layer.query + layer.key_value)
+    return attention + 3 * layer.width * layer.inner_weights
 
 
 def _kept_by_count(config: Any, sizes: CometConfig) -> int:
     """Numbers that autograd keeps of a cell: inputs of its products, norms and activations."""
-    width = config.hidden_size
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    query, key_value = (
-        n * head for n in (config.num_attention_heads, 2 * config.num_key_value_heads)
-    )
-    experts = getattr(config, "num_experts_per_tok", None)
-    inner = experts * config.moe_intermediate_size if experts else config.intermediate_size
+    layer = LayerSizes.of(config)
     # Two norms and their inputs, queries before and after rotation, attention's output, and of the
     # MLP gate, up, activation and product.
-    per_item = 4 * width + 3 * query + key_value + 4 * inner
-    return int(sizes.chunk_items * per_item + sizes.memory_rows * 2 * key_value)
+    per_item = 4 * layer.width + 3 * layer.query + layer.key_value + 4 * layer.inner
+    return sizes.chunk_items * per_item + sizes.memory_rows * 2 * layer.key_value

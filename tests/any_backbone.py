@@ -1,0 +1,324 @@
+"""Every type of causal language model that transformers lists, tiny, and what `attach` says.
+
+`python -m tests.any_backbone` writes the tables of docs/backbones.md. No type is named here but by
+transformers; a type's config is shrunk by the names of its fields.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import cometlm
+from cometlm.backbones.families import FAMILIES
+from cometlm.core.reference import reference_logits
+from tests.tiny import SMALL, error, random_ids, scramble
+
+MODEL_TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
+COUNT = 43  # tokens: three chunks and a rest
+_MOST_WEIGHTS = 4_000_000
+# What configs and models raise at sizes that they were not made for.
+_FAILURES = (
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError,
+    ArithmeticError, StrictDataclassError,
+)  # fmt: skip
+
+# Fields of configs by what they mean; a config gets those that it has.
+_WIDTHS = dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 32)
+_HEADS = dict.fromkeys(
+    ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads"), 4
+) | {"encoder_attention_heads": 4}
+_INNER = dict.fromkeys(
+    ("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 48
+)
+_POSITIONS = dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256)
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+_EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_shared_experts": 1,
+    "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "expert_ffn_hidden_size": 16, "moe_num_experts": 4, "moe_topk": 2, "ffn_hidden_size": 48,
+    "zero_expert_num": 1,
+}  # fmt: skip
+_LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 8, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2,
+}  # fmt: skip
+_RECURRENT = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
+    "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "state_size": 8,
+    "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "lru_width": 32, "attention_window_size": 7,
+}  # fmt: skip
+_REST = {
+    "vocab_size": 96, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7,
+    "rotary_dim": 4, "encoder_layers": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "is_decoder": True,
+}  # fmt: skip
+_SMALLER = {
+    **_WIDTHS,
+    **_HEADS,
+    **_INNER,
+    **_POSITIONS,
+    **_EXPERTS,
+    **_LATENT,
+    **_RECURRENT,
+    **_REST,
+}
+# Tried one after the other: fields that do not fit with each other in some types.
+_ATTEMPTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"head_dim": None, "num_key_value_heads": 4},
+    {"head_dim": None},
+    {"head_dim": None, "num_key_value_heads": None, "is_decoder": None},
+    dict.fromkeys((*_EXPERTS, *_RECURRENT, "head_dim")),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a type.
+
+    Attributes:
+        attaches: it does, and is exact.
+        why: where it does not, or cannot be built.
+        figures: largest differences, by what was compared.
+        remarks: what its layers ask for.
+    """
+
+    model_type: str
+    attaches: bool
+    why: str = ""
+    figures: tuple[tuple[str, float], ...] = ()
+    remarks: str = ""
+
+
+class CannotBuildError(Exception):
+    """No tiny model of a type can be made."""
+
+
+def tiny(model_type: str) -> PreTrainedModel:
+    """A random model in float64, with a layer of each kind that its default config has.
+
+    Raises:
+        CannotBuildError: says why.
+    """
+    why = "it has no config"
+    text = _text_half(model_type)
+    if text is not None:
+        raise CannotBuildError(f"multimodal; its text half is `{text}`")
+    for config in _configs(model_type):
+        if isinstance(config, Exception):
+            why = _first_line(config)
+            continue
+        try:
+            config._experts_implementation = "eager"  # the grouped kernels have no float64
+            with torch.device("meta"):
+                weights = AutoModelForCausalLM.from_config(config).num_parameters()
+            if weights > _MOST_WEIGHTS:
+                why = f"{weights / 1e6:.0f} million weights are left of it"
+                continue
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config).double().eval()
+            scramble(model, 0.3)
+            with torch.no_grad():
+                model(torch.tensor([[5, 6, 7, 8]]), use_cache=False)
+        except _FAILURES as problem:
+            why = _first_line(problem)
+            continue
+        return model
+    raise CannotBuildError(why)
+
+
+def _text_half(model_type: str) -> str | None:
+    """The type of a multimodal type's text half."""
+    try:
+        base: Any = AutoConfig.for_model(model_type)
+        text = base.get_text_config(decoder=True)
+    except _FAILURES:
+        return None
+    return None if text.model_type == base.model_type else str(text.model_type)
+
+
+def _configs(model_type: str) -> Iterator[Any]:
+    """Small configs of a type, the best first; or why one cannot be made."""
+    try:
+        base: Any = AutoConfig.for_model(model_type)
+    except _FAILURES as problem:
+        yield problem
+        return
+    for attempt in _ATTEMPTS:
+        latent = _value(base, "kv_lora_rank") is not _MISSING  # then each head has keys of its own
+        smaller = _SMALLER | ({"head_dim": 4, "num_key_value_heads": 4} if latent else {}) | attempt
+        wanted = {name: x for name, x in smaller.items() if x is not None}
+        kinds = list(dict.fromkeys(_value(base, "layer_types") or ()))  # each once
+        depth = max(2, len(kinds))
+        wanted |= dict.fromkeys(_DEPTHS, depth)
+        for more in ({"layer_types": (kinds * 2)[:depth]}, {}) if kinds else ({},):
+            for unset in (_MISSING, None):  # fields that are None by default may be meant to be
+                fields = {
+                    n: x for n, x in wanted.items() if _value(base, n) not in (_MISSING, unset)
+                }
+                try:
+                    yield AutoConfig.for_model(model_type, **fields, **more)
+                except _FAILURES as problem:
+                    yield problem
+
+
+_MISSING = object()
+
+
+def _value(config: Any, name: str) -> Any:
+    try:
+        value = getattr(config, name, _MISSING)
+    except _FAILURES:  # each type has its own ways to say that it has none
+        return _MISSING
+    return None if name == "layer_types" and value is _MISSING else value
+
+
+def _first_line(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:160] or type(problem).__name__
+
+
+def outcome(model_type: str) -> Outcome:
+    """Attach a memory to a tiny model of a type and compare."""
+    try:
+        backbone = tiny(model_type)
+    except CannotBuildError as problem:
+        said = str(problem)
+        why = said if said.startswith("multimodal") else f"not built tiny: {said}"
+        return Outcome(model_type, attaches=False, why=why)
+    ids = random_ids(COUNT)
+    with torch.no_grad():
+        before = backbone(ids[None], use_cache=False).logits
+    try:
+        model = cometlm.attach(backbone, **SMALL)
+    except ValueError as problem:
+        said = str(problem).split(" cannot be given a memory: ")[-1]
+        return Outcome(model_type, attaches=False, why=said)
+    scramble(model.model.comet, 0.5)
+    figures = {**_against_reference(model, ids), **_however_it_is_cut(model, ids)}
+    remarks = _remarks(model)
+    returned = cometlm.detach(model)
+    with torch.no_grad():
+        after = returned(ids[None], use_cache=False).logits
+    figures["detached"] = float((after - before).abs().max())
+    return Outcome(model_type, True, figures=tuple(figures.items()), remarks=remarks)
+
+
+def _against_reference(model: cometlm.CometForCausalLM, ids: Tensor) -> dict[str, float]:
+    weights = torch.randn(len(ids), 96, dtype=torch.float64)
+    fast = model(ids[None]).logits[0]
+    (fast * weights).sum().backward()
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    naive = reference_logits(model, ids)
+    (naive * weights).sum().backward()
+    theirs = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    found = {"logits": error(fast, naive), "gradients": 0.0}
+    largest = max(float(grad.abs().max()) for grad in theirs.values() if grad is not None)
+    for name, grad in theirs.items():
+        mine = ours[name]
+        # A bias that all keys share changes no weight: its gradient is rounding, in both.
+        if grad is None or float(grad.abs().max()) < 1e-12 * largest:
+            assert mine is None or float(mine.abs().max()) < 1e-12 * largest, name
+            continue
+        assert mine is not None, name
+        found["gradients"] = max(found["gradients"], error(mine, grad))
+    return found
+
+
+@torch.no_grad()
+def _however_it_is_cut(model: cometlm.CometForCausalLM, ids: Tensor) -> dict[str, float]:
+    whole = model(ids[None]).logits[0]
+    cache, parts = None, []
+    for piece in ids.split(5):
+        out = model(piece[None], past_key_values=cache)
+        cache = out.past_key_values
+        parts.append(out.logits[0])
+    rows = torch.stack([ids, ids.roll(14)])
+    rows[1, :14] = 0
+    mask = torch.ones_like(rows)
+    mask[1, :14] = 0
+    both = model(rows, attention_mask=mask).logits
+    ragged = max(error(both[0], whole), error(both[1, 14:], whole[:-14]))
+    return {"pieces": error(torch.cat(parts), whole), "ragged": ragged}
+
+
+def _remarks(model: Any) -> str:
+    """What the layers of a type ask for, in words."""
+    said = []
+    cells = list(model.model.cells)
+    if model.config.text_config.model_type in FAMILIES:
+        said.append("row")
+    if any(cell.call.rotary is None for cell in cells):
+        some = "" if all(cell.call.rotary is None for cell in cells) else "some layers "
+        said.append("learned positions" if model.model.embed_positions else f"{some}no tables")
+    types = set(getattr(model.config.text_config, "layer_types", None) or ())
+    if "sliding_attention" in types or getattr(model.config.text_config, "sliding_window", None):
+        said.append("windows")
+    names = {name for name, _ in model.named_parameters()}
+    if any(name.endswith("sinks") for name in names):
+        said.append("sinks")
+    if getattr(model.config.text_config, "attn_logit_softcapping", None):
+        said.append("softcap")
+    if any("kv_a_proj" in name for name in names):
+        said.append("latent attention")
+    if any(re.search(r"experts\.", name) for name in names):
+        said.append("experts")
+    return ", ".join(said)
+
+
+def tables(found: list[Outcome]) -> str:
+    """The two tables of the page."""
+    fit = [one for one in found if one.attaches]
+    rest = [one for one in found if not one.attaches]
+    lines = [
+        f"Of {len(found)} model types, **{len(fit)} attach**:",
+        "",
+        "| model type | what its layers ask for |",
+        "|---|---|",
+        *(f"| `{one.model_type}` | {one.remarks} |" for one in fit),
+        "",
+        f"The other {len(rest)} do not, and `attach` says so:",
+        "",
+        "| model type | why |",
+        "|---|---|",
+        *(f"| `{one.model_type}` | {one.why.replace('|', '/')} |" for one in rest),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+MARK = "<!-- made by python -m tests.any_backbone -->\n"
+
+
+def main() -> None:
+    """Write the page's tables."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    found = []
+    for model_type in sys.argv[1:] or MODEL_TYPES:
+        one = outcome(model_type)
+        print(model_type, one.attaches, one.why, *one.figures, one.remarks, flush=True)
+        found.append(one)
+    if not sys.argv[1:]:
+        text = PAGE.read_text(encoding="utf-8").split(MARK)[0]
+        PAGE.write_text(text + MARK + "\n" + tables(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Any causal language model of transformers: it attaches and is exact, or an error says why."""
+
+import copy
+
+import accelerate
+import peft
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import cometlm
+from cometlm.backbones.plain_attention import plain_attention
+from cometlm.backbones.watching import UnsupportedBackboneError
+from cometlm.core.recompute import Recomputation
+from cometlm.core.reference import reference_logits
+from cometlm.core.training_plan import TrainingPlan
+from tests.any_backbone import MARK, MODEL_TYPES, PAGE, outcome, tables, tiny
+from tests.tiny import SMALL, error, random_ids, refused, scramble
+
+LIMITS = {"logits": 1e-6, "gradients": 1e-5, "pieces": 1e-6, "ragged": 1e-6, "detached": 0.0}
+AT_LEAST = 55  # of the types that any version lists
+# For the default suite: what each adds to a plain decoder stands beside it.
+SAMPLE = {
+    "gpt2": "learned positions, a fused projection",
+    "opt": "learned positions with an offset",
+    "gpt_neox": "parallel blocks, partial rotary",
+    "stablelm": "attention that is handed no further arguments",
+    "nanochat": "a norm of the embedding",
+    "gemma2": "softcaps, windows, scaled embeddings",
+    "gpt_oss": "sinks, windows, experts",
+    "cohere2": "layers without rotary, scaled logits",
+    "granite_swa": "several rotary modules, some layers without",
+    "olmo3": "a rotary table for each type of layer",
+    "deepseek_v3": "latent attention, shared experts",
+}
+
+
+def check(found):
+    assert found.attaches, found.why
+    assert set(dict(found.figures)) == set(LIMITS)
+    assert [one for one in found.figures if not one[1] <= LIMITS[one[0]]] == [], found.model_type
+
+
+def known(model_type):
+    if model_type not in MODEL_TYPES:
+        pytest.skip("this transformers has no such type")
+    return tiny(model_type)
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_backbone_without_a_row(model_type):
+    known(model_type)
+    check(outcome(model_type))
+
+
+@pytest.mark.slow
+def test_the_whole_registry():
+    found = [outcome(model_type) for model_type in MODEL_TYPES]
+    fit = [one for one in found if one.attaches]
+    for one in fit:
+        check(one)
+    assert len(fit) >= AT_LEAST
+    if transformers.__version__.startswith("5.24."):
+        assert tables(found).strip() == PAGE.read_text(encoding="utf-8").split(MARK)[1].strip()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("qwen3_next", r"layer 0 \(Qwen3NextDecoderLayer\) never calls transformers' attention"),
+        ("mamba", r"layer 0 \(MambaBlock\) never calls transformers' attention"),
+        pytest.param(
+            "falcon_h1",
+            "its layers carry more from token to token than keys and values",
+            marks=pytest.mark.slow,  # its scan is, without kernels
+        ),
+        ("llama4_text", r"layer 0 \(Llama4TextDecoderLayer\) attends in blocks"),
+        ("diffllama", r"layer 0 \(DiffLlamaDecoderLayer\) (never calls|calls 2 times)"),
+        ("dory", r"layer 0 \(DoryDecoderLayer\) runs 2 times"),
+    ],
+)
+def test_what_does_not_fit_says_which_layer_and_is_left_as_it_was(model_type, said):
+    backbone = known(model_type)
+    ids, name = random_ids(20)[None], backbone.config._attn_implementation
+    with torch.no_grad():
+        before = backbone(ids, use_cache=False).logits
+        with pytest.raises(UnsupportedBackboneError, match=f"^{model_type} .*{said}"):
+            cometlm.attach(backbone, **SMALL)
+        assert torch.equal(backbone(ids, use_cache=False).logits, before)
+    assert backbone.config._attn_implementation == name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
+    assert not any(module.training for module in backbone.modules())
+
+
+def test_a_multimodal_backbone_names_its_text_half():
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "head_dim": 8}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 48, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=small, vision_config=vision, mm_tokens_per_image=4
+    )
+    with refused("load its language model (gemma3_text) by itself"):
+        cometlm.attach(AutoModelForCausalLM.from_config(config), **SMALL)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attaching_changes_no_mode_and_draws_no_random_numbers(training):
+    backbone = tiny("gpt2").train(training)
+    backbone.transformer.h[0].eval()
+    state = torch.get_rng_state()
+    model = cometlm.attach(backbone, **SMALL)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training == training
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "gpt_oss"])
+def test_training_recomputed_and_decoding(model_type):
+    """What else runs cells: recomputation, buffers of fixed size, a copy, a checkpoint."""
+    model = cometlm.attach(tiny(model_type), **SMALL).train()
+    scramble(model.model.comet, 0.5)
+    ids = random_ids(43)[None]
+    grads = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for how in (None, Recomputation()):
+        model.training_plan = TrainingPlan(recomputation=how)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for ours, theirs in zip(*grads, strict=True):
+        assert float((ours - theirs).abs().max()) < 1e-8 * float(theirs.abs().max()) + 1e-12
+    model.eval()
+    greedy = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(ids, **greedy)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **greedy), plain)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "granite_swa"])
+def test_a_checkpoint_with_its_backbone(model_type, tmp_path):
+    model = cometlm.attach(known(model_type).float(), **SMALL)
+    scramble(model.model.comet, 0.5)
+    model.save_pretrained(tmp_path, backbone=True)
+    again = cometlm.CometForCausalLM.from_pretrained(tmp_path)
+    ids = random_ids(43)[None]
+    with torch.no_grad():
+        assert error(again(ids).logits, model(ids).logits) < 1e-5
+
+
+def sinks_of(heads):
+    return torch.randn(heads, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(("model_type", "option"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+def test_plain_attention_is_the_familys_own(model_type, option):
+    """Beside what transformers runs eagerly, logits and gradients."""
+    module = tiny(model_type).base_model.layers[0].self_attn
+    eager = __import__(type(module).__module__, fromlist=["_"]).eager_attention_forward
+    shapes = ((2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8))
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    value = 3.0 if option == "softcap" else sinks_of(4)
+    module.sinks = torch.nn.Parameter(value) if option == "s_aux" else None
+    bias = torch.full((9, 9), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    theirs = eager(module, *given, bias, scaling=0.4, dropout=0.0, softcap=3.0)[0].transpose(1, 2)
+    options = {"softcap": value} if option == "softcap" else {"sinks": value}
+    ours = plain_attention(*given, scale=0.4, **options)
+    assert error(ours, theirs) < 1e-6  # theirs is a softmax in float32
+    weights = torch.randn_like(ours)
+    for a, b in zip(
+        *(torch.autograd.grad((x * weights).sum(), given) for x in (ours, theirs)), strict=True
+    ):
+        assert error(a, b) < 1e-5
+
+
+def test_a_window_that_only_the_mask_has():
+    backbone = tiny("gemma2")
+    for layer in backbone.model.layers:
+        layer.self_attn.sliding_window = None
+    model = cometlm.attach(backbone, **SMALL)
+    windows = [cell.call.window for cell in model.model.cells]
+    assert windows == [7, None]
+    scramble(model.model.comet, 0.5)
+    ids = random_ids(43)
+    with torch.no_grad():
+        assert error(model(ids[None]).logits[0], reference_logits(model, ids)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "given", ["Qwen/Qwen3-4B", None, torch.nn.Linear(2, 2), AutoModelForCausalLM, {}], ids=str
+)
+def test_attach_says_what_it_takes(given):
+    with pytest.raises(TypeError, match="takes a causal language model of transformers"):
+        cometlm.attach(given)
+
+
+@pytest.mark.parametrize("given", ["a name", None, torch.nn.Linear(2, 2)], ids=str)
+def test_detach_says_what_it_takes(given):
+    with pytest.raises(TypeError, match="takes the model that attach"):
+        cometlm.detach(given)
+
+
+def test_detach_of_a_plain_model():
+    with pytest.raises(TypeError, match="got a GPT2LMHeadModel"):
+        cometlm.detach(tiny("gpt2"))
+
+
+@pytest.mark.parametrize("offload", [accelerate.disk_offload, accelerate.cpu_offload])
+@torch.no_grad()
+def test_an_offloaded_backbone(offload, tmp_path):
+    plain = cometlm.attach(tiny("gpt2"), **SMALL)
+    scramble(plain.model.comet, 0.5)
+    where = (tmp_path,) if offload is accelerate.disk_offload else ()
+    backbone = offload(tiny("gpt2"), *where, execution_device=torch.device("cpu"))
+    model = cometlm.attach(backbone, **SMALL)
+    model.model.comet.load_state_dict(plain.model.comet.state_dict())
+    ids = random_ids(43)[None]
+    assert error(model(ids).logits, plain(ids).logits) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+@pytest.mark.parametrize(
+    ("model_type", "names"), [("gpt2", ["c_attn"]), ("deepseek_v3", ["kv_b_proj", "o_proj"])]
+)
+def test_an_adapter_reaches_the_slots(model_type, names):
+    adapter = peft.LoraConfig(
+        r=2, target_modules=names, init_lora_weights=False, fan_in_fan_out=model_type == "gpt2"
+    )
+    model = cometlm.attach(peft.get_peft_model(tiny(model_type), adapter), **SMALL)
+    scramble(model.model.comet, 0.5)
+    ids = random_ids(43)
+    with torch.no_grad():
+        assert error(model(ids[None]).logits[0], reference_logits(model, ids)) < 1e-6
+
+
+@pytest.mark.slow
+def test_compiled_cells():
+    model = cometlm.attach(tiny("gpt2").float(), **SMALL).eval()
+    ids = random_ids(43)[None]
+    with torch.no_grad():
+        want = model(ids).logits
+        assert model.model.compile_cells(backend="eager")
+        assert error(model(ids).logits, want) < 1e-6
+
+
+def test_weights_that_are_not_there_are_named():
+    config = tiny("gpt2").config
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(config)
+    with refused("its weights are on the meta device"):
+        cometlm.attach(backbone, **SMALL)
