@@ -107,7 +107,7 @@ def checked_messages(prompt: str | Sequence[Message]) -> list[Message]:
         ValueError: something else; says which message.
     """
     if isinstance(prompt, str):
-        _check_text("the message", prompt)
+        check_text("the message", prompt)
         return [{"role": "user", "content": prompt}]
     if isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Sequence):
         raise ValueError(
@@ -150,13 +150,18 @@ def content_as_text(where: str, content: Any) -> str:
         content = "".join(texts)
     if not isinstance(content, str):
         raise ValueError(f"{where}: content must be text, got {type(content).__name__}")
-    _check_text(where, content)
+    check_text(where, content)
     return content
 
 
-def _check_text(where: str, text: str) -> None:
+def check_text(where: str, text: str) -> bytes:
+    """A text in UTF-8.
+
+    Raises:
+        ValueError: it holds half of a character, as no text does.
+    """
     try:
-        text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:  # half of a character
         raise ValueError(f"{where} is not Unicode text: {error.reason}") from error
 
@@ -272,6 +277,7 @@ class _Chat:
             )
         except RAISED as error:
             raise ValueError(f"the tokenizer's chat template refuses this: {error}") from error
+        check_text("what the chat template makes of this", text)  # roles, tools, variables
         return text
 
 
