@@ -37,7 +37,12 @@ class AttachmentMixin:
             ValueError: as `attach`.
         """
         bare = base_of(backbone)
-        if bare.config._attn_implementation == attention.NAME:
+        if not isinstance(bare, PreTrainedModel):
+            raise ValueError(
+                "backbone must be a model of transformers, or a PeftModel of one, got "
+                f"{type(backbone).__name__}"
+            )
+        if isinstance(bare, AttachmentMixin) or bare.config._attn_implementation == attention.NAME:
             raise ValueError(f"{type(bare).__name__} already has a memory; detach() it first")
         kind: Any = cls
         with torch.random.fork_rng(devices=[]):
@@ -131,6 +136,9 @@ class AttachmentMixin:
         """
         if self._undo is None:
             raise ValueError("this model is not attached to a backbone; it was detached before")
+        model: Any = self
+        if model.changed_backbone_weights():
+            model.mark_only_copy()  # whoever gives it a memory again must not name it instead
         self._hand_back()
         self._undo()
         object.__setattr__(self, "_undo", None)
