@@ -172,6 +172,9 @@ class CometModelConfig(PreTrainedConfig):
         suppressed_tokens: vocabulary ids that are never generated (the reserved rows of published
             checkpoints).
         use_cache: return a cache where a call does not say.
+        logits_with_labels: give all logits where labels are given, too, while the model is not
+            being trained: for a Trainer's `compute_metrics` and `predict`. They are as wide as the
+            vocabulary for every token.
     """
 
     model_type = "cometlm"
@@ -185,6 +188,7 @@ class CometModelConfig(PreTrainedConfig):
     comet: dict[str, Any] | None = None
     suppressed_tokens: list[int] | None = None
     use_cache: bool = True
+    logits_with_labels: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):

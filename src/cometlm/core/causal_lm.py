@@ -3,7 +3,8 @@
 Pitfalls:
     - With `past_key_values` the first token of a call is not a label: its logits were the last
       call's.
-    - Loss without `logits_to_keep` returns no logits: it holds those of one chunk at a time.
+    - Loss without `logits_to_keep` returns no logits: it holds those of one chunk at a time. What
+      looks at them, as a Trainer's `compute_metrics`, needs `config.logits_with_labels`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from cometlm.backbones.families import take_apart
@@ -35,7 +37,7 @@ from cometlm.core.model import CometModel, position_limit
 from cometlm.core.observer import Score
 from cometlm.core.plan import Budget, Scored
 from cometlm.core.pretrained_model import CometPreTrainedModel
-from cometlm.core.text_batch import check_shape, next_labels
+from cometlm.core.text_batch import check_labels, check_shape, next_labels
 from cometlm.core.training_plan import TrainingPlan
 from cometlm.device import sent
 
@@ -122,7 +124,8 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
             labels: [B, N]; each token's label is the next text token, across chunk borders. -100
                 is not counted.
             logits_to_keep: how many last positions get logits, or which; 0 is all. Default: all,
-                but none when there are labels, since the loss needs only one chunk's at a time.
+                but none when there are labels, since the loss needs only one chunk's at a time;
+                `config.logits_with_labels` gives them then too, while the model is not trained.
             num_items_in_batch: divide the summed loss by this instead of by the labels counted.
 
         Returns:
@@ -130,7 +133,8 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
             `num_correct`; a tuple of what there is with `return_dict=False`.
 
         Raises:
-            ValueError, FloatingPointError: as `CometModel.forward`; also labels of another shape.
+            ValueError, FloatingPointError: as `CometModel.forward`; also labels of another shape,
+                or outside the vocabulary.
         """
         self._check_attached()
         input_ids = check_shape(input_ids)
@@ -144,8 +148,14 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
                 "they must be the same"
             )
         common = (input_ids, attention_mask, past_key_values, use_cache)
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
+        if self.config.logits_with_labels and not self.training:
+            logits_to_keep = logits_to_keep or 0
         # Where labels count decides what the head runs on: a chunk must not wait to hear that.
         targets = None if labels is None else next_labels(labels, attention_mask).cpu()
+        if targets is not None:
+            check_labels(targets, self.config.vocab_size)
         if targets is not None and logits_to_keep is None:
             scored = Scored(self._loss_of_chunk, targets, list(self.lm_head.parameters()))
             out = self.model(*common, **budget, scored=scored, **options)
@@ -240,6 +250,11 @@ def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:
 
 def _random_backbone(config: CometModelConfig) -> tuple[CometModelConfig, PreTrainedModel]:
     """A backbone of random weights, and a config round its own."""
+    if not isinstance(config, CometModelConfig):
+        raise ValueError(
+            f"config must be a CometModelConfig, got {type(config).__name__}: attach() gives a "
+            "backbone a memory"
+        )
     config = copy.deepcopy(config)
     text: Any = config.text_config
     if text is None:
@@ -253,3 +268,5 @@ def _random_backbone(config: CometModelConfig) -> tuple[CometModelConfig, PreTra
 
 
 AutoModelForCausalLM.register(CometModelConfig, CometForCausalLM)
+# A Trainer that smooths labels shifts those of the models that are named here, and of no others.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CometModelConfig.model_type] = CometForCausalLM.__name__
