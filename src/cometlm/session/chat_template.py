@@ -229,7 +229,7 @@ class _Chat:
         shared = num_shared(following, ending)
         while shared and self._cuts_a_token(following, shared):
             shared -= 1
-        return following[:shared]
+        return following[:shared] if shared else self._in_front_of_a_turn(following)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of what was rendered."""
@@ -240,6 +240,19 @@ class _Chat:
         return text.replace(self._mark, "")
 
     # --- inside -----------------------------------------------------------------------------
+
+    def _in_front_of_a_turn(self, following: str) -> str:
+        """What ends an answer that ends quite otherwise at the end of a conversation (gpt-oss).
+
+        It is what stands in front of a user's turn and not in front of the first one.
+        """
+        user = {"role": "user", "content": _QUESTION}
+        first = self._render([user], head=False).partition(_QUESTION)[0]
+        later = _after_answer(self._render([*self._past, user], head=True)).partition(_QUESTION)[0]
+        end = len(later) - num_shared(first[::-1], later[::-1])
+        while self._cuts_a_token(later, end):
+            end += 1
+        return later[:end] if following.startswith(later[:end]) else ""
 
     def _cuts_a_token(self, text: str, at: int) -> bool:
         """Whether a control token goes over this place."""

@@ -172,6 +172,16 @@ class PlainText:
             return [self.escaped(value, mark, control) for value in given]
         return given
 
+    @cached_property
+    def takes_alike(self) -> bool:
+        """Whether the tokenizer takes other letters for a control token: wide ones, capitals.
+
+        It does where it changes letters before it looks for such tokens.
+        """
+        inner = getattr(self.tokenizer, "backend_tokenizer", None)
+        changes = getattr(inner, "normalizer", None) is not None
+        return changes and any(self._added[content].normalized for content in self.control)
+
     # --- inside -----------------------------------------------------------------------------
 
     @cached_property
@@ -219,13 +229,14 @@ class PlainText:
     def _encode_as_written(self, text: str) -> tuple[list[int], Spans]:
         """Ids of text whose control tokens count, where they are written as they are called.
 
-        A tokenizer that changes letters before it looks (Unicode's wide forms, capitals) takes
-        others for them too, which no mark stands in.
+        No mark stands in those that are only alike.
         """
         ids, spans = encoded_with_spans(self.tokenizer, text, special=True)
+        if not (self.takes_alike and spans):
+            return ids, spans
         own: list[int] = []
         where: Spans = []
-        for number, (first, last) in zip(ids, spans, strict=False):
+        for number, (first, last) in zip(ids, spans, strict=True):
             written = text[first:last].strip()
             is_control = number in self._ids and number != self.tokenizer.unk_token_id
             if not is_control or self.control.get(written) == number or not written:
@@ -235,7 +246,7 @@ class PlainText:
             plain, places = self._encode_in_the_middle(text[first:last])
             own += plain
             where += [(first + left, first + right) for left, right in places]
-        return (own, where) if spans else (ids, spans)
+        return own, where
 
     def _encode_in_the_middle(self, text: str) -> tuple[list[int], Spans]:
         ids, spans = self.encode_with_spans(text)
