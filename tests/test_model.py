@@ -110,6 +110,17 @@ def test_labels_must_be_in_the_vocabulary(model, bad):
         model(ids, labels=ids.float())
 
 
+def test_labels_may_be_shifted_already(model):
+    ids = random_ids(40)[None]
+    shifted = torch.cat([ids[:, 1:], torch.full((1, 1), -100)], dim=1)
+    with torch.no_grad():
+        want = model(ids, labels=ids).loss
+        assert torch.equal(model(ids, shift_labels=shifted).loss, want)
+        assert torch.equal(model(ids, labels=ids * 0, shift_labels=shifted).loss, want)
+    with refused("shift_labels have shape (1, 39) but input_ids (1, 40); they must be the same"):
+        model(ids, shift_labels=shifted[:, 1:])
+
+
 def test_logits_to_keep_must_not_be_negative(model):
     with refused("logits_to_keep must be at least 0, got -1"):
         model(random_ids(10)[None], logits_to_keep=-1)

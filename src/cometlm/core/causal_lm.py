@@ -122,7 +122,8 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
             input_ids, attention_mask, past_key_values, use_cache, chunk_size, stride, capacity,
                 options: see `CometModel.forward`.
             labels: [B, N]; each token's label is the next text token, across chunk borders. -100
-                is not counted.
+                is not counted. Who has moved them already gives `shift_labels` instead, or beside
+                them, as to any Hugging Face model.
             logits_to_keep: how many last positions get logits, or which; 0 is all. Default: all,
                 but none when there are labels, since the loss needs only one chunk's at a time;
                 `config.logits_with_labels` gives them then too, while the model is not trained.
@@ -142,20 +143,13 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         if isinstance(past_key_values, FixedCache) and labels is None and use_cache is not False:
             rest = {"logits_to_keep": logits_to_keep, **options}
             return self._step(input_ids, attention_mask, past_key_values, budget, rest)
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
-                "they must be the same"
-            )
         common = (input_ids, attention_mask, past_key_values, use_cache)
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
-        if self.config.logits_with_labels and not self.training:
-            logits_to_keep = logits_to_keep or 0
-        # Where labels count decides what the head runs on: a chunk must not wait to hear that.
-        targets = None if labels is None else next_labels(labels, attention_mask).cpu()
-        if targets is not None:
-            check_labels(targets, self.config.vocab_size)
+        if logits_to_keep is None and self.config.logits_with_labels and not self.training:
+            logits_to_keep = 0
+        shifted = options.pop("shift_labels", None)  # no parameter: a Trainer would ask for it
+        targets = self._targets(labels, shifted, input_ids, attention_mask)
         if targets is not None and logits_to_keep is None:
             scored = Scored(self._loss_of_chunk, targets, list(self.lm_head.parameters()))
             out = self.model(*common, **budget, scored=scored, **options)
@@ -167,7 +161,7 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
                 **{CACHE: out.past_key_values},
             )
         keep = 0 if logits_to_keep is None else logits_to_keep
-        only_last = keep if labels is None and isinstance(keep, int) else 0
+        only_last = keep if targets is None and isinstance(keep, int) else 0
         out = self.model(*common, **budget, **{"hidden_to_keep": only_last, **options})
         hidden = out.last_hidden_state
         loss = correct = None
@@ -177,6 +171,33 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         logits = self.logits(_kept(hidden, keep))
         past: dict[str, Any] = {CACHE: out.past_key_values}
         return CometCausalOutput(loss=loss, logits=logits, num_correct=correct, **past)
+
+    def _targets(
+        self,
+        labels: Tensor | None,
+        shifted: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+    ) -> Tensor | None:
+        """What each position is to predict, [B, N], on the CPU.
+
+        Where labels count decides what the head runs on: a chunk must not wait to hear that.
+
+        Raises:
+            ValueError: they have another shape than the ids, or are outside the vocabulary.
+        """
+        given = labels if shifted is None else shifted
+        if given is None:
+            return None
+        if given.shape != input_ids.shape:
+            name = "labels" if shifted is None else "shift_labels"
+            raise ValueError(
+                f"{name} have shape {tuple(given.shape)} but input_ids {tuple(input_ids.shape)}; "
+                "they must be the same"
+            )
+        targets = (next_labels(given, attention_mask) if shifted is None else given).cpu()
+        check_labels(targets, self.config.vocab_size)
+        return targets
 
     def _step(
         self,
