@@ -54,6 +54,14 @@ def _chatml(system: str = "", end: str = "") -> str:
 _IM = ("<|im_start|>", "<|im_end|>")
 FAMILIES = {
     "ChatML": Family(_chatml(), "<|im_end|>\n", _IM, eos="<|im_end|>"),
+    "gpt-oss": Family(
+        "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' + m.content }}"
+        "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}",
+        "<|end|>",
+        ("<|start|>", "<|message|>", "<|end|>", "<|return|>"),
+        eos="<|return|>",
+    ),
     "Llama 2": Family(
         "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}"
         "{% set said = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"

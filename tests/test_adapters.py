@@ -180,6 +180,63 @@ def test_several_active_adapters_are_refused_before_anything_is_written(named, t
     assert not (tmp_path / "checkpoint").exists()
 
 
+def test_layers_with_several_adapters_are_refused_too(named, tmp_path):
+    """peft's `delete_adapter` leaves each layer with what it has."""
+    wrapped = peft.get_peft_model(attached(named), config_of("plain"), "first")
+    wrapped.add_adapter("second", peft.LoraConfig(target_modules=["k_proj"]))
+    wrapped.add_weighted_adapter(["first", "second"], [0.5, 0.5], "both", combination_type="cat")
+    wrapped.set_adapter("both")
+    wrapped.delete_adapter("both")
+    with refused("only one adapter can be saved, active are"):
+        wrapped.get_base_model().save_pretrained(tmp_path)
+
+
+def test_an_adapter_is_not_added_twice(named, tmp_path):
+    """Merged in place, it is in the weights and beside them."""
+    wrapped = peft.get_peft_model(attached(named), config_of("plain"))
+    model = shaken(wrapped).get_base_model()
+    want = logits(model)
+    wrapped.merge_adapter()
+    with refused("the backbone's weights hold the adapter (merge_adapter())"):
+        model.save_pretrained(tmp_path / "whole", backbone=True)
+    with refused("the backbone's weights hold the adapter (merge_adapter())"):
+        model.save_backbone(tmp_path / "backbone")
+    with pytest.warns(UserWarning, match="weights of the backbone were changed"):
+        model.save_pretrained(tmp_path / "named")
+    assert error(logits(CometForCausalLM.from_pretrained(tmp_path / "named")), want) < 1e-4
+    wrapped.unmerge_adapter()
+    model.save_pretrained(tmp_path / "whole", backbone=True)
+    assert error(logits(CometForCausalLM.from_pretrained(tmp_path / "whole")), want) < 1e-4
+
+
+@pytest.mark.parametrize("beginning", ["pissa", "olora"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_that_changes_weights_changes_them_once(named, tmp_path, beginning, whole):
+    config = peft.LoraConfig(r=2, target_modules=Q, init_lora_weights=beginning)
+    model = shaken(before_attach(named, config))
+    want = logits(model)
+    model.save_pretrained(tmp_path, backbone=whole)
+    assert error(logits(CometForCausalLM.from_pretrained(tmp_path)), want) < 1e-4
+    merged = CometForCausalLM.from_pretrained(tmp_path, merge=True)
+    assert error(logits(merged), want) < 1e-4
+
+
+def test_a_new_adapter_has_the_models_mode(named):
+    model = attached(named)
+    model.add_adapter(peft.LoraConfig(target_modules=Q, lora_dropout=0.5, init_lora_weights=False))
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(logits(model), logits(model))
+
+
+def test_adapters_are_named_in_errors(named):
+    model = attached(named)
+    with refused("adapter_config must be a config of peft's, got dict"):
+        model.add_adapter({"r": 2})
+    model.add_adapter(config_of("plain"))
+    with refused("adapter_name must be one of default, got 'other'"):
+        model.get_adapter_state_dict("other")
+
+
 def test_detach_gives_a_peft_model_back(named):
     given = peft.get_peft_model(tiny_backbone("llama").float(), config_of("plain"))
     ids = random_ids(20)[None]

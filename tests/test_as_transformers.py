@@ -49,6 +49,36 @@ def test_options_that_say_nothing_else_are_taken(saved, kind, options):
     assert (model(IDS).past_key_values is None) == (not model.config.use_cache)
 
 
+def test_a_config_may_be_given_by_its_place(saved):
+    model = CometForCausalLM.from_pretrained(saved, config=str(saved))
+    assert torch.equal(model(IDS).logits, CometForCausalLM.from_pretrained(saved)(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"config": {"comet": {}}}, "config must be a CometModelConfig, or where one is, got dict"),
+        ({"generation_config": {}}, "generation_config must be a GenerationConfig, got dict"),
+        ({"text_config": {}}, "from_pretrained() does not take text_config"),
+        ({"model_type": "llama"}, "from_pretrained() does not take model_type"),
+        ({"comet": {"chunk_size": 8}}, "from_pretrained() does not take comet"),
+    ],
+    ids=str,
+)
+def test_options_of_another_kind_are_refused(saved, options, said):
+    with refused(said):
+        CometForCausalLM.from_pretrained(saved, **options)
+
+
+@pytest.mark.parametrize("change", [lambda name: f"module.{name}", None], ids=["renamed", "none"])
+def test_a_checkpoint_without_its_memory_is_not_written(saved, tmp_path, change):
+    model = CometForCausalLM.from_pretrained(saved)
+    given = {change(name): w for name, w in model.state_dict().items()} if change else {}
+    with refused("the memory cannot be saved: its weight model.comet.readout is not given"):
+        model.save_pretrained(tmp_path / "new", state_dict=given)
+    assert not (tmp_path / "new").exists()
+
+
 def test_torch_dtype_is_dtype(saved):
     model = CometForCausalLM.from_pretrained(saved, torch_dtype=torch.float64)
     assert model.dtype == torch.float64
@@ -299,6 +329,31 @@ def test_a_trainer_evaluates_to_a_loss(tmp_path):
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-4)
     assert called == [1]
+
+
+def test_a_trainers_metrics_have_logits_if_asked(tmp_path):
+    model = tiny_comet("llama").float()
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 3
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    model.config.logits_with_labels = True
+    found = Trainer(model, arguments).predict(rows)
+    with torch.no_grad():
+        want = model(IDS).logits
+        model.train()
+        assert model(IDS, labels=IDS).logits is None
+    assert error(torch.from_numpy(found.predictions[:1]), want) < 1e-4
+    assert found.metrics["test_loss"] == pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-4)
+
+
+def test_a_trainer_that_smooths_labels_shifts_them(tmp_path):
+    """It shifts those of models that it knows to be causal by their names."""
+    model = tiny_comet("llama").float().train()
+    arguments = TrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, label_smoothing_factor=1e-9
+    )
+    batch = {"input_ids": IDS, "labels": IDS}
+    smoothed = Trainer(model, arguments).compute_loss(model, dict(batch))
+    assert float(smoothed) == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
 
 def test_trl_loads_a_model_by_its_path(saved):

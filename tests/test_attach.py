@@ -5,6 +5,7 @@ import warnings
 import accelerate
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import cometlm
 from cometlm import CometConfig
@@ -39,6 +40,31 @@ def test_attach_twice():
         cometlm.attach(backbone, **SMALL)
     cometlm.detach(model)
     cometlm.attach(backbone, **SMALL)
+
+
+def test_a_model_with_a_memory_gets_no_second_one():
+    model = tiny_comet("qwen3")
+    with refused("CometForCausalLM already has a memory; detach() it first"):
+        cometlm.attach(model, **SMALL)
+    model(random_ids(20)[None])  # the refusal left it as it was
+
+
+def test_a_backbone_that_was_changed_is_its_own_only_copy(tmp_path):
+    """Attached again, it must not be named instead of saved."""
+    tiny_backbone("llama").save_pretrained(tmp_path / "named")
+    model = cometlm.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "named"), **SMALL)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model = cometlm.attach(cometlm.detach(model), **SMALL).eval()
+    model.save_pretrained(tmp_path / "saved")
+    ids = random_ids(20)[None]
+    again = cometlm.CometForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_only_a_config_of_a_model_with_memory_makes_one():
+    with refused("config must be a CometModelConfig, got Qwen3Config"):
+        cometlm.CometForCausalLM(tiny_backbone("qwen3").config)
 
 
 @pytest.mark.parametrize("training", [True, False])

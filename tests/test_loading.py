@@ -418,7 +418,7 @@ def test_default_device_is_the_accelerator_or_the_cpu(monkeypatch):
         assert default_device() == torch.device(want)
 
 
-@pytest.mark.parametrize("name", ["cuda:7", "xpu", "mps:9", "hpu", "gpu", "cpu:x", ""])
+@pytest.mark.parametrize("name", ["cuda:7", "xpu", "mps:9", "hpu", "gpu", "cpu:x", "", "meta"])
 def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(monkeypatch, name):
     """With its name, and what there is instead."""
     if torch.accelerator.is_available():

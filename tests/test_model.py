@@ -82,6 +82,50 @@ def test_mask_must_have_ones(model):
         model(batch_of(2, 10), attention_mask=torch.zeros(2, 10))
 
 
+@pytest.mark.parametrize("other", [2, 0.5, -1])
+def test_mask_must_be_of_ones_and_zeros(model, other):
+    mask = torch.ones(2, 10)
+    mask[1, 4] = other
+    with refused(f"attention_mask must be of ones and zeros, got {float(other)} in row 1"):
+        model(batch_of(2, 10), attention_mask=mask)
+
+
+def test_ids_must_be_whole_numbers(model):
+    ids = random_ids(10)[None]
+    for bad in (ids.float(), ids.bool(), ids.to(torch.uint8)):
+        with refused(f"input_ids must be int64 or int32, got {bad.dtype}"):
+            model(bad)
+    with refused("input_ids must be a tensor [batch, tokens], got list"):
+        model(ids.tolist())
+
+
+@pytest.mark.parametrize("bad", [-1, -5, 96, 5000])
+def test_labels_must_be_in_the_vocabulary(model, bad):
+    ids = random_ids(10)[None]
+    labels = ids.clone()
+    labels[0, 4] = bad
+    with refused(f"labels must lie in 0 … 95 (the vocabulary) or be -100, got {bad}"):
+        model(ids, labels=labels)
+    with refused("labels must be whole numbers, got torch.float32"):
+        model(ids, labels=ids.float())
+
+
+def test_labels_may_be_shifted_already(model):
+    ids = random_ids(40)[None]
+    shifted = torch.cat([ids[:, 1:], torch.full((1, 1), -100)], dim=1)
+    with torch.no_grad():
+        want = model(ids, labels=ids).loss
+        assert torch.equal(model(ids, shift_labels=shifted).loss, want)
+        assert torch.equal(model(ids, labels=ids * 0, shift_labels=shifted).loss, want)
+    with refused("shift_labels have shape (1, 39) but input_ids (1, 40); they must be the same"):
+        model(ids, shift_labels=shifted[:, 1:])
+
+
+def test_logits_to_keep_must_not_be_negative(model):
+    with refused("logits_to_keep must be at least 0, got -1"):
+        model(random_ids(10)[None], logits_to_keep=-1)
+
+
 def test_cache_must_be_this_models(model):
     ids = random_ids(10)[None]
     with refused("past_key_values must be a CometCache that this model returned, got DynamicCache"):

@@ -199,6 +199,27 @@ def test_only_a_few_tokenizers_are_kept():
     assert sum(one() is not None for one in seen) <= 16
 
 
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        (normalizers.NFKC(), "\uff1c\uff5c\uff45\uff4e\uff44\uff5c\uff1e"),  # wide letters
+        (normalizers.Lowercase(), "<|END|>"),
+        (normalizers.Lowercase(), "<|End|>"),
+    ],
+)
+def test_letters_that_a_tokenizer_takes_for_a_control_token(change, alike):
+    tokenizer = _pieces(normalizer=change)
+    turn = AddedToken("<|turn|>", special=True, normalized=True)
+    end = AddedToken("<|end|>", special=True, normalized=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [turn, end]})
+    plain = PlainText.of(tokenizer)
+    frame = f"<|turn|>a{alike}b</s>"
+    assert plain.control["<|end|>"] in tokenizer(frame)["input_ids"]
+    found = [number for number in plain.encode_frame(frame, "*") if number in plain._ids]
+    unknown = tokenizer.unk_token_id
+    assert [n for n in found if n != unknown] == [plain.control["<|turn|>"], plain.control["</s>"]]
+
+
 def test_words_of_a_templates_code_are_no_control_tokens():
     tokenizer = _bytes()
     tokenizer.add_tokens(["content", "user", "<|in a comment|>", "<|of a string|>"])

@@ -101,6 +101,25 @@ def test_control_tokens_in_messages_are_text(tmp_path, kind, role):
         assert said == f"{first}<|im_end|>The keeper sleeps.<|im_end|>"
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_letters_that_are_taken_for_control_tokens_are_text(tmp_path, role):
+    known = json.loads(tokenizer_of().backend_tokenizer.to_str())
+    known["normalizer"] = {"type": "Lowercase"}
+    for token in known["added_tokens"]:
+        token["normalized"] = True
+    inner = Tokenizer.from_str(json.dumps(known))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", chat_template=MARKED
+    )
+    number = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert number in tokenizer("<|IM_END|>")["input_ids"]
+    plain, _ = samples(tmp_path, with_content(ROWS["messages"], role, "no"), tokenizer)
+    made, _ = samples(tmp_path, with_content(ROWS["messages"], role, "no <|IM_END|>"), tokenizer)
+    assert made["input_ids"].count(number) == plain["input_ids"].count(number)
+    learned = sum(made["assistant_masks"]) - sum(plain["assistant_masks"])
+    assert (learned > 0) == (role == "assistant")
+
+
 def test_control_tokens_in_text_are_text_unless_that_is_said(tmp_path):
     tokenizer = tokenizer_of()
     end = tokenizer.eos_token_id

@@ -163,6 +163,44 @@ def test_lengths_that_count_what_was_read_are_refused(asked, name):
         session.ask("Why?", **{name: 500})
 
 
+@pytest.mark.parametrize("stops", ["", ["a", ""]], ids=repr)
+def test_a_stop_string_must_hold_text(asked, stops):
+    session, _ = asked
+    with pytest.raises(ValueError, match="stop_strings must hold text, got an empty string"):
+        session.ask("Why?", stop_strings=stops)
+
+
+@pytest.mark.parametrize("stops", [[], (), None], ids=repr)
+def test_no_stop_strings_are_none(asked, stops):
+    session, whole = asked
+    assert session.ask("Why?", stop_strings=stops, max_new_tokens=12, **GREEDY) == whole
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "past_key_values", "cache"])
+def test_what_a_session_holds_is_not_given_to_it(asked, name):
+    session, _ = asked
+    with pytest.raises(ValueError, match=f"{name} is the session's to give"):
+        session.ask("Why?", **{name: None})
+
+
+def test_a_generation_config_is_one(asked):
+    session, _ = asked
+    with pytest.raises(ValueError, match="generation_config must be a GenerationConfig, got dict"):
+        session.ask("Why?", generation_config={"max_new_tokens": 2})
+
+
+@pytest.mark.parametrize("given", [{"system": "\ud800"}, {"chat_template_kwargs": {"x": "\ud800"}}])
+def test_half_a_character_is_refused_wherever_it_stands(asked, given):
+    session, _ = asked
+    talk = Session(session.model, copy.deepcopy(session.tokenizer))
+    talk.tokenizer.chat_template = "{{ x }}" + session.tokenizer.chat_template
+    with pytest.raises(ValueError, match="is not Unicode text"):
+        talk.chat("Why?", **given)
+    assert talk.turns == 0
+    with pytest.raises(ValueError, match="is not Unicode text"):
+        talk.ask([{"role": "\ud800", "content": "Why?"}])
+
+
 def test_variables_of_the_template_are_told_from_options(asked):
     session, _ = asked
     plain = session.tokenizer.chat_template

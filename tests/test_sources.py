@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+from array import array
 
 import numpy as np
 import pytest
@@ -32,6 +33,19 @@ def path(tmp_path):
     return path
 
 
+class Column:
+    """What pandas and others have: it becomes an array, and goes over its columns' names."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype=dtype)
+
+    def __iter__(self):
+        return iter(["name"])
+
+
 TEXTS = {
     "text": lambda path: WORDS,
     "bytes": lambda path: WORDS.encode(),
@@ -59,6 +73,8 @@ ROWS = {
     "input_ids of one row": {"input_ids": [IDS], "attention_mask": [[1, 1, 1]]},
     "input_ids as a tensor": {"input_ids": torch.tensor([IDS]), "attention_mask": torch.ones(1, 3)},
     "several": [[3], torch.tensor([4]), np.array([5])],
+    "a view of numbers": memoryview(array("i", IDS)),
+    "a column": Column(IDS),
 }
 
 
@@ -100,6 +116,16 @@ REFUSED = {
     "messages": ([{"role": "user", "content": "hi"}], r"ask\(\) and chat\(\) take messages"),
     "a message": ({"role": "user", "content": "hi"}, r"ask\(\) and chat\(\) take messages"),
     "a set": ({1, 2}, "a set, which has no order"),
+    "a mask that is too short": (
+        {"input_ids": IDS, "attention_mask": [1]},
+        "attention_mask must be as long as input_ids, got 1",
+    ),
+    "masked ids": (np.ma.array(IDS, mask=[0, 1, 0]), "some are masked"),
+    "a tensor without data": (torch.tensor(IDS, device="meta"), "on the device meta"),
+    "a sparse tensor": (torch.tensor(IDS).to_sparse(), "of layout torch.sparse_coo"),
+    "a table": (Column([IDS, IDS]), r"of one text.* shape \[2, 3\]"),
+    "a table of texts": (Column([["a"], ["b"]]), r"of one text.* shape \[2, 1\]"),
+    "half of a character": ("a\ud800", "what is read is not Unicode text"),
     "a function": (print, "builtin_function_or_method"),
 }
 

@@ -217,6 +217,9 @@ class CometModelConfig(PreTrainedConfig):
             checkpoints).
         trained_for: what the memory learned, as a part of a sentence; empty where nothing says it.
         use_cache: return a cache where a call does not say.
+        logits_with_labels: give all logits where labels are given, too, while the model is not
+            being trained: for a Trainer's `compute_metrics` and `predict`. They are as wide as the
+            vocabulary for every token.
     """
 
     model_type = "cometlm"
@@ -231,6 +234,7 @@ class CometModelConfig(PreTrainedConfig):
     suppressed_tokens: list[int] | None = None
     trained_for: str = ""
     use_cache: bool = True
+    logits_with_labels: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):

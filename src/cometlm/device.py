@@ -51,6 +51,8 @@ def find_device(name: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         why = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{_not_here(name)} ({why})") from error
+    if device.type == "meta":
+        raise ValueError(f"{_not_here(name)} (which holds no data)")
     return device
 
 

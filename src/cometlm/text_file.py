@@ -34,7 +34,7 @@ def check_encoding(encoding: str) -> str:
     """
     try:
         "".encode(encoding)
-    except LookupError as error:
+    except (LookupError, TypeError) as error:
         raise ValueError(f"encoding must be one that Python knows, got {encoding!r}") from error
     return encoding
 

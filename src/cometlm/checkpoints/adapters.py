@@ -58,6 +58,8 @@ class AdapterMixin:
         if with_memory:
             model.base_model.comet.requires_grad_(True)
         self._hf_peft_config_loaded = True
+        for layer in self._adapted():
+            layer.train(model.training)  # peft's dropout begins as if it were trained
         self.set_adapter(name)
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
@@ -88,14 +90,16 @@ class AdapterMixin:
             layer.enable_adapters(enabled=True)
 
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters.
+        """Names of the active adapters, of whatever layers.
 
         Raises:
             ValueError: the model has none.
         """
         self._check_adapters()
-        active = next(self._adapted()).active_adapter
-        return [active] if isinstance(active, str) else list(active)
+        found: dict[str, None] = {}  # in their order; peft's delete_adapter() may leave several
+        for layer in self._adapted():
+            found.update(dict.fromkeys(layer.active_adapters))
+        return list(found)
 
     def get_adapter_state_dict(
         self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
@@ -112,6 +116,9 @@ class AdapterMixin:
         from peft import get_peft_model_state_dict
 
         name = adapter_name or self.active_adapters()[0]
+        if name not in self.peft_config:
+            known = ", ".join(self.peft_config)
+            raise ValueError(f"adapter_name must be one of {known}, got {name!r}")
         own: dict[str, Tensor] = get_peft_model_state_dict(
             self,
             state_dict=state_dict,
@@ -142,12 +149,27 @@ def has_adapter(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None)) and bool(wrappers(model))
 
 
+def refuse_merged(model: Any) -> None:
+    """Refuse to write a backbone whose weights hold an adapter that stands beside them as well.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if has_adapter(model) and any(layer.merged for layer in model._adapted()):
+        raise ValueError(
+            "the backbone's weights hold the adapter (merge_adapter()), which loading would add "
+            "once more: unmerge_adapter() first, or merge_and_unload() for good"
+        )
+
+
 def check_kind(config: Any) -> None:
     """Refuse an adapter of a kind that a checkpoint cannot hold.
 
     Raises:
         ValueError: names the kind.
     """
+    if not hasattr(config, "peft_type"):
+        raise ValueError(f"adapter_config must be a config of peft's, got {type(config).__name__}")
     kind = getattr(config.peft_type, "value", config.peft_type)
     if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
         raise ValueError(

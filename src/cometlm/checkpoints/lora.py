@@ -165,12 +165,17 @@ def _product(up: Tensor, down: Tensor) -> Tensor:
 
 
 def save_lora(
-    model: CometForCausalLM, folder: Path, state_dict: Mapping[str, Tensor] | None
+    model: CometForCausalLM,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None,
+    with_backbone: bool = False,
 ) -> None:
     """Write the active adapter, as peft keeps one.
 
     Args:
         state_dict: the model's weights, to take instead of its own.
+        with_backbone: the weights that it adapts are written too, as they are now: adapters that
+            changed them when they were made (pissa, olora, …) must not do so once more.
 
     Raises:
         ValueError: as `check_can_save_adapter`.
@@ -183,7 +188,10 @@ def save_lora(
         for name, weight in weights.items()
         if not _is_memorys(name)
     }
-    without_memory(model.peft_config[adapter]).save_pretrained(folder)
+    config = without_memory(model.peft_config[adapter])
+    if with_backbone and hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True
+    config.save_pretrained(folder)
     write_whole(folder / WEIGHTS, to_bytes(plain, {"format": "pt"}))
 
 

@@ -30,7 +30,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cometlm.checkpoints.adapters import has_adapter, plain_names
+from cometlm.checkpoints.adapters import has_adapter, plain_names, refuse_merged
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
 from cometlm.checkpoints.backbones import read_backbone
 from cometlm.checkpoints.lora import CONFIG as LORA_CONFIG
@@ -90,17 +90,17 @@ def save_model(
         adapter_twice: put an adapter's weights beside the memory's too, as a Trainer needs them.
 
     Raises:
-        ValueError: as `check_can_save`.
+        ValueError: as `check_can_save`; `state_dict` lacks a weight.
         OSError: the folder cannot be written.
     """
     check_can_save(model, backbone)
+    state = model.state_dict() if state_dict is None else state_dict
+    weights = _saved_weights(model, state, adapter_twice)
     backbone = backbone or _needs_backbone(model)
     if not backbone:
         _warn_of_what_is_lost(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict() if state_dict is None else state_dict
-    weights = _saved_weights(model, state, adapter_twice)
     config = CometModelConfig.from_dict(model.config.to_dict())
     if backbone:
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -110,7 +110,7 @@ def save_model(
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     if has_adapter(model):
-        save_lora(model, folder / LORA, state_dict)
+        save_lora(model, folder / LORA, state_dict, with_backbone=backbone)
     elif (folder / LORA).exists():  # of a model that stood here before
         shutil.rmtree(folder / LORA)
     card = folder / "README.md"
@@ -167,7 +167,8 @@ def check_can_save(model: CometForCausalLM, backbone: bool) -> None:
     Raises:
         ValueError: a LoRA adapter was merged into the backbone, which is not to be written; a
             quantised backbone is to be, or has to be since no name brings it back; several adapters
-            are active, or one of a kind that a checkpoint cannot hold.
+            are active, or one of a kind that a checkpoint cannot hold, or one that is merged into a
+            backbone that is to be written.
     """
     if has_adapter(model):
         check_can_save_adapter(model)
@@ -182,6 +183,8 @@ def check_can_save(model: CometForCausalLM, backbone: bool) -> None:
             )
         raise ValueError(f"a quantised backbone is not written with a checkpoint: {what_to_do}")
     backbone = backbone or needed
+    if backbone:
+        refuse_merged(model)
     if model.merged and not backbone:
         raise ValueError(
             "a LoRA adapter was merged into the backbone, which is then no longer the one that the "
@@ -194,7 +197,7 @@ def load_model(
     name: str | Path,
     *,
     backbone: PreTrainedModel | str | Path | None = None,
-    config: CometModelConfig | None = None,
+    config: CometModelConfig | str | Path | None = None,
     merge: bool = False,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
@@ -209,6 +212,7 @@ def load_model(
     Args:
         kind: the model's class.
         backbone: use this model, or load this name or path, instead of the one named.
+        config: instead of the checkpoint's own; or a folder or hub id that has one.
         dtype, device_map, quantization_config: of the backbone; the memory follows it, but one that
             was saved in float32 is not rounded, and none is quantised.
         merge: merge a LoRA adapter into the backbone, where that can be; see `merge_lora`.
@@ -225,9 +229,13 @@ def load_model(
     name = str(name)
     hub, reading, fields = _sorted_options(options)
     dtype = dtype or fields.pop("torch_dtype", None)
-    config = config or CometModelConfig.from_pretrained(name, **hub)
+    config = _config_of(name, config, hub)
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(
+            f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}"
+        )
     for field, value in fields.items():
-        if hasattr(config, field):
+        if hasattr(config, field) and field not in _NOT_KEPT:
             setattr(config, field, value)
         elif value is not False:  # else it is not asked for
             raise ValueError(
@@ -330,9 +338,16 @@ def saved_names(model: CometForCausalLM, backbone: bool = False) -> set[str]:
 def _saved_weights(
     model: CometForCausalLM, state_dict: Mapping[str, Tensor], with_adapter: bool
 ) -> dict[str, Tensor]:
-    """The memory's weights, and if wanted an adapter's under their names in the model."""
+    """The memory's weights, and if wanted an adapter's under their names in the model.
+
+    Raises:
+        ValueError: one of the memory's is not among those given.
+    """
     plain = plain_names(model, state_dict, copied=MEMORY_NAME)
     memory = memory_weights({plain[name]: state_dict[name] for name in plain})
+    for name in _memory_parameters(model):
+        if f"{_PREFIX}{name}" not in memory:
+            raise ValueError(f"the memory cannot be saved: its weight {_PREFIX}{name} is not given")
     if not with_adapter:
         return memory
     beside = {
@@ -423,6 +438,24 @@ Say here which data, lengths and recipe the memory was trained with. A memory fr
 Method: CoMeT, the Collaborative Memory Transformer, [arXiv 2602.01766](https://arxiv.org/abs/2602.01766).
 """
     )
+
+
+def _config_of(name: str, given: Any, hub: dict[str, Any]) -> CometModelConfig:
+    """The config that a checkpoint is loaded with.
+
+    Raises:
+        ValueError: one of another kind is given.
+        OSError: it cannot be read.
+    """
+    if given is None:
+        return CometModelConfig.from_pretrained(name, **hub)
+    if isinstance(given, (str, Path)):
+        return CometModelConfig.from_pretrained(str(given))
+    if not isinstance(given, CometModelConfig):
+        raise ValueError(
+            f"config must be a CometModelConfig, or where one is, got {type(given).__name__}"
+        )
+    return given
 
 
 def _load_backbone(

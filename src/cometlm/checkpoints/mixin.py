@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cometlm.checkpoints.adapters import plain_names
+from cometlm.checkpoints.adapters import plain_names, refuse_merged
 from cometlm.checkpoints.fingerprint import sample
 from cometlm.checkpoints.memory import MEMORY_NAME, load_model, save_model, upload_model
 from cometlm.checkpoints.published import from_published
@@ -153,7 +153,12 @@ class CheckpointMixin:
         Args:
             state_dict: this model's weights, to take instead of its own.
             options: of transformers' `save_pretrained`.
+
+        Raises:
+            ValueError: a weight is not among those given; an adapter is merged into the weights and
+                stands beside them as well.
         """
+        refuse_merged(self)
         backbone = cast("PreTrainedModel", self._backbone)
         weights = self._under_the_backbones_names(
             self.state_dict() if state_dict is None else state_dict

@@ -148,6 +148,9 @@ class AttachmentMixin:
         """
         if self._undo is None:
             raise ValueError("this model is not attached to a backbone; it was detached before")
+        model: Any = self
+        if model.changed_backbone_weights():
+            model.mark_only_copy()  # whoever gives it a memory again must not name it instead
         self._hand_back()
         self._undo()
         object.__setattr__(self, "_undo", None)

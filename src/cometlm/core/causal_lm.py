@@ -3,7 +3,8 @@
 Pitfalls:
     - With `past_key_values` the first token of a call is not a label: its logits were the last
       call's.
-    - Loss without `logits_to_keep` returns no logits: it holds those of one chunk at a time.
+    - Loss without `logits_to_keep` returns no logits: it holds those of one chunk at a time. What
+      looks at them, as a Trainer's `compute_metrics`, needs `config.logits_with_labels`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from cometlm.backbones.logits import final_logits
@@ -36,7 +38,7 @@ from cometlm.core.model import CometModel
 from cometlm.core.observer import Score
 from cometlm.core.plan import Budget, Scored
 from cometlm.core.pretrained_model import CometPreTrainedModel
-from cometlm.core.text_batch import check_shape, next_labels
+from cometlm.core.text_batch import check_labels, check_shape, next_labels
 from cometlm.core.training_plan import TrainingPlan
 from cometlm.device import sent
 
@@ -123,9 +125,11 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
             input_ids, attention_mask, past_key_values, use_cache, chunk_size, stride, capacity,
                 options: see `CometModel.forward`.
             labels: [B, N]; each token's label is the next text token, across chunk borders. -100
-                is not counted.
+                is not counted. Who has moved them already gives `shift_labels` instead, or beside
+                them, as to any Hugging Face model.
             logits_to_keep: how many last positions get logits, or which; 0 is all. Default: all,
-                but none when there are labels, since the loss needs only one chunk's at a time.
+                but none when there are labels, since the loss needs only one chunk's at a time;
+                `config.logits_with_labels` gives them then too, while the model is not trained.
             num_items_in_batch: divide the summed loss by this instead of by the labels counted.
 
         Returns:
@@ -133,7 +137,8 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
             `num_correct`; a tuple of what there is with `return_dict=False`.
 
         Raises:
-            ValueError, FloatingPointError: as `CometModel.forward`; also labels of another shape.
+            ValueError, FloatingPointError: as `CometModel.forward`; also labels of another shape,
+                or outside the vocabulary.
         """
         self._check_attached()
         input_ids = check_shape(input_ids)
@@ -141,14 +146,13 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         if isinstance(past_key_values, FixedCache) and labels is None and use_cache is not False:
             rest = {"logits_to_keep": logits_to_keep, **options}
             return self._step(input_ids, attention_mask, past_key_values, budget, rest)
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; "
-                "they must be the same"
-            )
         common = (input_ids, attention_mask, past_key_values, use_cache)
-        # Where labels count decides what the head runs on: a chunk must not wait to hear that.
-        targets = None if labels is None else next_labels(labels, attention_mask).cpu()
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
+        if logits_to_keep is None and self.config.logits_with_labels and not self.training:
+            logits_to_keep = 0
+        shifted = options.pop("shift_labels", None)  # no parameter: a Trainer would ask for it
+        targets = self._targets(labels, shifted, input_ids, attention_mask)
         if targets is not None and logits_to_keep is None:
             scored = Scored(self._loss_of_chunk, targets, list(self.lm_head.parameters()))
             out = self.model(*common, **budget, scored=scored, **options)
@@ -160,7 +164,7 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
                 **{CACHE: out.past_key_values},
             )
         keep = 0 if logits_to_keep is None else logits_to_keep
-        only_last = keep if labels is None and isinstance(keep, int) else 0
+        only_last = keep if targets is None and isinstance(keep, int) else 0
         out = self.model(*common, **budget, **{"hidden_to_keep": only_last, **options})
         hidden = out.last_hidden_state
         loss = correct = None
@@ -170,6 +174,33 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         logits = self.logits(_kept(hidden, keep))
         past: dict[str, Any] = {CACHE: out.past_key_values}
         return CometCausalOutput(loss=loss, logits=logits, num_correct=correct, **past)
+
+    def _targets(
+        self,
+        labels: Tensor | None,
+        shifted: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+    ) -> Tensor | None:
+        """What each position is to predict, [B, N], on the CPU.
+
+        Where labels count decides what the head runs on: a chunk must not wait to hear that.
+
+        Raises:
+            ValueError: they have another shape than the ids, or are outside the vocabulary.
+        """
+        given = labels if shifted is None else shifted
+        if given is None:
+            return None
+        if given.shape != input_ids.shape:
+            name = "labels" if shifted is None else "shift_labels"
+            raise ValueError(
+                f"{name} have shape {tuple(given.shape)} but input_ids {tuple(input_ids.shape)}; "
+                "they must be the same"
+            )
+        targets = (next_labels(given, attention_mask) if shifted is None else given).cpu()
+        check_labels(targets, self.config.vocab_size)
+        return targets
 
     def _step(
         self,
@@ -241,6 +272,11 @@ def _kept(hidden: Tensor, keep: int | Tensor) -> Tensor:
 
 def _random_backbone(config: CometModelConfig) -> tuple[CometModelConfig, PreTrainedModel]:
     """A backbone of random weights, and a config round its own."""
+    if not isinstance(config, CometModelConfig):
+        raise ValueError(
+            f"config must be a CometModelConfig, got {type(config).__name__}: attach() gives a "
+            "backbone a memory"
+        )
     config = copy.deepcopy(config)
     text: Any = config.text_config
     if text is None:
@@ -254,3 +290,5 @@ def _random_backbone(config: CometModelConfig) -> tuple[CometModelConfig, PreTra
 
 
 AutoModelForCausalLM.register(CometModelConfig, CometForCausalLM)
+# A Trainer that smooths labels shifts those of the models that are named here, and of no others.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CometModelConfig.model_type] = CometForCausalLM.__name__

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from cometlm.core.layout import ChunkLayout, Step
 from cometlm.device import sent
 
+_IDS = (torch.int64, torch.int32)  # what an embedding takes
 _BY_VALUE = "ids are checked by value, and their number decides which chunks are closed"
 
 
@@ -37,8 +38,8 @@ class TextBatch:
             device: where the text is wanted.
 
         Raises:
-            ValueError: no tokens, ids outside 0 … vocabulary − 1, a mask with holes; a model that
-                is being exported.
+            ValueError: no tokens, ids outside 0 … vocabulary − 1, a mask with holes or of more
+                than zeros and ones; a model that is being exported.
         """
         if torch.compiler.is_exporting():
             raise ValueError(f"a model with memory cannot be exported: {_BY_VALUE}")
@@ -51,8 +52,9 @@ class TextBatch:
                     f"attention_mask must be [{batch}, {width}] like input_ids (or longer, with "
                     f"the past in front), got shape {tuple(mask.shape)}"
                 )
-            mask = mask[:, -width:].bool()
+            mask = mask[:, -width:]
             starts, lengths = _runs(mask)
+            mask = mask.bool()
             ids = ids.masked_fill(~mask.to(ids.device), 0)
         low, high = torch.stack(torch.aminmax(ids)).tolist()  # one wait for the device
         if low < 0 or high >= vocabulary:
@@ -139,7 +141,12 @@ class TextBatch:
 
 def _runs(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Start and length of the one run of ones in each row of mask [B, N]."""
-    rows = mask.cpu()
+    rows, is_known = torch.stack([mask.bool(), mask == mask.bool()]).cpu()  # waits once
+    for b, i in (~is_known).nonzero().tolist():
+        raise ValueError(
+            f"attention_mask must be of ones and zeros, got {mask[b, i].item()} in row {b}: packed "
+            "documents are told apart by position_ids, and there is no additive mask"
+        )
     lengths = rows.sum(1)
     starts = rows.int().argmax(1)
     if not lengths.any():
@@ -158,19 +165,39 @@ def check_shape(ids: Tensor | None) -> Tensor:
     """Ids that are [B, N].
 
     Raises:
-        ValueError: none, another shape, or nothing in it.
+        ValueError: none, something else than whole numbers, another shape, or nothing in it.
     """
     if ids is None:
         raise ValueError(
             "input_ids must be given: each chunk's ids are embedded when its turn comes, so "
             "inputs_embeds are not taken, nor prompt tuning, which makes them"
         )
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"input_ids must be a tensor [batch, tokens], got {type(ids).__name__}")
+    if ids.dtype not in _IDS:
+        raise ValueError(f"input_ids must be int64 or int32, got {ids.dtype}")
     if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ValueError(
             f"input_ids must be [batch, tokens] with at least one of each, got shape "
             f"{tuple(ids.shape)}"
         )
     return ids
+
+
+def check_labels(labels: Tensor, vocabulary: int) -> None:
+    """Refuse labels that are no ids; they are on the CPU.
+
+    Raises:
+        ValueError: one that is neither -100 nor in 0 … vocabulary − 1.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be whole numbers, got {labels.dtype}")
+    outside = (labels != -100) & ((labels < 0) | (labels >= vocabulary))
+    if outside.any():
+        raise ValueError(
+            f"labels must lie in 0 … {vocabulary - 1} (the vocabulary) or be -100, got "
+            f"{labels[outside][0].item()}"
+        )
 
 
 def documents(position_ids: Tensor | None, borders: Tensor | None, ids: Tensor) -> list[slice]:

@@ -107,7 +107,7 @@ def checked_messages(prompt: str | Sequence[Message]) -> list[Message]:
         ValueError: something else; says which message.
     """
     if isinstance(prompt, str):
-        _check_text("the message", prompt)
+        check_text("the message", prompt)
         return [{"role": "user", "content": prompt}]
     if isinstance(prompt, (Mapping, bytes)) or not isinstance(prompt, Sequence):
         raise ValueError(
@@ -150,13 +150,18 @@ def content_as_text(where: str, content: Any) -> str:
         content = "".join(texts)
     if not isinstance(content, str):
         raise ValueError(f"{where}: content must be text, got {type(content).__name__}")
-    _check_text(where, content)
+    check_text(where, content)
     return content
 
 
-def _check_text(where: str, text: str) -> None:
+def check_text(where: str, text: str) -> bytes:
+    """A text in UTF-8.
+
+    Raises:
+        ValueError: it holds half of a character, as no text does.
+    """
     try:
-        text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:  # half of a character
         raise ValueError(f"{where} is not Unicode text: {error.reason}") from error
 
@@ -224,7 +229,7 @@ class _Chat:
         shared = num_shared(following, ending)
         while shared and self._cuts_a_token(following, shared):
             shared -= 1
-        return following[:shared]
+        return following[:shared] if shared else self._in_front_of_a_turn(following)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of what was rendered."""
@@ -235,6 +240,19 @@ class _Chat:
         return text.replace(self._mark, "")
 
     # --- inside -----------------------------------------------------------------------------
+
+    def _in_front_of_a_turn(self, following: str) -> str:
+        """What ends an answer that ends quite otherwise at the end of a conversation (gpt-oss).
+
+        It is what stands in front of a user's turn and not in front of the first one.
+        """
+        user = {"role": "user", "content": _QUESTION}
+        first = self._render([user], head=False).partition(_QUESTION)[0]
+        later = _after_answer(self._render([*self._past, user], head=True)).partition(_QUESTION)[0]
+        end = len(later) - num_shared(first[::-1], later[::-1])
+        while self._cuts_a_token(later, end):
+            end += 1
+        return later[:end] if following.startswith(later[:end]) else ""
 
     def _cuts_a_token(self, text: str, at: int) -> bool:
         """Whether a control token goes over this place."""
@@ -272,6 +290,7 @@ class _Chat:
             )
         except RAISED as error:
             raise ValueError(f"the tokenizer's chat template refuses this: {error}") from error
+        check_text("what the chat template makes of this", text)  # roles, tools, variables
         return text
 
 

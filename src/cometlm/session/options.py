@@ -16,6 +16,8 @@ _NEW_TOKENS = 256  # written where the caller sets no length
 # What counts the open chunk, of which only the session knows how long it is.
 _BY_WHOLE_LENGTH = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 _ONE_ANSWER = {"num_return_sequences": 1, "return_dict_in_generate": False}
+# What a session gives `generate` itself.
+_OWN = ("attention_mask", "cache", "input_ids", "inputs", "inputs_embeds", "past_key_values")
 _ALWAYS = ("enable_thinking",)  # of the chat template, also of one that knows no thinking
 _OF_THE_SESSION = ("messages", "tools", "add_generation_prompt")
 
@@ -26,9 +28,17 @@ def generation_options(
     """Options for `generate`: one answer, of bounded length.
 
     Raises:
-        ValueError: several answers, or a length that counts what was read.
+        ValueError: several answers, a length that counts what was read, what the session gives
+            itself, a stop string of no characters.
     """
     config = given.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise ValueError(
+            f"generation_config must be a GenerationConfig, got {type(config).__name__}"
+        )
+    for name in _OWN:
+        if name in given:
+            raise ValueError(f"{name} is the session's to give: it holds what was read")
     for name, only in _ONE_ANSWER.items():
         for source in (given.get(name), getattr(config, name, None)):
             if source is not None and source != only:
@@ -44,13 +54,18 @@ def generation_options(
                 f"the last: say {instead}"
             )
     options = dict(given)
+    stops = options.pop("stop_strings", None)
+    if stops:
+        options["stop_strings"] = stops = [stops] if isinstance(stops, str) else list(stops)
+    if stops == "" or "" in (stops or ()):
+        raise ValueError("stop_strings must hold text, got an empty string, which stands anywhere")
     if "max_new_tokens" not in options and getattr(config, "max_new_tokens", None) is None:
         options["max_new_tokens"] = _NEW_TOKENS
     if model.generation_config.pad_token_id is None and "pad_token_id" not in options:
         known = None if tokenizer is None else tokenizer.pad_token_id
         options["pad_token_id"] = known if known is not None else 0
     of_config = getattr(config or model.generation_config, "stop_strings", None)
-    if tokenizer is not None and (given.get("stop_strings") or of_config):
+    if tokenizer is not None and (stops or of_config):
         options.setdefault("tokenizer", tokenizer)
     return options
 

@@ -135,7 +135,7 @@ class PlainText:
             places = [i for i in range(begin, end) if not is_plain or text[i] != mark]
             part = "".join(text[i] for i in places)
             if not is_plain:
-                own, where = encoded_with_spans(self.tokenizer, part, special=True)
+                own, where = self._encode_as_written(part)
             else:
                 own, where = (
                     self._encode_in_the_middle(part) if ids else self.encode_with_spans(part)
@@ -171,6 +171,16 @@ class PlainText:
         if isinstance(given, (list, tuple)):
             return [self.escaped(value, mark, control) for value in given]
         return given
+
+    @cached_property
+    def takes_alike(self) -> bool:
+        """Whether the tokenizer takes other letters for a control token: wide ones, capitals.
+
+        It does where it changes letters before it looks for such tokens.
+        """
+        inner = getattr(self.tokenizer, "backend_tokenizer", None)
+        changes = getattr(inner, "normalizer", None) is not None
+        return changes and any(self._added[content].normalized for content in self.control)
 
     # --- inside -----------------------------------------------------------------------------
 
@@ -215,6 +225,28 @@ class PlainText:
                 begin = after
         if len(text) > begin:
             yield begin, len(text), False
+
+    def _encode_as_written(self, text: str) -> tuple[list[int], Spans]:
+        """Ids of text whose control tokens count, where they are written as they are called.
+
+        No mark stands in those that are only alike.
+        """
+        ids, spans = encoded_with_spans(self.tokenizer, text, special=True)
+        if not (self.takes_alike and spans):
+            return ids, spans
+        own: list[int] = []
+        where: Spans = []
+        for number, (first, last) in zip(ids, spans, strict=True):
+            written = text[first:last].strip()
+            is_control = number in self._ids and number != self.tokenizer.unk_token_id
+            if not is_control or self.control.get(written) == number or not written:
+                own.append(number)
+                where.append((first, last))
+                continue
+            plain, places = self._encode_in_the_middle(text[first:last])
+            own += plain
+            where += [(first + left, first + right) for left, right in places]
+        return own, where
 
     def _encode_in_the_middle(self, text: str) -> tuple[list[int], Spans]:
         ids, spans = self.encode_with_spans(text)

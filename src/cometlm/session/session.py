@@ -34,7 +34,14 @@ from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.core.foreseen import Foreseen, foreseen
 from cometlm.session import file as session_file
-from cometlm.session.chat_template import PLAIN, ChatOptions, Message, Turn, render_turn
+from cometlm.session.chat_template import (
+    PLAIN,
+    ChatOptions,
+    Message,
+    Turn,
+    check_text,
+    render_turn,
+)
 from cometlm.session.options import generation_options, stop_ids, template_variables
 from cometlm.session.place import Place
 from cometlm.session.plain_text import PlainText
@@ -400,7 +407,7 @@ class Session:
     def _taking(self, piece: str | list[int], special: bool) -> Iterator[SessionStats]:
         """Take one piece of a source."""
         if isinstance(piece, str):
-            encoded = piece.encode()  # refuses what is no text before anything changes
+            encoded = check_text("what is read", piece)  # before anything changes
             ids = self._text_stream().feed(piece, special)
             self._text_place.add(len(piece), encoded)
             yield from self._take(ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import operator
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, cast
 
@@ -22,6 +23,7 @@ Plain = str | bytes | os.PathLike[str] | IO[str] | IO[bytes] | Ids | Mapping[str
 Source = Plain | Iterable[Plain]
 
 _IDS_AT_A_TIME = 65536  # taken from a tensor
+_BYTES = ("B", "b", "c")  # formats of a memoryview of bytes
 _TAKEN = (
     "text, token ids, a path, an open file, what a tokenizer gives for one text, or an iterable of "
     "these"
@@ -43,6 +45,8 @@ def pieces(source: Source, encoding: str = UTF8) -> Iterator[str | list[int]]:
     given: Any = source
     if isinstance(given, str):
         yield from cut_blocks(given)
+    elif isinstance(given, memoryview) and given.format not in _BYTES:
+        yield from pieces(given.tolist(), encoding)
     elif isinstance(given, (bytes, bytearray, memoryview)):
         yield from read_blocks(io.BytesIO(given), "the bytes", encoding)
     elif isinstance(given, os.PathLike):
@@ -84,7 +88,8 @@ def _check(given: Any, where: str) -> None:
     elif isinstance(given, (set, frozenset)):
         raise ValueError(f"{where} got is a {type(given).__name__}, which has no order")
     elif not (isinstance(given, (Iterable, os.PathLike)) or _is_array(given) or _is_file(given)):
-        raise ValueError(f"{where} got is {given!r}, a {type(given).__name__}; give {_TAKEN}")
+        shown = reprlib.repr(given)
+        raise ValueError(f"{where} got is {shown}, a {type(given).__name__}; give {_TAKEN}")
 
 
 def _is_file(given: Any) -> bool:
@@ -105,7 +110,7 @@ def _is_id(given: Any) -> bool:
 
 
 def _is_array(given: Any) -> bool:
-    return hasattr(given, "__array__") and hasattr(given, "dtype")
+    return hasattr(given, "__array__")
 
 
 def _holds_ids(array: Any) -> bool:
@@ -117,19 +122,27 @@ def _holds_ids(array: Any) -> bool:
 
 def _of_array(array: Any, encoding: str) -> Iterator[str | list[int]]:
     """Ids of an array or tensor of one row; of an array of texts, the texts."""
-    if getattr(array.dtype, "kind", "") in "OSUT" and not isinstance(array, Tensor):
+    if not hasattr(array, "dtype") or not hasattr(array, "reshape"):
+        array = array.__array__()  # a column or a table of another library's
+    if isinstance(array, Tensor) and (array.is_meta or array.layout != torch.strided):
+        what = "on the device meta" if array.is_meta else f"of layout {array.layout}"
+        raise ValueError(f"token ids must be there, got a tensor {what}")
+    shape = list(array.shape)
+    is_text = getattr(array.dtype, "kind", "") in ("O", "S", "U", "T")
+    if is_text and len(shape) == 1:
         yield from pieces(list(array), encoding)
         return
-    shape = list(array.shape)
-    if not _holds_ids(array):
+    if not is_text and not _holds_ids(array):
         raise ValueError(
             f"token ids must be whole numbers, got {type(array).__name__} of {array.dtype}"
         )
-    if len(shape) > 2 or (len(shape) == 2 and shape[0] != 1):
+    if is_text or len(shape) > 2 or (len(shape) == 2 and shape[0] != 1):
         raise ValueError(
             f"token ids must be those of one text, [N] or [1, N], got {type(array).__name__} of "
             f"shape {shape}"
         )
+    if getattr(array, "mask", False) is not False and array.mask.any():
+        raise ValueError("token ids must be there, got an array in which some are masked")
     flat = array.reshape(-1)
     for begin in range(0, len(flat), _IDS_AT_A_TIME):
         yield [int(token) for token in flat[begin : begin + _IDS_AT_A_TIME].tolist()]
@@ -143,8 +156,12 @@ def _only_row(given: Mapping[str, Any]) -> Source:
         if len(ids) > 1:
             raise ValueError(f"input_ids must be those of one text, got those of {len(ids)}")
         ids = ids[0]
-    if mask is not None and not all(_flat(mask)):
-        raise ValueError("input_ids must be without padding, got an attention_mask with zeros")
+    if mask is not None:
+        values = list(_flat(mask))
+        if not all(values):
+            raise ValueError("input_ids must be without padding, got an attention_mask with zeros")
+        if len(values) != sum(1 for _ in _flat(ids)):
+            raise ValueError(f"attention_mask must be as long as input_ids, got {len(values)}")
     return cast("Source", ids)
 
 

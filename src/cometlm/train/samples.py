@@ -166,7 +166,7 @@ class Samples:
         with ENCODING:
             out = self._tokenizer.apply_chat_template(given[0], tokenize=True, **common)
         ids, mask = list(out["input_ids"]), list(out["assistant_masks"]) if masked else []
-        if mark in text:
+        if mark in text or (self._plain.takes_alike and not self._special):
             spans = encoded_with_spans(self._tokenizer, text, special=True)[1] if masked else []
             ids, places = self._plain.encode_frame_with_spans(text, mark)
             said = bytearray(len(text))
