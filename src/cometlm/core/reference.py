@@ -2,7 +2,9 @@
 
 Ground truth for the tests (SPEC §2, §3, §4), and the path that benchmarks call naive. It runs the
 backbone's layers on whole rows [G | T | text and C | R] under an explicit mask, one sample at a
-time, and shares no code with the fast path but the memory's weights.
+time, and shares no code with the fast path but the memory's weights, how text is embedded, and
+plain attention where a backbone has softcaps or sinks (which a test compares with transformers').
+A backbone without a row runs by its own forward.
 """
 
 from __future__ import annotations
