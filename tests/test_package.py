@@ -241,6 +241,7 @@ PACKAGES: list[list[str]] = [
     ["parallel"],
     ["train"],
     ["planner"],
+    ["serve"],
     [""],  # the public names
     ["cli"],
 ]

@@ -162,16 +162,16 @@ class Session:
         Raises:
             ValueError, FloatingPointError: as `read`.
         """
+        with self._reads:
+            for _ in self.asking_in_one_chunk(question):
+                pass
+
+    def asking_in_one_chunk(self, question: Sequence[int]) -> Iterator[SessionStats]:
+        """Like `ask_in_one_chunk`, giving the stats after every chunk."""
         self._check(question)
-        with self._reads, self._state:
-            self._end_text()
-            sizes = self.model.config.comet_config
-            wanted = len(question) + sizes.chunk_size // _ANSWER_SHARE
-            fits = sizes.overlap + wanted <= sizes.chunk_size
-            full = len(self._open) + wanted > sizes.chunk_size
-            if question and self._open and fits and full:
-                self._fold(len(self._open))
-            self.read(question)
+        yield from self.finish()
+        yield from self._stepwise(self._making_room(len(question)))
+        yield from self.reading(list(question))
 
     def finish(self) -> Iterator[SessionStats]:
         """Say that the text ends here: its last tokens need not wait for more."""
@@ -331,6 +331,56 @@ class Session:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a session is kept by save() and copied by fork()")
 
+    # --- writing token by token -------------------------------------------------------------
+
+    def render_turn(
+        self,
+        message: str | Sequence[Message],
+        options: ChatOptions = PLAIN,
+    ) -> Turn:
+        """A message in the chat template, as it would be read next, and what ends its answer.
+
+        Raises:
+            ValueError: as `ask`.
+        """
+        return self._turn(message, options)
+
+    @torch.no_grad()
+    def begin_answer(self) -> tuple[CometCache, Tensor]:
+        """Run the open chunk: what to go on from, and the logits [V] of the token that is next.
+
+        The text ends here, as in `finish`; nothing else changes. `session.writer.Writer` goes on
+        from there.
+
+        Raises:
+            ValueError: nothing was read.
+        """
+        self._end_text()
+        if not self._open:
+            raise ValueError("nothing was read and the prompt is empty: there is nothing to go on")
+        out = self.model(
+            self._tensor(self._open),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.past_key_values, out.logits[0, -1]
+
+    def ending_turn(
+        self, answer: Sequence[int], closing: Sequence[int], stops: Collection[int]
+    ) -> Iterator[SessionStats]:
+        """Read the answer to a chat turn and what ends it, giving the stats after every chunk.
+
+        Args:
+            answer: token ids, as they were written.
+            closing: what the chat template writes behind an answer (`Turn.closing_ids`).
+            stops: ids that end generation; a control token of them stands there once, or not at
+                all where the template writes another.
+        """
+        control = set(self._plain.control.values())
+        yield from self.reading(_ended(answer, closing, set(stops) & control))
+        self._turns += 1
+
     # --- keeping ----------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
@@ -413,6 +463,14 @@ class Session:
 
     def _finishing(self) -> Iterator[SessionStats]:
         yield from self._take(self._stream.finish() if self._stream is not None else [])
+
+    def _making_room(self, question: int) -> Iterator[SessionStats]:
+        """End the open chunk where a question of so many tokens would be cut; see above."""
+        sizes = self.model.config.comet_config
+        wanted = question + sizes.chunk_size // _ANSWER_SHARE
+        fits = sizes.overlap + wanted <= sizes.chunk_size
+        if question and self._open and fits and len(self._open) + wanted > sizes.chunk_size:
+            yield self._fold(len(self._open))
 
     def _settling(self) -> Iterator[SessionStats]:
         yield from self._take(self._stream.settle() if self._stream is not None else [])
@@ -508,9 +566,9 @@ class Session:
         finally:
             try:
                 if answer:
-                    stops = stop_ids(generation, self.model) & set(work._plain.control.values())
-                    work.read(_ended(answer, turn.closing_ids, stops))
-                    work._turns += 1
+                    stops = stop_ids(generation, self.model)
+                    for _ in work.ending_turn(answer, turn.closing_ids, stops):
+                        pass
                     with self._state:
                         self._become(work)
             finally:
