@@ -99,6 +99,12 @@ class Session:
         self._text_place = Place(count)
 
     @property
+    def open_tokens(self) -> int:
+        """Tokens of the open chunk, which asking runs again; its overlap and waiting text count."""
+        with self._state:
+            return self.stats().tokens - self._only_in_memory(self._cache)
+
+    @property
     def turns(self) -> int:
         """Messages of `chat` that were answered, also before saving and loading."""
         return self._turns
@@ -194,8 +200,7 @@ class Session:
             cache, read = self._cache, len(self._open)
             stream = copy.copy(self._stream)
         waiting = stream.finish() if stream is not None else ()
-        again = cache.chunks_folded * self.model.config.comet_config.overlap
-        tokens = cache.tokens_read + read - again + len(waiting)
+        tokens = self._only_in_memory(cache) + read + len(waiting)
         return SessionStats(tokens, cache.chunks_folded, cache.nbytes)
 
     # --- writing ----------------------------------------------------------------------------
@@ -377,16 +382,33 @@ class Session:
             stops: ids that end generation; a control token of them stands there once, or not at
                 all where the template writes another.
         """
-        control = set(self._plain.control.values())
-        yield from self.reading(_ended(answer, closing, set(stops) & control))
+        yield from self.reading(self.ended_turn(answer, closing, stops))
         self._turns += 1
+
+    def ended_turn(
+        self, answer: Sequence[int], closing: Sequence[int], stops: Collection[int]
+    ) -> list[int]:
+        """The ids that `ending_turn` reads."""
+        return _ended(answer, closing, set(stops) & set(self._plain.control.values()))
 
     # --- keeping ----------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        notes: Mapping[str, Any] | None = None,
+        made_by: Mapping[str, str] | None = None,
+    ) -> None:
         """Write the session to a file of the same size whatever was read.
 
         The file appears whole or not at all; an older one of that name survives any crash.
+
+        Args:
+            path: where to.
+            notes: JSON values that the file holds beside it; `session.file.read_notes` has them.
+            made_by: `session.file.identity` of the model, for those who save often: it looks at
+                all weights.
 
         Raises:
             OSError: the file cannot be written.
@@ -401,18 +423,31 @@ class Session:
                 digest=self._text_place.digest,
                 stream=stream,
             )
-        session_file.save(path, kept, self.model)
+        session_file.save(path, kept, self.model, notes=notes, made_by=made_by)
 
     @classmethod
-    def load(cls, path: str | Path, model: CometForCausalLM, tokenizer: Any = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        model: CometForCausalLM,
+        tokenizer: Any = None,
+        *,
+        made_by: Mapping[str, str] | None = None,
+    ) -> Self:
         """Go on from a saved session.
+
+        Args:
+            path: of `save`.
+            model: that made it.
+            tokenizer: its tokenizer.
+            made_by: as `save`.
 
         Raises:
             ValueError: the file is no session, damaged, or of another model; the message says
                 which.
             OSError: the file cannot be read.
         """
-        kept = session_file.load(path, model)
+        kept = session_file.load(path, model, made_by=made_by)
         session = cls(model, tokenizer)
         session._cache, session._open = kept.cache, list(kept.open)
         session._turns, session._text_place = kept.turns, Place(kept.characters, kept.digest)
@@ -432,6 +467,10 @@ class Session:
         self._reads = threading.RLock()  # whose text is being read
         self._state = threading.RLock()  # held while what was read is changed or copied
         self._is_answering = False
+
+    def _only_in_memory(self, cache: CometCache) -> int:
+        """Tokens that were read and are not in the open chunk."""
+        return cache.tokens_read - cache.chunks_folded * self.model.config.comet_config.overlap
 
     def _stepwise(self, work: Iterator[SessionStats]) -> Iterator[SessionStats]:
         """Pass stats on; between two of them others may look at the session."""
@@ -659,5 +698,5 @@ def _ended(answer: Sequence[int], closing: Sequence[int], stops: Collection[int]
     for shared in range(min(len(answer), len(closing)), 0, -1):
         if list(answer[-shared:]) == list(closing[:shared]):
             return [*answer, *closing[shared:]]
-    said = answer[:-1] if closing and answer[-1] in stops else answer
+    said = answer[:-1] if closing and answer and answer[-1] in stops else answer
     return [*said, *closing]

@@ -1,0 +1,145 @@
+"""What one request does with the model: read what is new, write answers, keep what was said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from cometlm.serve.engine import Work
+from cometlm.serve.transcript import Transcript
+from cometlm.session.session import Session
+from cometlm.session.writer import Finish, Sampling, Writer
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be read and written.
+
+    Attributes:
+        start: the session to go on from; it stays as it is.
+        history: token ids that come first.
+        question: ids that no chunk border cuts.
+        closing: ids that end a turn; None: this is no chat.
+        sampling: how tokens are chosen.
+        most: tokens that each answer has at most.
+        stops: ids that end an answer.
+        stop: strings that do.
+        count: how many answers.
+    """
+
+    start: Session
+    history: Sequence[int]
+    question: Sequence[int]
+    closing: Sequence[int] | None
+    sampling: Sampling
+    most: int
+    stops: Collection[int] = ()
+    stop: Sequence[str] = ()
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more text of an answer."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    Attributes:
+        index: which of several.
+        text: without a stop string.
+        finish: why it ended.
+        tokens: how many were written.
+        session: after it.
+        kept: ids that the session read as the answer, and what ends a turn.
+    """
+
+    index: int
+    text: str
+    finish: Finish
+    tokens: int
+    session: Session
+    kept: Sequence[int]
+
+
+class _Choice:
+    """One of several answers while it is written."""
+
+    def __init__(self, index: int, order: Order, writer: Writer) -> None:
+        self.index, self.writer = index, writer
+        self.transcript = Transcript(order.start.tokenizer, order.stop)
+        self._stops = order.stops
+
+    def take(self) -> str:
+        """A token; the text that it makes certain."""
+        token = self.writer.take()
+        assert token is not None
+        text = "" if token in self._stops else self.transcript.add(token)
+        if self.transcript.is_stopped:
+            self.writer.stop()
+        return text if self.writer.finish is None else text + self.transcript.finish()
+
+
+def answering(order: Order, emit: Callable[[Piece | Answer], None]) -> Work:
+    """The work of an `engine.Job`: pieces of text while they are written, then whole answers."""
+    session = order.start.fork()
+    yield from _chunks(session.reading(list(order.history)))
+    yield from _chunks(session.asking_in_one_chunk(order.question))
+    cache, logits = session.begin_answer()
+    yield ()
+    suppressed = session.model.config.suppressed_tokens
+    choices = [
+        _Choice(
+            index,
+            order,
+            Writer(
+                cache,
+                logits,
+                order.sampling,
+                stops=order.stops,
+                most=order.most,
+                suppressed=suppressed,
+                stream=index,
+            ),
+        )
+        for index in range(order.count)
+    ]
+    going = choices
+    while going:
+        for choice in going:
+            text = choice.take()
+            if text:
+                emit(Piece(choice.index, text))
+        going = [choice for choice in going if choice.writer.finish is None]
+        if going:
+            yield [choice.writer for choice in going]
+    for choice in choices:
+        after, kept = session.fork(), choice.transcript.kept_ids()
+        if order.closing is None:
+            yield from _chunks(after.reading(kept))
+        else:
+            yield from _chunks(after.ending_turn(kept, order.closing, order.stops))
+            kept = after.ended_turn(kept, order.closing, order.stops)
+        finish = choice.writer.finish
+        assert finish is not None
+        emit(
+            Answer(
+                choice.index,
+                choice.transcript.text,
+                finish,
+                len(choice.writer.ids),
+                after,
+                kept,
+            )
+        )
+
+
+def _chunks(steps: Iterator[object]) -> Work:
+    """A step of the engine for each chunk."""
+    for _ in steps:
+        yield ()
