@@ -130,6 +130,7 @@ NEED_EXTRAS = {
     "cometlm.serve.http",
     "cometlm.serve.limits",
     "cometlm.serve.metrics",
+    "cometlm.serve.responses",
     "cometlm.serve.schema",
     "cometlm.serve.service",
     "cometlm.train.arguments",

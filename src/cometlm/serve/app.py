@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cometlm import __version__
-from cometlm.serve import chat
+from cometlm.serve import chat, responses
 from cometlm.serve.errors import INVALID, ApiError
 from cometlm.serve.http import Owner, Serving, error_response
 from cometlm.serve.keys import Keys
@@ -57,7 +57,8 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):
         app.add_exception_handler(kind, _tell)
-    app.include_router(chat.router)
+    for one in (chat, responses):
+        app.include_router(one.router)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/metrics", _metrics, methods=["GET"])
     app.add_api_route("/v1/models", _models, methods=["GET"])

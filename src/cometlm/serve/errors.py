@@ -72,7 +72,7 @@ def as_api_error(error: BaseException, param: str | None = None) -> ApiError:
     if isinstance(error, StoppedError):
         return ApiError(str(error), status=503, kind=SERVER, code="stopping")
     if isinstance(error, OSError):
-        said = "the store cannot be written to now; nothing was kept"
+        said = "the store cannot be used now; nothing was kept"
         return ApiError(said, status=503, kind=SERVER, code="store", retry_after=30)
     said = "the server failed; its log says why"
     return ApiError(said, status=500, kind=SERVER, code="internal")

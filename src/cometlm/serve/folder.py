@@ -141,9 +141,13 @@ class Folder:
         path = self._path(name)
         kept = Kept.from_notes(read_notes(path))
         session = Session.load(path, self._model, self._tokenizer, made_by=self._made_by)
-        with contextlib.suppress(OSError):
-            os.utime(path)  # it was used
+        self.touch(name)
         return kept, session
+
+    def touch(self, name: str) -> None:
+        """Note that a session was used now; who opens the folder later sees it."""
+        with contextlib.suppress(OSError):
+            os.utime(self._path(name))
 
     def size(self, name: str) -> int:
         """Bytes of a file; 0 if it is not there."""

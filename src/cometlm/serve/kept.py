@@ -8,6 +8,7 @@ is told from one that never was.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import threading
 import time
@@ -20,6 +21,7 @@ from cometlm.serve.ids import Ids
 from cometlm.serve.trail import beginnings
 from cometlm.session.session import Session
 
+_log = logging.getLogger(__name__)
 _SWEEP = 60.0  # seconds between two looks for what has expired
 
 
@@ -139,8 +141,8 @@ class SessionStore:
         """A session that is kept, to be forked, and what is known of it.
 
         Raises:
-            NotKeptError: there is none for this owner.
-            ValueError: its file is damaged, or of another model.
+            NotKeptError: there is none for this owner, or its file is damaged.
+            OSError: the folder cannot be read now.
         """
         if not self.ids.was_given(name, owner):
             raise NotKeptError(name, was_given=False)
@@ -150,14 +152,19 @@ class SessionStore:
                 self._memory.move_to_end(name)
                 self._entries.move_to_end(name)
                 kept, session, _ = self._memory[name]
+                if self._folder is not None:
+                    self._folder.touch(name)
                 return kept, session
         if self._folder is None:
             raise NotKeptError(name, was_given=True)
         try:
             kept, session = self._folder.read(name)
-        except OSError as error:
+        except FileNotFoundError as error:  # another server dropped it
             with self._lock:
-                self._forget(name)
+                self._forget_entry(name)
+            raise NotKeptError(name, was_given=True) from error
+        except ValueError as error:
+            _log.error("%s cannot be read: %s", name, error)
             raise NotKeptError(name, was_given=True) from error
         if kept.owner != owner or _is_over(kept.expires):
             raise NotKeptError(name, was_given=True)
@@ -191,8 +198,8 @@ class SessionStore:
         for name in reversed(found):
             try:
                 return self.get(name, owner)
-            except (NotKeptError, ValueError):
-                continue  # it has just gone, or its file is damaged: a shorter one
+            except NotKeptError:
+                continue  # it has just gone: a shorter one
         return None
 
     # --- inside; the lock is held -----------------------------------------------------------
