@@ -127,6 +127,7 @@ NEED_EXTRAS = {
     "cometlm.eval.lm_eval",
     "cometlm.serve.app",
     "cometlm.serve.chat",
+    "cometlm.serve.files",
     "cometlm.serve.http",
     "cometlm.serve.limits",
     "cometlm.serve.metrics",

@@ -1,14 +1,19 @@
-"""What one request does with the model: read what is new, write answers, keep what was said."""
+"""What one request does with the model: read what is new and write answers, or read a document."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from cometlm.serve.engine import Work
+from cometlm.serve.errors import ApiError
 from cometlm.serve.transcript import Transcript
 from cometlm.session.session import Session
 from cometlm.session.writer import Finish, Sampling, Writer
+
+_SAY_EVERY = 0.5  # seconds between two words on how far a document was read
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,40 @@ def answering(order: Order, emit: Callable[[Piece | Answer], None]) -> Work:
                 kept,
             )
         )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a document was read.
+
+    Attributes:
+        tokens: of the session, so far.
+        session: it, once the document is read; None: it goes on.
+    """
+
+    tokens: int
+    session: Session | None = None
+
+
+def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None]) -> Work:
+    """The work of an `engine.Job` that reads a document into a session of its own.
+
+    Raises:
+        ApiError: it is no text in UTF-8, or empty.
+    """
+    session, told = start.fork(), time.monotonic()
+    try:
+        for steps in (session.reading(document), session.finish()):
+            for stats in steps:
+                if time.monotonic() - told > _SAY_EVERY:
+                    told = time.monotonic()
+                    emit(Progress(stats.tokens))
+                yield ()
+    except ValueError as error:
+        raise ApiError(str(error), param="file") from error
+    if session.stats() == start.stats():
+        raise ApiError("file: it is empty", param="file")
+    emit(Progress(session.stats().tokens, session))
 
 
 def _chunks(steps: Iterator[object]) -> Work:

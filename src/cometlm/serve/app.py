@@ -14,14 +14,16 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cometlm import __version__
-from cometlm.serve import chat, responses
+from cometlm.serve import chat, files, responses
 from cometlm.serve.errors import INVALID, ApiError
 from cometlm.serve.http import Owner, Serving, error_response
 from cometlm.serve.keys import Keys
 from cometlm.serve.limits import BodyLimit
 from cometlm.serve.service import Service
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# What they are called in requests, without a port; starlette cuts [::1]:8000 at its first colon.
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[")
 
 
 def create_app(
@@ -57,7 +59,7 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):
         app.add_exception_handler(kind, _tell)
-    for one in (chat, responses):
+    for one in (chat, files, responses):
         app.include_router(one.router)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/metrics", _metrics, methods=["GET"])

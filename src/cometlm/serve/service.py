@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import IO, Any
 
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.serve.answer import Answer, Order, Piece, answering
-from cometlm.serve.engine import Engine, Job
+from cometlm.serve.answer import Answer, Order, Piece, Progress, answering, reading
+from cometlm.serve.engine import Engine, Job, Work
 from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
 from cometlm.serve.kept import NotKeptError, SessionStore
@@ -92,7 +92,7 @@ class Prompt:
 
 
 class Run:
-    """A request that is being answered; leave it with `cancel` or at its end."""
+    """A request that is worked on; leave it with `cancel` or at its end."""
 
     def __init__(self, job: Job, events: asyncio.Queue[Any], metrics: Metrics) -> None:
         self._job, self._events, self._metrics = job, events, metrics
@@ -102,6 +102,15 @@ class Run:
 
         Raises:
             ApiError: it could not be written.
+        """
+        async for event in self.events():
+            yield event
+
+    async def events(self) -> AsyncIterator[Any]:
+        """What the work says: see `pieces`; of a document, its `Progress`.
+
+        Raises:
+            ApiError: it ended with an error.
         """
         first: float | None = None
         metrics, asked = self._metrics, self._job.queued_at
@@ -114,11 +123,11 @@ class Run:
                         metrics.failed.labels(error.code).inc()
                         raise error from event.error
                     break
-                if first is None:
+                if first is None and not isinstance(event, Progress):
                     first = time.monotonic()
                     metrics.first_token.observe(first - asked)
                     metrics.queue_time.observe((self._job.started_at or asked) - asked)
-                if isinstance(event, Answer):
+                if isinstance(event, Answer) and first is not None:
                     metrics.generation_tokens.inc(event.tokens)
                     metrics.finished.labels(event.finish).inc()
                     spent = (time.monotonic() - first) / max(1, event.tokens - 1)
@@ -309,6 +318,20 @@ class Service:
             stop=writing.stop,
             count=writing.count,
         )
+        run = self._start(lambda emit: answering(order, emit), owner)
+        self.metrics.prompt_tokens.inc(prompt.tokens)
+        self.metrics.cached_tokens.inc(prompt.cached)
+        return run
+
+    def read(self, start: Session, document: IO[bytes], owner: str) -> Run:
+        """Begin to read a document.
+
+        Raises:
+            ApiError: there is no place.
+        """
+        return self._start(lambda emit: reading(start, document, emit), owner)
+
+    def _start(self, work: Callable[[Callable[[Any], None]], Work], owner: str) -> Run:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def emit(event: Any) -> None:
@@ -316,42 +339,36 @@ class Service:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            job = self.engine.submit(
-                answering(order, emit), owner, lambda error: emit(_Ended(error))
-            )
+            job = self.engine.submit(work(emit), owner, lambda error: emit(_Ended(error)))
         except RuntimeError as error:
             refused = as_api_error(error)
             self.metrics.failed.labels(refused.code).inc()
             raise refused from error
-        self.metrics.prompt_tokens.inc(prompt.tokens)
-        self.metrics.cached_tokens.inc(prompt.cached)
         return Run(job, events, self.metrics)
 
-    async def keep(
-        self,
-        kept: Kept,
-        prompt: Prompt,
-        answer: Answer,
-    ) -> None:
+    async def keep(self, kept: Kept, prompt: Prompt, answer: Answer) -> None:
         """Keep the session that an answer left, under an id; when this returns, it is whole.
 
         Args:
-            kept: without expiry, parent and trail, which are found here.
+            kept: without parent and trail, which are found here.
             prompt: what was answered.
             answer: to it.
 
         Raises:
             ApiError: the store cannot take it.
         """
+        trail = await asyncio.to_thread(prompt.trail_after, answer)
+        await self.put(replace(kept, parent=prompt.parent, trail=trail), answer.session)
 
-        def put() -> None:
-            trail = prompt.trail_after(answer)
-            expires = self.store.expiry()
-            full = replace(kept, expires=expires, parent=prompt.parent, trail=trail)
-            self.store.put(full, answer.session)
+    async def put(self, kept: Kept, session: Session) -> None:
+        """Keep a session under an id, until it expires; when this returns, it is whole.
 
+        Raises:
+            ApiError: the store cannot take it.
+        """
+        lasting = replace(kept, expires=self.store.expiry())
         try:
-            await asyncio.to_thread(put)
+            await asyncio.to_thread(self.store.put, lasting, session)
         except OSError as error:
             raise as_api_error(error) from error
 
