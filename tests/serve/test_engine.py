@@ -131,6 +131,36 @@ def test_an_error_ends_its_job_alone(engine):
     assert log == ["other"] * 20
 
 
+def test_an_error_in_a_batch_ends_its_job_alone(engine):
+    session = session_of()
+    session.read(TEXT[:50])
+    gate, ended = threading.Event(), {}
+
+    def write(damaged):
+        cache, logits = session.begin_answer()
+        writer = Writer(cache, logits, Sampling(0), most=10)
+        gate.wait(10)
+        yield ()
+        while writer.take() is not None and writer.finish is None:
+            if damaged and len(writer.ids) == 4:
+                writer.past = (None, 0)
+            yield [writer]
+        wrote.append(writer.ids)
+
+    wrote, events = [], [threading.Event() for _ in range(3)]
+
+    def done(number):
+        return lambda error: (ended.setdefault(number, error), events[number].set())
+
+    for number in range(3):
+        engine.submit(write(damaged=number == 1), "", done(number))
+    gate.set()
+    assert all(event.wait(30) for event in events)
+    assert ended[0] is ended[2] is None
+    assert isinstance(ended[1], AttributeError)
+    assert wrote == [session.continuation(10)] * 2
+
+
 def test_stopping_lets_jobs_end_or_ends_them():
     log = []
     engine = Engine(model_of("llama"))

@@ -6,7 +6,7 @@ import json
 import openai
 import pytest
 
-from cometlm.serve.app import LOOPBACK_NAMES
+from cometlm.serve.app import LOOPBACK
 from cometlm.serve.keys import Keys, new_key
 from tests.serve.running import running
 
@@ -84,7 +84,7 @@ def test_what_others_read_is_not_gone_on_from(keyed):
 
 def test_other_names_of_the_host():
     """A page in a browser that calls this machine by a name of its own gets nothing."""
-    with running(hosts=LOOPBACK_NAMES) as server:
+    with running(hosts=LOOPBACK) as server:
         assert server.http.get("/v1/models").status_code == 200
         for name, status in (("evil.example", 400), ("localhost:8000", 200), ("[::1]:8000", 200)):
             answer = server.http.get("/v1/models", headers={"Host": name})

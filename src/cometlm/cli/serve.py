@@ -81,7 +81,7 @@ def serve(
         raise ValueError(message)
     import uvicorn
 
-    from cometlm.serve.app import LOOPBACK, LOOPBACK_NAMES, create_app
+    from cometlm.serve.app import LOOPBACK, create_app
     from cometlm.serve.folder import Folder
     from cometlm.serve.kept import SessionStore
     from cometlm.serve.keys import Keys
@@ -111,7 +111,7 @@ def serve(
     app = create_app(
         service,
         keys=known,
-        hosts=LOOPBACK_NAMES if is_local and known is None else None,
+        hosts=LOOPBACK if is_local and known is None else None,
         most_bytes=max_body_mib << 20,
         most_file_bytes=max_file_mib << 20,
     )

@@ -21,9 +21,7 @@ from cometlm.serve.keys import Keys
 from cometlm.serve.limits import BodyLimit
 from cometlm.serve.service import Service
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# What they are called in requests, without a port; starlette cuts [::1]:8000 at its first colon.
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[")
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
 def create_app(

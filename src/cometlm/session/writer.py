@@ -1,7 +1,8 @@
-"""An answer written one token at a time, so that several can be written by turns.
+"""Answers written one token at a time, those of several sessions as rows of one batch.
 
 `Session.ask` leaves writing to transformers' `generate`, which runs until an answer ends. Who
 writes many answers at once, as a server does, takes `Writer` instead: greedily both write the same.
+Answers begin and end when they like; `advance` runs those that go on.
 
     cache, logits = session.begin_answer()
     writer = Writer(cache, logits, Sampling(temperature=0), stops={eos}, most=100)
@@ -63,7 +64,7 @@ class Writer:
     Attributes:
         ids: what was written.
         finish: why it ended; None while it goes on.
-        cache: the model's, after all of `ids` but the last.
+        past: the model's cache after all of `ids` but the last, and which of its rows this is.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Writer:
     ) -> None:
         if most < 1:
             raise ValueError(f"an answer must have room for at least 1 token, got {most}")
-        self.cache = cache
+        self.past = (cache, 0)
         self.ids: list[int] = []
         self.finish: Finish | None = None
         self._logits: Tensor | None = logits
@@ -116,9 +117,9 @@ class Writer:
         """End the answer here: a stop string came."""
         self.finish = "stop"
 
-    def go_on(self, cache: CometCache, logits: Tensor) -> None:
+    def go_on(self, past: tuple[CometCache, int], logits: Tensor) -> None:
         """Take what the model made of the last token."""
-        self.cache, self._logits = cache, logits
+        self.past, self._logits = past, logits
 
     def _chosen(self, logits: Tensor) -> int:
         none: Any = torch.empty((1, 0), dtype=torch.long)  # ids before it; no processor here looks
@@ -131,16 +132,30 @@ class Writer:
 
 @torch.no_grad()
 def advance(model: CometForCausalLM, writers: Sequence[Writer]) -> None:
-    """Run the last token of several answers, none of which has ended.
+    """Run the last token of several answers, none of which has ended, in one call of the model.
 
-    One after the other: rows of several answers in one call are not written yet. Their caches
-    would be joined here (`CometCache` holds ragged rows), and nobody else would have to know.
+    They may stand at different places of different texts. What a row is given does not depend on
+    the others, but for how numbers are rounded. Whatever happens, no writer changes before the
+    model has run.
     """
-    for writer in writers:
-        out = model(
-            torch.tensor([writer.ids[-1:]]),
-            past_key_values=writer.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        writer.go_on(out.past_key_values, out.logits[0, -1])
+    if not writers:
+        return
+    out = model(
+        torch.tensor([writer.ids[-1:] for writer in writers]),
+        past_key_values=_joined([writer.past for writer in writers]),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    for row, writer in enumerate(writers):
+        writer.go_on((out.past_key_values, row), out.logits[row, -1])
+
+
+def _joined(pasts: Sequence[tuple[CometCache, int]]) -> CometCache:
+    """One cache of these rows, in their order; rows that are one already stay so."""
+    groups: list[tuple[CometCache, list[int]]] = []
+    for cache, row in pasts:
+        if groups and groups[-1][0] is cache:
+            groups[-1][1].append(row)
+        else:
+            groups.append((cache, [row]))
+    return CometCache.join([cache.select(rows) for cache, rows in groups])
