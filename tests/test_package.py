@@ -125,11 +125,11 @@ print("every module")
 # Modules that stand on an extra; the command line says which when they cannot be imported.
 NEED_EXTRAS = {
     "cometlm.eval.lm_eval",
+    "cometlm.serve.admission",
     "cometlm.serve.app",
     "cometlm.serve.chat",
     "cometlm.serve.files",
     "cometlm.serve.http",
-    "cometlm.serve.limits",
     "cometlm.serve.metrics",
     "cometlm.serve.responses",
     "cometlm.serve.schema",

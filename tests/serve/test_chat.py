@@ -8,7 +8,9 @@ import pytest
 
 from cometlm import Session
 from cometlm.serve.engine import Engine
+from cometlm.serve.kept import SessionStore
 from tests.serve.running import running, service_of
+from tests.serve.test_kept import folder_of
 from tests.sessions import TEXT, model_of, session_of, tokenizer_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -108,6 +110,27 @@ def test_who_resends_everything_goes_on_from_what_was_kept():
         changed = [*history[:-1], {"role": "assistant", "content": "No."}, user("Why?")]
         cached = ask(server, changed).usage.prompt_tokens_details.cached_tokens
         assert 0 < cached < whole.usage.prompt_tokens
+
+
+def test_a_long_conversation_costs_the_same(tmp_path):
+    """Turn 30 holds what turn 10 holds, and hardly any of the history is run again."""
+    store = SessionStore(folder=folder_of(tmp_path))
+    with running(service_of(store=store)) as server:
+        history, sizes = [], []
+        for turn in range(30):
+            history.append(user(f"Turn {turn}: {TEXT[turn * 7 : turn * 7 + 60]}"))
+            found = ask(server, history)
+            history.append({"role": "assistant", "content": said(found)})
+            session = store.get(found.id, "")[1]
+            sizes.append(session.stats().memory_bytes)
+            new = len(tokenizer_of("llama")(history[-2]["content"])["input_ids"])
+        assert set(sizes[10:]) == {sizes[-1]}
+        usage = found.usage
+        assert usage.prompt_tokens > 1000
+        cached = usage.prompt_tokens_details.cached_tokens
+        assert cached >= 0.95 * (usage.prompt_tokens - new)
+    files = {path.stat().st_size // 4096 for path in tmp_path.glob("*.safetensors")}
+    assert len(files) < 4
 
 
 def test_a_session_is_a_value(server):

@@ -97,7 +97,7 @@ def test_chats_go_on_while_a_file_is_read():
         done = threading.Event()
 
         def read():
-            upload(server, TEXT * 20)
+            upload(server, TEXT * 8)
             done.set()
 
         thread = threading.Thread(target=read)

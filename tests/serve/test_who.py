@@ -41,6 +41,18 @@ def test_nothing_without_a_key(keyed, method, path, header):
     assert server.http.get("/health").status_code == 200
 
 
+def test_an_upload_without_a_key_is_not_taken(keyed):
+    """It is refused before its body comes."""
+    server, *_ = keyed
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+    connection.putrequest("POST", "/v1/files")
+    connection.putheader("Content-Length", "1000000")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=x")
+    connection.endheaders()
+    assert connection.getresponse().status == 401
+    connection.close()
+
+
 def test_sessions_of_others_do_not_exist(keyed):
     _, ann, bob = keyed
 

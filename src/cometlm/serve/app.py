@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 
 from cometlm import __version__
 from cometlm.serve import chat, files, responses
+from cometlm.serve.admission import BodyLimit, KeyCheck
 from cometlm.serve.errors import INVALID, ApiError
 from cometlm.serve.http import Owner, Serving, error_response
 from cometlm.serve.keys import Keys
-from cometlm.serve.limits import BodyLimit
 from cometlm.serve.service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -50,9 +50,13 @@ def create_app(
         yield
         await asyncio.to_thread(service.stop, grace)
 
-    app = FastAPI(title="cometlm", version=__version__, lifespan=lifespan)
-    app.state.service, app.state.keys = service, keys
+    app = FastAPI(
+        title="cometlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.state.service = service
+    # The last one stands in front.
     app.add_middleware(BodyLimit, most=most_bytes, most_of_file=most_file_bytes)
+    app.add_middleware(KeyCheck, keys=keys)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):

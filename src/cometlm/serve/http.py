@@ -13,12 +13,12 @@ from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from cometlm.serve.errors import ApiError, as_api_error
-from cometlm.serve.keys import Keys
 from cometlm.serve.service import Service
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 SESSION_HEADER = "x-session-id"
+OWNER = "cometlm.owner"  # in the scope of a request
 
 
 def service_of(request: Request) -> Service:
@@ -28,22 +28,8 @@ def service_of(request: Request) -> Service:
 
 
 def owner_of(request: Request) -> str:
-    """Whose key came with a request; nobody's where the server has no keys.
-
-    Raises:
-        ApiError: no key, or a wrong one.
-    """
-    keys: Keys | None = request.app.state.keys
-    if keys is None:
-        return ""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    owner = keys.owner_of(key.strip()) if scheme.lower() == "bearer" else None
-    if owner is None:
-        raise ApiError(
-            "no API key, or a wrong one: send Authorization: Bearer KEY",
-            status=401,
-            code="invalid_api_key",
-        )
+    """Whose key came with a request (`admission.KeyCheck`); nobody's without keys."""
+    owner: str = request.scope[OWNER]
     return owner
 
 
