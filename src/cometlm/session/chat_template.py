@@ -119,8 +119,9 @@ class Conversation:
         _check_has_template(tokenizer)
         self._chat = _Chat(tokenizer, checked_messages(messages), options)
         self.ids = self._chat.ids(self._chat.opening(began=False))
-        self.last_turn = num_shared(self.ids, self._chat.ids(self._chat.before_last_turn()))
         self._closing = self._chat.closing()
+        before = self._chat.ids(self._chat.before_last_turn(self._closing))
+        self.last_turn = num_shared(self.ids, before)
         self.closing_ids = self._chat.ids(self._closing)
 
     def answered(self, answer: str) -> list[int]:
@@ -267,18 +268,22 @@ class _Chat:
             shared -= 1
         return following[:shared]
 
-    def before_last_turn(self) -> str:
-        """The conversation up to its last answer; nothing where there is none."""
+    def before_last_turn(self, closing: str) -> str:
+        """The conversation up to what was said after its last answer, if there is one."""
         answers = [i for i, one in enumerate(self._messages) if one["role"] == "assistant"]
-        return self._render(self._messages[: answers[-1] + 1], head=False) if answers else ""
+        return self._answered(self._messages[: answers[-1] + 1], closing) if answers else ""
 
     def answered(self, answer: str, closing: str) -> str:
         """The conversation and an answer, up to where the next message begins; or nothing."""
         said = {"role": "assistant", "content": self._plain.escaped(answer, self._mark)}
+        return "" if self._mark in answer else self._answered([*self._messages, said], closing)
+
+    def _answered(self, messages: list[Any], closing: str) -> str:
+        """Messages that end with an answer, as they stand in front of more; or nothing."""
         more = {"role": "user", "content": _QUESTION}
-        text = self._render([*self._messages, said, more], head=True)
-        end = text.rfind(closing, 0, text.rfind(_QUESTION)) if closing else -1
-        return text[: end + len(closing)] if end >= 0 and self._mark not in answer else ""
+        text = self._render([*messages, more], head=True)
+        after = _after_answer(self._render([*self._past, more], head=True))
+        return text.removesuffix(after) + closing if text.endswith(after) else ""
 
     def ids(self, text: str) -> list[int]:
         """Token ids of what was rendered."""
