@@ -112,6 +112,32 @@ def test_who_resends_everything_goes_on_from_what_was_kept():
         assert 0 < cached < whole.usage.prompt_tokens
 
 
+def test_a_long_message_with_another_end_is_not_read_again():
+    """Places on the way through it are held; answers are those of a server that knows nothing."""
+    document = TEXT * 4
+    asked = [user(document + question) for question in ("Who?", "Who?", "Why then?")]
+    asked.append(user(document[: len(document) // 2]))
+    want = []
+    for message in asked:
+        with running() as fresh:
+            want.append(said(ask(fresh, [message])))
+    with running() as server:
+        found = [ask(server, [message]) for message in asked]
+        assert [said(answer) for answer in found] == want
+        first, again, other, half = (
+            answer.usage.prompt_tokens_details.cached_tokens / answer.usage.prompt_tokens
+            for answer in found
+        )
+        assert first == 0
+        assert again > 0.95
+        assert other > 0.5
+        assert half > 0.5
+        unkept = ask(server, [user("Now " + document)], store=False)
+        again = ask(server, [user("Now " + document)])
+        assert said(again) == said(unkept)
+        assert again.usage.prompt_tokens_details.cached_tokens == 0
+
+
 def test_a_long_conversation_costs_the_same(tmp_path):
     """Turn 30 holds what turn 10 holds, and hardly any of the history is run again."""
     store = SessionStore(folder=folder_of(tmp_path))

@@ -123,6 +123,32 @@ def test_the_least_recently_used_leave_the_folder(tmp_path):
     assert list((tmp_path / "c").glob("*.safetensors")) == []
 
 
+def test_marks_are_held_while_there_is_room(tmp_path):
+    """In memory only; without a folder they make room for what was told, and never the reverse."""
+    for folder in (None, folder_of(tmp_path)):
+        store = SessionStore(folder=folder)
+        told = put(store, 50)
+        size = store.memory_bytes
+        store = SessionStore(memory_bytes=int(2.5 * size), folder=folder)
+        told = put(store, 50)
+        mark = Kept(store.ids.new("mark-", "ann"), "ann", "mark", 5, trail=Trail.of(IDS[:80]))
+        store.hold(mark, session_after(80))
+        assert store.longest(IDS, "ann")[0].id == mark.id
+        for _ in range(2):
+            put(store, 40)
+        assert gone(store, mark.id)
+        if folder is not None:
+            assert store.longest(IDS, "ann")[0].id == told
+            store.hold(mark, session_after(80))
+            assert not any("mark" in path.name for path in tmp_path.iterdir())
+            continue
+        kept = [put(store, 40) for _ in range(2)]
+        store.hold(mark, session_after(80))  # there is no room
+        for name in kept:
+            store.get(name, "ann")
+        assert gone(store, mark.id)
+
+
 def test_they_expire(store, monkeypatch):
     soon, later = put(store, 20, expires=time.time() + 50), put(store, 50, expires=None)
     store.get(soon, "ann")

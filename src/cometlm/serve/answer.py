@@ -13,6 +13,7 @@ from cometlm.serve.transcript import Transcript
 from cometlm.session.session import Session
 from cometlm.session.writer import Finish, Sampling, Writer
 
+_MARK = 8  # chunks that are worth a mark
 _SAY_EVERY = 0.5  # seconds between two words on how far a document was read
 
 
@@ -72,6 +73,19 @@ class Answer:
     kept: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place on the way through a long prompt, which others may begin with.
+
+    Attributes:
+        tokens: how many of the order's ids were read.
+        session: there.
+    """
+
+    tokens: int
+    session: Session
+
+
 class _Choice:
     """One of several answers while it is written."""
 
@@ -90,11 +104,13 @@ class _Choice:
         return text if self.writer.finish is None else text + self.transcript.finish()
 
 
-def answering(order: Order, emit: Callable[[Piece | Answer], None]) -> Work:
-    """The work of an `engine.Job`: pieces of text while they are written, then whole answers."""
+def answering(order: Order, emit: Callable[[Piece | Answer | Mark], None]) -> Work:
+    """The work of an `engine.Job`: pieces of text while they are written, then whole answers.
+
+    Of a long prompt it also gives marks.
+    """
     session = order.start.fork()
-    yield from _chunks(session.reading(list(order.history)))
-    yield from _chunks(session.asking_in_one_chunk(order.question))
+    yield from _read(session, order, emit)
     cache, logits = session.begin_answer()
     yield ()
     suppressed = session.model.config.suppressed_tokens
@@ -142,6 +158,24 @@ def answering(order: Order, emit: Callable[[Piece | Answer], None]) -> Work:
                 kept,
             )
         )
+
+
+def _read(session: Session, order: Order, emit: Callable[[Mark], None]) -> Work:
+    """Read a prompt; marks at the doubles of some chunks, and at the end of a long one."""
+    size = session.model.config.comet_config.chunk_size
+    ids, question = list(order.history), list(order.question)
+    if len(question) > size:  # cut in any case
+        ids, question = ids + question, []
+    begin, border = 0, _MARK * size
+    while begin < len(ids):
+        yield from _chunks(session.reading(ids[begin:border]))
+        begin = min(border, len(ids))
+        if begin == border:
+            emit(Mark(begin, session.fork()))
+            border *= 2
+    yield from _chunks(session.asking_in_one_chunk(question))
+    if len(ids) >= _MARK * size and len(ids) + len(question) > border // 2:
+        emit(Mark(len(ids) + len(question), session.fork()))
 
 
 @dataclass(frozen=True)

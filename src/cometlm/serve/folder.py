@@ -37,7 +37,7 @@ class Kept:
     Attributes:
         id: what it is found by.
         owner: who may see it.
-        kind: "response", "chat", "completion" or "file".
+        kind: "response", "chat", "completion", "file" or "mark" (a place in a prompt).
         created: seconds since 1970.
         expires: seconds since 1970; None: never.
         parent: the id that it went on from.

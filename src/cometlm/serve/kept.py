@@ -58,6 +58,7 @@ class _Entry:
     expires: float | None
     trail: tuple[int, str] | None  # its length and digest
     nbytes: int  # of its file, or in memory where there is no folder
+    is_passing: bool = False  # it is in memory only, and goes when it leaves that
 
 
 class SessionStore:
@@ -135,6 +136,17 @@ class SessionStore:
             self._enter(kept, size if self._folder is not None else nbytes)
             self._hold(kept, session, nbytes)
             self._sweep()
+            self._make_room()
+
+    def hold(self, kept: Kept, session: Session) -> None:
+        """Keep a session in memory only, while there is room: nobody was told its id."""
+        nbytes = _nbytes(kept, session)
+        if nbytes > self._memory_budget:
+            return
+        with self._lock:
+            self._enter(kept, 0)
+            self._entries[kept.id].is_passing = True
+            self._hold(kept, session, nbytes)
             self._make_room()
 
     def get(self, name: str, owner: str) -> tuple[Kept, Session]:
@@ -222,13 +234,19 @@ class SessionStore:
 
     def _make_room(self) -> None:
         while self._memory_bytes > self._memory_budget:
-            name = next(iter(self._memory))
-            if self._folder is None:
+            name = self._first_to_leave_memory()
+            if self._folder is None or self._entries[name].is_passing:
                 self._forget(name)
             else:
                 self._let_go(name)
         while self._folder is not None and self._folder_bytes > self._folder_budget:
             self._forget(next(iter(self._entries)))
+
+    def _first_to_leave_memory(self) -> str:
+        """The least recently used; without a folder, nothing that was told makes room for marks."""
+        passing = (name for name in self._memory if self._entries[name].is_passing)
+        oldest = next(iter(self._memory))
+        return oldest if self._folder is not None else next(passing, oldest)
 
     def _sweep(self) -> None:
         if time.monotonic() - self._swept < _SWEEP:

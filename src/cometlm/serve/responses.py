@@ -40,7 +40,8 @@ async def create(body: ResponseBody, request: Request, service: Serving, owner: 
         session=body.previous_response_id,
         session_field="previous_response_id",
     )
-    writing = Writing(sampling_of(body.temperature, body.top_p, None), most)
+    sampling = sampling_of(body.temperature, body.top_p, None)
+    writing = Writing(sampling, most, keeps=body.store is not False)
     reply = _Reply(service, body, owner, prompt, items, most)
     run = service.run(prompt, writing, owner)
     if body.stream:

@@ -115,6 +115,7 @@ class Sampled(Body):
             service.most_tokens(asked, usual, param),
             stop,
             count,
+            keeps=self.store is not False,
         )
 
 

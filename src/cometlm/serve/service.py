@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import IO, Any
 
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.serve.answer import Answer, Order, Piece, Progress, answering, reading
+from cometlm.serve.answer import Answer, Mark, Order, Piece, Progress, answering, reading
 from cometlm.serve.engine import Engine, Job, Work
 from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
@@ -47,6 +47,7 @@ class Writing:
     most: int
     stop: tuple[str, ...] = ()
     count: int = 1
+    keeps: bool = True  # what was read and said
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Prompt:
         start: the session to go on from.
         parent: its id; None: an empty one.
         history, question, closing: see `Order`.
-        trail: of all ids up to the answer, if they are known.
+        base: trail of what `start` has read, if it is known.
         conversation: a whole one that the client sent; None: it sent what is new.
     """
 
@@ -66,8 +67,13 @@ class Prompt:
     history: Sequence[int]
     question: Sequence[int]
     closing: Sequence[int] | None
-    trail: Trail | None
+    base: Trail | None
     conversation: Conversation | None = None
+
+    @property
+    def new(self) -> list[int]:
+        """All ids that are read."""
+        return [*self.history, *self.question]
 
     @property
     def tokens(self) -> int:
@@ -88,7 +94,7 @@ class Prompt:
                 ids = []
             if ids:
                 return Trail.of(ids)
-        return None if self.trail is None else self.trail.extended(answer.kept)
+        return None if self.base is None else self.base.extended([*self.new, *answer.kept])
 
 
 class Run:
@@ -260,20 +266,19 @@ class Service:
             raise ValueError("with a session, send only what was said after its answer")
         kept, start = self.store.get(name, owner)
         turn = start.render_turn(messages, options)
-        trail = None if kept.trail is None else kept.trail.extended(turn.opening_ids)
-        return Prompt(start, name, (), turn.opening_ids, turn.closing_ids, trail)
+        return Prompt(start, name, (), turn.opening_ids, turn.closing_ids, kept.trail)
 
     def _whole(self, messages: Sequence[Message], owner: str, options: ChatOptions) -> Prompt:
         conversation = Conversation(self.tokenizer, messages, options)
-        parent, start, read = self._known(conversation.ids, owner)
-        turn = max(read, conversation.last_turn)
+        parent, start, base = self._known(conversation.ids, owner)
+        read, turn = base.length, max(base.length, conversation.last_turn)
         return Prompt(
             start,
             parent,
             conversation.ids[read:turn],
             conversation.ids[turn:],
             conversation.closing_ids,
-            Trail.of(conversation.ids),
+            base,
             conversation,
         )
 
@@ -284,20 +289,19 @@ class Service:
             raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}")
         if name is not None:
             kept, start = self.store.get(name, owner)
-            trail = None if kept.trail is None else kept.trail.extended(ids)
-            return Prompt(start, name, ids, (), None, trail)
+            return Prompt(start, name, ids, (), None, kept.trail)
         ids = [*prefix_ids(self.tokenizer), *ids] if isinstance(prompt, str) else list(ids)
         if not ids:
             raise ValueError("the prompt is empty: there is nothing to go on from")
-        parent, start, read = self._known(ids, owner)
-        return Prompt(start, parent, ids[read:], (), None, Trail.of(ids))
+        parent, start, base = self._known(ids, owner)
+        return Prompt(start, parent, ids[base.length :], (), None, base)
 
-    def _known(self, ids: Sequence[int], owner: str) -> tuple[str | None, Session, int]:
-        """A session that has read most of what these ids begin with, its id, and how many."""
+    def _known(self, ids: Sequence[int], owner: str) -> tuple[str | None, Session, Trail]:
+        """A session that has read most of what these ids begin with, its id, and its trail."""
         found = self.store.longest(ids, owner)
         if found is None or found[0].trail is None:
-            return None, Session(self.model, self.tokenizer), 0
-        return found[0].id, found[1], found[0].trail.length
+            return None, Session(self.model, self.tokenizer), Trail()
+        return found[0].id, found[1], found[0].trail
 
     # --- running and keeping ----------------------------------------------------------------
 
@@ -318,10 +322,33 @@ class Service:
             stop=writing.stop,
             count=writing.count,
         )
-        run = self._start(lambda emit: answering(order, emit), owner)
+        loop = asyncio.get_running_loop()
+
+        def mark(found: Mark) -> None:
+            loop.run_in_executor(None, self._mark, prompt, owner, found)
+
+        def work(emit: Callable[[Any], None]) -> Work:
+            def say(event: Any) -> None:
+                if not isinstance(event, Mark):
+                    emit(event)
+                elif writing.keeps and prompt.base is not None:
+                    loop.call_soon_threadsafe(mark, event)
+
+            return answering(order, say)
+
+        run = self._start(work, owner)
         self.metrics.prompt_tokens.inc(prompt.tokens)
         self.metrics.cached_tokens.inc(prompt.cached)
         return run
+
+    def _mark(self, prompt: Prompt, owner: str, mark: Mark) -> None:
+        """Hold a place in a prompt in memory, for others that begin so."""
+        assert prompt.base is not None
+        trail = prompt.base.extended(prompt.new[: mark.tokens])
+        name = self.store.ids.new("mark-", owner)
+        expires = self.store.expiry()
+        kept = Kept(name, owner, "mark", int(time.time()), expires, prompt.parent, trail)
+        self.store.hold(kept, mark.session)
 
     def read(self, start: Session, document: IO[bytes], owner: str) -> Run:
         """Begin to read a document.
