@@ -9,7 +9,6 @@ from importlib.util import find_spec
 EVAL = 'pip install "cometlm[eval]"'
 PLOT = 'pip install "cometlm[plot]"'
 RULER = 'pip install "cometlm[ruler]"'
-SERVE = 'pip install "cometlm[serve]"'
 TRAIN = 'pip install "cometlm[train]"'
 
 

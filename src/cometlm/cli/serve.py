@@ -9,9 +9,10 @@ import typer
 
 from cometlm.cli import options
 from cometlm.cli.console import UNTRAINED, describe, err, is_untrained, load_quietly, out
-from cometlm.extras import SERVE, lacks
+from cometlm.extras import lacks
 
 NEEDS = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "python_multipart")
+SERVE = 'pip install "cometlm[serve]"'
 _WHO, _KEPT, _LIMITS = "Who may", "What is kept", "Limits"
 
 
