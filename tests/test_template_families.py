@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cometlm.session.chat_template import ChatOptions, render_turn
+from cometlm.session.chat_template import ChatOptions, Conversation, render_turn
 from cometlm.session.plain_text import PlainText
 from tests import real
 from tests.chat_templates import FAMILIES
@@ -84,6 +84,32 @@ def test_what_a_message_holds_of_control_tokens_is_text(name, data):
     assert counted(turn.opening_ids) == counted(plain.opening_ids)
     assert tokenizer.decode(turn.opening_ids) == turn.opening
     assert message in turn.opening
+
+
+@every
+@examples(15)
+@given(data=st.data())
+def test_a_conversation_begins_as_the_one_before_it_was_answered(name, data):
+    """So who sends all of it again is known by its ids, whatever was said."""
+    tokenizer = tokenizer_of(name)
+    parts = st.sampled_from([*WORDS, *sorted(PlainText.of(tokenizer).control)])
+    words = st.lists(parts, min_size=1, max_size=6).map("".join).filter(str.strip)
+    texts = data.draw(st.lists(words, min_size=5, max_size=5))
+    texts[::2] = [f"x{text}x" for text in texts[::2]]  # what a template must not drop
+    roles = ["user", "assistant"]
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    before: list[int] = []
+    for end in (1, 3, 5):
+        conversation = Conversation(tokenizer, messages[:end])
+        assert conversation.ids[: len(before)] == before
+        assert conversation.last_turn == len(before)
+        if end < 5:
+            before = conversation.answered(texts[end])
+            assert before
+    first = Conversation(tokenizer, messages[:1])
+    turn = render_turn(tokenizer, texts[0], True, False)
+    assert (first.ids, first.closing_ids) == (turn.opening_ids, turn.closing_ids)
+    assert first.last_turn == 0
 
 
 @every

@@ -11,7 +11,7 @@ import typer
 from safetensors import SafetensorError
 
 from cometlm import __version__
-from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, train
+from cometlm.cli import ask, chat, demo, generate, import_, info, plan, read, serve, train
 from cometlm.cli import eval as eval_
 from cometlm.cli import inspect as inspect_
 from cometlm.cli.console import err, out, print_error
@@ -56,6 +56,8 @@ _VERBS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "eval": eval_.eval_,
     "inspect": inspect_.inspect,
+    "serve": serve.serve,
+    "key": serve.key,
     "info": info.info,
     "plan": plan.plan,
     "import": import_.import_,

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from cometlm.config import CometConfig
 from cometlm.core.layout import RowCounts
-from cometlm.core.state import LayerState
+from cometlm.core.state import LayerState, join_layers
 
 PARTS = ("global", "temporary")  # the two halves of a memory
 
@@ -60,6 +60,28 @@ class CometCache:
                 added += config.chunk_size // config.stride - row.text // config.stride + rest
             longest = max(longest, memory + row.items + added + config.global_slots)
         return longest
+
+    @classmethod
+    def join(cls, caches: Sequence[CometCache]) -> CometCache:
+        """The cache of a batch of all rows of these, which may stand at different places.
+
+        Raises:
+            ValueError: none, or of different sizes; some rows have an open chunk and others not.
+        """
+        if len(caches) == 1:
+            return caches[0]
+        if not caches:
+            raise ValueError("caches must be at least one, got none")
+        first = caches[0]
+        if any(cache.config != first.config for cache in caches):
+            raise ValueError("caches must be of the same sizes to be joined")
+        single = [cache.select([row]) for cache in caches for row in range(len(cache.rows))]
+        rows = tuple(cache.rows[0] for cache in single)
+        if len({row.items > 0 for row in rows}) > 1:
+            raise ValueError("caches must all have an open chunk to be joined, or none")
+        layers = tuple(map(join_layers, zip(*(cache.layers for cache in single), strict=True)))
+        longest = max(cache.max_positions for cache in caches)
+        return cls(layers, rows, first.config, longest)
 
     def select(self, rows: Sequence[int]) -> CometCache:
         """The cache of a batch made of these rows of this one; a row may come up repeatedly.

@@ -76,6 +76,28 @@ class LayerState:
         return LayerState(memory, OpenChunk(read, chunk, pending))
 
 
+def join_layers(layers: Sequence[LayerState]) -> LayerState:
+    """The state of a batch of these rows, as wide as the longest of them needs.
+
+    Args:
+        layers: one layer's state of each row; all have an open chunk, or none has.
+    """
+    memories = [layer.memory for layer in layers]
+    entries = _stacked([_whole(memory.entries) for memory in memories], 1)
+    memory = LayerMemory(
+        _stacked([memory.state for memory in memories], 1), () if entries is None else (entries,)
+    )
+    chunks = [layer.open for layer in layers if layer.open is not None]
+    if not chunks:
+        return LayerState(memory)
+    assert len(chunks) == len(layers), "a row with an open chunk goes with others of them"
+    read = _stacked_pairs([chunk.memory for chunk in chunks])
+    chunk = _stacked_pairs([chunk.chunk for chunk in chunks])
+    assert chunk is not None
+    pending = _stacked([_whole(one.pending) for one in chunks], 1)
+    return LayerState(memory, OpenChunk(read, chunk, () if pending is None else (pending,)))
+
+
 States = tuple[LayerState, ...]
 
 
@@ -127,3 +149,38 @@ def _clip(blocks: Sequence[Tensor], length: int) -> tuple[Tensor, ...]:
             kept.append(block[:, :length])
         length -= block.shape[1]
     return tuple(kept)
+
+
+def _whole(blocks: Sequence[Tensor]) -> Tensor | None:
+    """Blocks [1, e, E] as one; None where there is none."""
+    return torch.cat(list(blocks), dim=1) if blocks else None
+
+
+def _stacked_pairs(pairs: Sequence[KeyValue | None]) -> KeyValue | None:
+    """Keys and values [1, H, n, d] of rows as those of a batch."""
+    keys = _stacked([None if pair is None else pair.key for pair in pairs], 2)
+    values = _stacked([None if pair is None else pair.value for pair in pairs], 2)
+    return None if keys is None or values is None else KeyValue(keys, values)
+
+
+def _stacked(rows: Sequence[Tensor | None], dim: int) -> Tensor | None:
+    """Tensors [1, …] of rows as one of a batch, with filling behind the shorter ones.
+
+    Args:
+        rows: of the same shape but for `dim`; None is one without anything.
+        dim: where they differ.
+
+    Returns:
+        None where no row has anything.
+    """
+    some = next((row for row in rows if row is not None), None)
+    if some is None:
+        return None
+    longest = max(row.shape[dim] for row in rows if row is not None)
+    shape = [len(rows), *some.shape[1:]]
+    shape[dim] = longest
+    full = some.new_zeros(shape)
+    for b, row in enumerate(rows):
+        if row is not None:
+            full[b : b + 1].narrow(dim, 0, row.shape[dim]).copy_(row)
+    return full

@@ -40,13 +40,15 @@ class InspectedSession(Session):
         self._log = TokenLog()
 
     @classmethod
-    def load(cls, path: str | Path, model: CometForCausalLM, tokenizer: Any = None) -> Self:
+    def load(
+        cls, path: str | Path, model: CometForCausalLM, tokenizer: Any = None, **options: Any
+    ) -> Self:
         """Go on from a saved session, which does not know its history.
 
         Raises:
             ValueError, OSError: as `Session.load`.
         """
-        session = super().load(path, model, tokenizer)
+        session = super().load(path, model, tokenizer, **options)
         (row,) = session._cache.rows
         heads = int(model.config.text_config.num_attention_heads)
         sizes = model.config.comet_config

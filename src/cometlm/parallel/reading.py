@@ -106,11 +106,11 @@ class SharedSession(Session):
         self.gather()
         return super().fork(without=without)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, **options: Any) -> None:
         """See `Session.save`: one file, written by the group's first rank."""
         self.gather()
         if self._place == 0:
-            super().save(path)
+            super().save(path, **options)
         with answering("the saving of the session"):
             dist.barrier(self._group)
 

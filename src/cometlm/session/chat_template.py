@@ -83,11 +83,7 @@ def render_turn(
         ValueError: the tokenizer has no chat template, or one that drops or refuses what is said;
             messages that are none.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no chat template; read the message and ask with "
-            "template=False"
-        )
+    _check_has_template(tokenizer)
     chat = _Chat(tokenizer, checked_messages(prompt), options)
     if first:
         opening, closing = chat.opening(began), chat.closing() if answered else ""
@@ -98,6 +94,52 @@ def render_turn(
     return Turn(
         chat.unmarked(opening), chat.unmarked(closing), chat.ids(opening), chat.ids(closing)
     )
+
+
+class Conversation:
+    """A whole conversation in the tokenizer's chat template, up to the answer that is next.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: all of them, from the first; they end with what is to be answered.
+        options: what else the template is given.
+
+    Attributes:
+        ids: token ids up to the answer.
+        last_turn: how many of these stand in front of what was said after the last answer.
+        closing_ids: what follows the answer in the middle of a conversation.
+
+    Raises:
+        ValueError: as `render_turn`.
+    """
+
+    def __init__(
+        self, tokenizer: Any, messages: Sequence[Message], options: ChatOptions = PLAIN
+    ) -> None:
+        _check_has_template(tokenizer)
+        self._chat = _Chat(tokenizer, checked_messages(messages), options)
+        self.ids = self._chat.ids(self._chat.opening(began=False))
+        self._closing = self._chat.closing()
+        before = self._chat.ids(self._chat.before_last_turn(self._closing))
+        self.last_turn = num_shared(self.ids, before)
+        self.closing_ids = self._chat.ids(self._closing)
+
+    def answered(self, answer: str) -> list[int]:
+        """Ids that the conversation begins with once this is its answer and more is said.
+
+        Not what the model read and wrote: a template may leave out thoughts, and a text may have
+        other tokens than it was written with. Empty where the template does not show where an
+        answer ends.
+        """
+        return self._chat.ids(self._chat.answered(answer, self._closing))
+
+
+def _check_has_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no chat template; read the message and ask with "
+            "template=False"
+        )
 
 
 def checked_messages(prompt: str | Sequence[Message]) -> list[Message]:
@@ -230,6 +272,23 @@ class _Chat:
         while shared and self._cuts_a_token(following, shared):
             shared -= 1
         return following[:shared] if shared else self._in_front_of_a_turn(following)
+
+    def before_last_turn(self, closing: str) -> str:
+        """The conversation up to what was said after its last answer, if there is one."""
+        answers = [i for i, one in enumerate(self._messages) if one["role"] == "assistant"]
+        return self._answered(self._messages[: answers[-1] + 1], closing) if answers else ""
+
+    def answered(self, answer: str, closing: str) -> str:
+        """The conversation and an answer, up to where the next message begins; or nothing."""
+        said = {"role": "assistant", "content": self._plain.escaped(answer, self._mark)}
+        return "" if self._mark in answer else self._answered([*self._messages, said], closing)
+
+    def _answered(self, messages: list[Any], closing: str) -> str:
+        """Messages that end with an answer, as they stand in front of more; or nothing."""
+        more = {"role": "user", "content": _QUESTION}
+        text = self._render([*messages, more], head=True)
+        after = _after_answer(self._render([*self._past, more], head=True))
+        return text.removesuffix(after) + closing if text.endswith(after) else ""
 
     def ids(self, text: str) -> list[int]:
         """Token ids of what was rendered."""

@@ -5,7 +5,7 @@ Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemo
 `cometlm`) says the rest: chunks folded, the end of the text that is not tokenised yet, which
 weights and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
 and lengths against the file before anything is allocated; what it cannot know is checked here,
-also before a tensor is read.
+also before a tensor is read. Whoever saves may note something beside it (metadata key `notes`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from cometlm.core.state import LayerState
 
 FORMAT = 1
 _KEY = "cometlm"
+_NOTES = "notes"
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -63,8 +64,22 @@ class SessionState:
     stream: dict[str, Any] | None
 
 
-def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> None:
+def save(
+    path: str | Path,
+    session: SessionState,
+    model: CometForCausalLM,
+    *,
+    notes: Mapping[str, Any] | None = None,
+    made_by: Mapping[str, str] | None = None,
+) -> None:
     """Write a file that appears whole or not at all; a link stays one.
+
+    Args:
+        path: where to.
+        session: what is kept.
+        model: that made it.
+        notes: JSON values that stand in the file beside the session, see `read_notes`.
+        made_by: the model's `identity`, if it is known.
 
     Raises:
         ValueError: a pipe or a device.
@@ -76,7 +91,7 @@ def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> No
     document = {
         "format": FORMAT,
         "version": __version__,
-        "made_by": identity(model),
+        "made_by": dict(made_by or identity(model)),
         "model": describe_model(model),
         "folds": row.folds,
         "entries": row.entries,
@@ -94,7 +109,10 @@ def save(path: str | Path, session: SessionState, model: CometForCausalLM) -> No
         if layer.memory.entries:
             tensors[f"entries.{i}"] = torch.cat(layer.memory.entries, dim=1)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(target, to_bytes(plain, {_KEY: json.dumps(document)}))
+    metadata = {_KEY: json.dumps(document)}
+    if notes is not None:
+        metadata[_NOTES] = json.dumps(dict(notes))
+    write_whole(target, to_bytes(plain, metadata))
 
 
 def check_target(path: Path) -> None:
@@ -128,19 +146,26 @@ def _resolved(path: str | Path) -> Path:
     return target
 
 
-def load(path: str | Path, model: CometForCausalLM) -> SessionState:
+def load(
+    path: str | Path, model: CometForCausalLM, *, made_by: Mapping[str, str] | None = None
+) -> SessionState:
     """Read a file back for the model that made it.
+
+    Args:
+        path: of the file.
+        model: that made it.
+        made_by: the model's `identity`, if it is known.
 
     Raises:
         ValueError: it is no session file, damaged, or of another model; the message says which.
         OSError: it cannot be read.
     """
     document = read_document(path)
-    made_by, here = document["made_by"], identity(model)
+    its, here = document["made_by"], made_by or identity(model)
     for part, ours in here.items():
-        if made_by[part] != ours and not (part == "config" and _same_sizes(made_by[part], ours)):
+        if its[part] != ours and not (part == "config" and _same_sizes(its[part], ours)):
             raise ValueError(
-                f"{path} is a session of another model: its {part} is {made_by[part]}, this "
+                f"{path} is a session of another model: its {part} is {its[part]}, this "
                 f"model's is {ours}"
             )
     sizes = model.config.comet_config
@@ -188,6 +213,24 @@ def read_document(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: its document is no JSON ({error})") from error
     _check(path, document)
     return dict(document)
+
+
+def read_notes(path: str | Path) -> dict[str, Any]:
+    """What was noted in the file when it was saved; nothing in most.
+
+    Raises:
+        ValueError: it is no file of safetensors, or damaged.
+        OSError: it cannot be read.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    try:
+        notes = json.loads(metadata.get(_NOTES, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its notes are no JSON ({error})") from error
+    if not isinstance(notes, dict):
+        raise ValueError(f"{path} is damaged: its notes are a {type(notes).__name__}")
+    return notes
 
 
 def identity(model: CometForCausalLM) -> dict[str, str]:

@@ -106,6 +106,12 @@ class Session:
         self._text_place = Place(count)
 
     @property
+    def open_tokens(self) -> int:
+        """Tokens of the open chunk, which asking runs again; its overlap and waiting text count."""
+        with self._state:
+            return self.stats().tokens - self._only_in_memory(self._cache)
+
+    @property
     def turns(self) -> int:
         """Messages of `chat` that were answered, also before saving and loading."""
         return self._turns
@@ -169,16 +175,16 @@ class Session:
         Raises:
             ValueError, FloatingPointError: as `read`.
         """
+        with self._reads:
+            for _ in self.asking_in_one_chunk(question):
+                pass
+
+    def asking_in_one_chunk(self, question: Sequence[int]) -> Iterator[SessionStats]:
+        """Like `ask_in_one_chunk`, giving the stats after every chunk."""
         self._check(question)
-        with self._reads, self._state:
-            self._end_text()
-            sizes = self.model.config.comet_config
-            wanted = len(question) + sizes.chunk_size // _ANSWER_SHARE
-            fits = sizes.overlap + wanted <= sizes.chunk_size
-            full = len(self._open) + wanted > sizes.chunk_size
-            if question and self._open and fits and full:
-                self._fold(len(self._open))
-            self.read(question)
+        yield from self.finish()
+        yield from self._stepwise(self._making_room(len(question)))
+        yield from self.reading(list(question))
 
     def finish(self) -> Iterator[SessionStats]:
         """Say that the text ends here: its last tokens need not wait for more."""
@@ -201,8 +207,7 @@ class Session:
             cache, read = self._cache, len(self._open)
             stream = copy.copy(self._stream)
         waiting = stream.finish() if stream is not None else ()
-        again = cache.chunks_folded * self.model.config.comet_config.overlap
-        tokens = cache.tokens_read + read - again + len(waiting)
+        tokens = self._only_in_memory(cache) + read + len(waiting)
         return SessionStats(tokens, cache.chunks_folded, cache.nbytes)
 
     # --- writing ----------------------------------------------------------------------------
@@ -338,12 +343,79 @@ class Session:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a session is kept by save() and copied by fork()")
 
+    # --- writing token by token -------------------------------------------------------------
+
+    def render_turn(
+        self,
+        message: str | Sequence[Message],
+        options: ChatOptions = PLAIN,
+    ) -> Turn:
+        """A message in the chat template, as it would be read next, and what ends its answer.
+
+        Raises:
+            ValueError: as `ask`.
+        """
+        return self._turn(message, options)
+
+    @torch.no_grad()
+    def begin_answer(self) -> tuple[CometCache, Tensor]:
+        """Run the open chunk: what to go on from, and the logits [V] of the token that is next.
+
+        The text ends here, as in `finish`; nothing else changes. `session.writer.Writer` goes on
+        from there.
+
+        Raises:
+            ValueError: nothing was read.
+        """
+        self._end_text()
+        if not self._open:
+            raise ValueError("nothing was read and the prompt is empty: there is nothing to go on")
+        out = self.model(
+            self._tensor(self._open),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.past_key_values, out.logits[0, -1]
+
+    def ending_turn(
+        self, answer: Sequence[int], closing: Sequence[int], stops: Collection[int]
+    ) -> Iterator[SessionStats]:
+        """Read the answer to a chat turn and what ends it, giving the stats after every chunk.
+
+        Args:
+            answer: token ids, as they were written.
+            closing: what the chat template writes behind an answer (`Turn.closing_ids`).
+            stops: ids that end generation; a control token of them stands there once, or not at
+                all where the template writes another.
+        """
+        yield from self.reading(self.ended_turn(answer, closing, stops))
+        self._turns += 1
+
+    def ended_turn(
+        self, answer: Sequence[int], closing: Sequence[int], stops: Collection[int]
+    ) -> list[int]:
+        """The ids that `ending_turn` reads."""
+        return _ended(answer, closing, set(stops) & set(self._plain.control.values()))
+
     # --- keeping ----------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        notes: Mapping[str, Any] | None = None,
+        made_by: Mapping[str, str] | None = None,
+    ) -> None:
         """Write the session to a file of the same size whatever was read.
 
         The file appears whole or not at all; an older one of that name survives any crash.
+
+        Args:
+            path: where to.
+            notes: JSON values that the file holds beside it; `session.file.read_notes` has them.
+            made_by: `session.file.identity` of the model, for those who save often: it looks at
+                all weights.
 
         Raises:
             OSError: the file cannot be written.
@@ -358,18 +430,31 @@ class Session:
                 digest=self._text_place.digest,
                 stream=stream,
             )
-        session_file.save(path, kept, self.model)
+        session_file.save(path, kept, self.model, notes=notes, made_by=made_by)
 
     @classmethod
-    def load(cls, path: str | Path, model: CometForCausalLM, tokenizer: Any = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        model: CometForCausalLM,
+        tokenizer: Any = None,
+        *,
+        made_by: Mapping[str, str] | None = None,
+    ) -> Self:
         """Go on from a saved session.
+
+        Args:
+            path: of `save`.
+            model: that made it.
+            tokenizer: its tokenizer.
+            made_by: as `save`.
 
         Raises:
             ValueError: the file is no session, damaged, or of another model; the message says
                 which.
             OSError: the file cannot be read.
         """
-        kept = session_file.load(path, model)
+        kept = session_file.load(path, model, made_by=made_by)
         session = cls(model, tokenizer)
         session._cache, session._open = kept.cache, list(kept.open)
         session._turns, session._text_place = kept.turns, Place(kept.characters, kept.digest)
@@ -389,6 +474,10 @@ class Session:
         self._reads = threading.RLock()  # whose text is being read
         self._state = threading.RLock()  # held while what was read is changed or copied
         self._is_answering = False
+
+    def _only_in_memory(self, cache: CometCache) -> int:
+        """Tokens that were read and are not in the open chunk."""
+        return cache.tokens_read - cache.chunks_folded * self.model.config.comet_config.overlap
 
     def _stepwise(self, work: Iterator[SessionStats]) -> Iterator[SessionStats]:
         """Pass stats on; between two of them others may look at the session."""
@@ -420,6 +509,14 @@ class Session:
 
     def _finishing(self) -> Iterator[SessionStats]:
         yield from self._take(self._stream.finish() if self._stream is not None else [])
+
+    def _making_room(self, question: int) -> Iterator[SessionStats]:
+        """End the open chunk where a question of so many tokens would be cut; see above."""
+        sizes = self.model.config.comet_config
+        wanted = question + sizes.chunk_size // _ANSWER_SHARE
+        fits = sizes.overlap + wanted <= sizes.chunk_size
+        if question and self._open and fits and len(self._open) + wanted > sizes.chunk_size:
+            yield self._fold(len(self._open))
 
     def _settling(self) -> Iterator[SessionStats]:
         yield from self._take(self._stream.settle() if self._stream is not None else [])
@@ -515,9 +612,9 @@ class Session:
         finally:
             try:
                 if answer:
-                    stops = stop_ids(generation, self.model) & set(work._plain.control.values())
-                    work.read(_ended(answer, turn.closing_ids, stops))
-                    work._turns += 1
+                    stops = stop_ids(generation, self.model)
+                    for _ in work.ending_turn(answer, turn.closing_ids, stops):
+                        pass
                     with self._state:
                         self._become(work)
             finally:
@@ -608,5 +705,5 @@ def _ended(answer: Sequence[int], closing: Sequence[int], stops: Collection[int]
     for shared in range(min(len(answer), len(closing)), 0, -1):
         if list(answer[-shared:]) == list(closing[:shared]):
             return [*answer, *closing[shared:]]
-    said = answer[:-1] if closing and answer[-1] in stops else answer
+    said = answer[:-1] if closing and answer and answer[-1] in stops else answer
     return [*said, *closing]

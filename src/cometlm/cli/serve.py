@@ -1,0 +1,132 @@
+"""`cometlm serve MODEL`: a server for OpenAI clients; `cometlm key NAME`: who may use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cometlm.cli import options
+from cometlm.cli.console import UNTRAINED, describe, err, is_untrained, load_quietly, out
+from cometlm.extras import lacks
+
+NEEDS = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "python_multipart")
+SERVE = 'pip install "cometlm[serve]"'
+_WHO, _KEPT, _LIMITS = "Who may", "What is kept", "Limits"
+
+
+def serve(
+    model: options.Model,
+    loading: options.LoadOptions,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; by default on this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model. Default: as it is called here.")
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="A file of API keys (`cometlm key`).", rich_help_panel=_WHO),
+    ] = None,
+    allow_anyone: Annotated[
+        bool,
+        typer.Option(
+            "--allow-anyone",
+            help="Listen beyond this machine without keys: whoever reaches it may use it.",
+            rich_help_panel=_WHO,
+        ),
+    ] = False,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for sessions, which then outlive the server.", rich_help_panel=_KEPT
+        ),
+    ] = None,
+    store_gib: Annotated[
+        float,
+        typer.Option(min=0.001, help="GiB that the folder may take.", rich_help_panel=_KEPT),
+    ] = 16.0,
+    memory_gib: Annotated[
+        float,
+        typer.Option(min=0.0, help="GiB of sessions held in memory.", rich_help_panel=_KEPT),
+    ] = 1.0,
+    keep_days: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Days that a session is kept; 0: always.", rich_help_panel=_KEPT
+        ),
+    ] = 30.0,
+    max_running: Annotated[
+        int, typer.Option(min=1, help="Requests worked on at once.", rich_help_panel=_LIMITS)
+    ] = 16,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait.", rich_help_panel=_LIMITS)
+    ] = 256,
+    max_body_mib: Annotated[
+        int, typer.Option(min=1, help="MiB of a request.", rich_help_panel=_LIMITS)
+    ] = 64,
+    max_file_mib: Annotated[
+        int, typer.Option(min=1, help="MiB of an upload.", rich_help_panel=_LIMITS)
+    ] = 4096,
+    grace: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seconds that running requests get at the end.", rich_help_panel=_LIMITS
+        ),
+    ] = 30,
+) -> None:
+    """Serve a model to OpenAI clients; conversations cost the same at any length."""
+    if message := lacks("serving", NEEDS, SERVE):
+        raise ValueError(message)
+    import uvicorn
+
+    from cometlm.serve.app import LOOPBACK, create_app
+    from cometlm.serve.folder import Folder
+    from cometlm.serve.kept import SessionStore
+    from cometlm.serve.keys import Keys
+    from cometlm.serve.service import Service
+
+    is_local = host in LOOPBACK
+    if not (is_local or keys or allow_anyone):
+        raise ValueError(
+            f"--host {host} lets others in, and there are no keys: give --keys FILE, or "
+            "--allow-anyone"
+        )
+    known = None if keys is None else Keys.read(keys)
+    loaded, tokenizer = load_quietly(model, **loading.given())
+    err.print(describe(loaded), highlight=False, soft_wrap=True)
+    if is_untrained(loaded):
+        err.print(UNTRAINED, style="yellow")
+    sessions = SessionStore(
+        memory_bytes=int(memory_gib * 2**30),
+        folder=None if store is None else Folder(store, loaded, tokenizer),
+        folder_bytes=int(store_gib * 2**30),
+        lifetime=keep_days * 24 * 3600 or None,
+    )
+    called = name or Path(model).name or model
+    service = Service(
+        loaded, tokenizer, called, sessions, most_running=max_running, most_waiting=max_waiting
+    )
+    app = create_app(
+        service,
+        keys=known,
+        hosts=LOOPBACK if is_local and known is None else None,
+        most_bytes=max_body_mib << 20,
+        most_file_bytes=max_file_mib << 20,
+    )
+    err.print(f"serving {called}; stop with Ctrl-C", highlight=False, soft_wrap=True)
+    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=grace)
+
+
+def key(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    keys: Annotated[Path, typer.Option(help="The file that its hash is added to.")],
+) -> None:
+    """Make an API key for `cometlm serve`. It is shown once; the file holds its hash."""
+    from cometlm.serve.keys import new_key
+
+    made = new_key(keys, name)
+    err.print(f"the key of {name}, which is shown this once:", highlight=False, soft_wrap=True)
+    out.print(made, highlight=False, soft_wrap=True)

@@ -1,0 +1,87 @@
+"""What stands in front of every request: keys and sizes, before anything of a body is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from cometlm.serve.errors import ApiError
+from cometlm.serve.http import OWNER, error_response
+from cometlm.serve.keys import Keys
+
+FILES = "/v1/files"
+OPEN = ("/health",)  # without a key
+
+
+class KeyCheck:
+    """ASGI middleware that notes whose key came with a request, and refuses others.
+
+    Args:
+        app: what it stands in front of.
+        keys: who may; None: everybody, as one owner.
+    """
+
+    def __init__(self, app: Any, keys: Keys | None) -> None:
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or not."""
+        if scope["type"] == "http":
+            owner = self._owner(scope)
+            if owner is None and scope["path"] not in OPEN:
+                refused = ApiError(
+                    "no API key, or a wrong one: send Authorization: Bearer KEY",
+                    status=401,
+                    code="invalid_api_key",
+                )
+                await error_response(refused)(scope, receive, send)
+                return
+            scope[OWNER] = owner
+        await self._app(scope, receive, send)
+
+    def _owner(self, scope: Any) -> str | None:
+        if self._keys is None:
+            return ""
+        given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        scheme, _, key = given.partition(" ")
+        return self._keys.owner_of(key.strip()) if scheme.lower() == "bearer" else None
+
+
+class BodyLimit:
+    """ASGI middleware that refuses larger bodies, whatever their headers say.
+
+    Args:
+        app: what it stands in front of.
+        most: bytes of a body.
+        most_of_file: bytes of an upload.
+    """
+
+    def __init__(self, app: Any, most: int, most_of_file: int) -> None:
+        self._app, self._most, self._most_of_file = app, most, most_of_file
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or not."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        most = self._most_of_file if scope["path"] == FILES else self._most
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        if not said.isdigit() or int(said) > most:
+            await error_response(_too_large(most))(scope, receive, send)
+            return
+        came = 0
+
+        async def counted() -> Any:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > most:
+                raise HTTPException(413, str(_too_large(most)))
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(f"the body must have at most {most} bytes", status=413)

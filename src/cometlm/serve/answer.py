@@ -1,0 +1,218 @@
+"""What one request does with the model: read what is new and write answers, or read a document."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from cometlm.serve.engine import Work
+from cometlm.serve.errors import ApiError
+from cometlm.serve.transcript import Transcript
+from cometlm.session.session import Session
+from cometlm.session.writer import Finish, Sampling, Writer
+
+_MARK = 8  # chunks that are worth a mark
+_SAY_EVERY = 0.5  # seconds between two words on how far a document was read
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be read and written.
+
+    Attributes:
+        start: the session to go on from; it stays as it is.
+        history: token ids that come first.
+        question: ids that no chunk border cuts.
+        closing: ids that end a turn; None: this is no chat.
+        sampling: how tokens are chosen.
+        most: tokens that each answer has at most.
+        stops: ids that end an answer.
+        stop: strings that do.
+        count: how many answers.
+    """
+
+    start: Session
+    history: Sequence[int]
+    question: Sequence[int]
+    closing: Sequence[int] | None
+    sampling: Sampling
+    most: int
+    stops: Collection[int] = ()
+    stop: Sequence[str] = ()
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more text of an answer."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    Attributes:
+        index: which of several.
+        text: without a stop string.
+        finish: why it ended.
+        tokens: how many were written.
+        session: after it.
+        kept: ids that the session read as the answer, and what ends a turn.
+    """
+
+    index: int
+    text: str
+    finish: Finish
+    tokens: int
+    session: Session
+    kept: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place on the way through a long prompt, which others may begin with.
+
+    Attributes:
+        tokens: how many of the order's ids were read.
+        session: there.
+    """
+
+    tokens: int
+    session: Session
+
+
+class _Choice:
+    """One of several answers while it is written."""
+
+    def __init__(self, index: int, order: Order, writer: Writer) -> None:
+        self.index, self.writer = index, writer
+        self.transcript = Transcript(order.start.tokenizer, order.stop)
+        self._stops = order.stops
+
+    def take(self) -> str:
+        """A token; the text that it makes certain."""
+        token = self.writer.take()
+        assert token is not None
+        text = "" if token in self._stops else self.transcript.add(token)
+        if self.transcript.is_stopped:
+            self.writer.stop()
+        return text if self.writer.finish is None else text + self.transcript.finish()
+
+
+def answering(order: Order, emit: Callable[[Piece | Answer | Mark], None]) -> Work:
+    """The work of an `engine.Job`: pieces of text while they are written, then whole answers.
+
+    Of a long prompt it also gives marks.
+    """
+    session = order.start.fork()
+    yield from _read(session, order, emit)
+    cache, logits = session.begin_answer()
+    yield ()
+    suppressed = session.model.config.suppressed_tokens
+    choices = [
+        _Choice(
+            index,
+            order,
+            Writer(
+                cache,
+                logits,
+                order.sampling,
+                stops=order.stops,
+                most=order.most,
+                suppressed=suppressed,
+                stream=index,
+            ),
+        )
+        for index in range(order.count)
+    ]
+    going = choices
+    while going:
+        for choice in going:
+            text = choice.take()
+            if text:
+                emit(Piece(choice.index, text))
+        going = [choice for choice in going if choice.writer.finish is None]
+        if going:
+            yield [choice.writer for choice in going]
+    for choice in choices:
+        after, kept = session.fork(), choice.transcript.kept_ids()
+        if order.closing is None:
+            yield from _chunks(after.reading(kept))
+        else:
+            yield from _chunks(after.ending_turn(kept, order.closing, order.stops))
+            kept = after.ended_turn(kept, order.closing, order.stops)
+        finish = choice.writer.finish
+        assert finish is not None
+        emit(
+            Answer(
+                choice.index,
+                choice.transcript.text,
+                finish,
+                len(choice.writer.ids),
+                after,
+                kept,
+            )
+        )
+
+
+def _read(session: Session, order: Order, emit: Callable[[Mark], None]) -> Work:
+    """Read a prompt; marks at the doubles of some chunks, and at the end of a long one."""
+    size = session.model.config.comet_config.chunk_size
+    ids, question = list(order.history), list(order.question)
+    if len(question) > size:  # cut in any case
+        ids, question = ids + question, []
+    begin, border = 0, _MARK * size
+    while begin < len(ids):
+        yield from _chunks(session.reading(ids[begin:border]))
+        begin = min(border, len(ids))
+        if begin == border:
+            emit(Mark(begin, session.fork()))
+            border *= 2
+    yield from _chunks(session.asking_in_one_chunk(question))
+    if len(ids) >= _MARK * size and len(ids) + len(question) > border // 2:
+        emit(Mark(len(ids) + len(question), session.fork()))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a document was read.
+
+    Attributes:
+        tokens: of the session, so far.
+        session: it, once the document is read; None: it goes on.
+    """
+
+    tokens: int
+    session: Session | None = None
+
+
+def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None]) -> Work:
+    """The work of an `engine.Job` that reads a document into a session of its own.
+
+    Raises:
+        ApiError: it is no text in UTF-8, or empty.
+    """
+    session, told = start.fork(), time.monotonic()
+    try:
+        for steps in (session.reading(document), session.finish()):
+            for stats in steps:
+                if time.monotonic() - told > _SAY_EVERY:
+                    told = time.monotonic()
+                    emit(Progress(stats.tokens))
+                yield ()
+    except ValueError as error:
+        raise ApiError(str(error), param="file") from error
+    if session.stats() == start.stats():
+        raise ApiError("file: it is empty", param="file")
+    emit(Progress(session.stats().tokens, session))
+
+
+def _chunks(steps: Iterator[object]) -> Work:
+    """A step of the engine for each chunk."""
+    for _ in steps:
+        yield ()

@@ -1,0 +1,169 @@
+"""`/v1/chat/completions` and `/v1/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+
+from cometlm.serve.answer import Answer, Piece
+from cometlm.serve.errors import ApiError
+from cometlm.serve.folder import Kept
+from cometlm.serve.http import SESSION_HEADER, Owner, Serving, data, event_stream, unless_gone
+from cometlm.serve.schema import ChatBody, CompletionBody, Sampled
+from cometlm.serve.service import Prompt, Run, Service
+
+router = APIRouter()
+
+_USUAL_COMPLETION = 16  # OpenAI's
+_NAMES = {  # what a reply is called, and what its id begins with
+    "chat": ("chat.completion", "chatcmpl-"),
+    "completion": ("text_completion", "cmpl-"),
+}
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatBody, request: Request, service: Serving, owner: Owner) -> Any:
+    """Answer a chat."""
+    service.check_model(body.model)
+    asked, param = body.max_completion_tokens, "max_completion_tokens"
+    if asked is None:
+        asked, param = body.max_tokens, "max_tokens"
+    writing = body.writing(service, asked, service.limits.usual_tokens, param)
+    prompt = await service.chat(
+        body.messages,
+        owner,
+        session=_session(body, request),
+        variables=body.chat_template_kwargs,
+    )
+    reply = _Reply(service, body, owner, prompt, "chat")
+    return await reply.send(request, service.run(prompt, writing, owner))
+
+
+@router.post("/v1/completions")
+async def completions(
+    body: CompletionBody, request: Request, service: Serving, owner: Owner
+) -> Any:
+    """Go on with a text."""
+    service.check_model(body.model)
+    writing = body.writing(service, body.max_tokens, _USUAL_COMPLETION, "max_tokens")
+    prompt = await service.text(body.prompt, owner, _session(body, request))
+    reply = _Reply(service, body, owner, prompt, "completion")
+    return await reply.send(request, service.run(prompt, writing, owner))
+
+
+def _session(body: Sampled, request: Request) -> str | None:
+    """The session that a request names, in its body or its header.
+
+    Raises:
+        ApiError: it names two.
+    """
+    header = request.headers.get(SESSION_HEADER)
+    if header and body.session and header != body.session:
+        raise ApiError(f"session and the header {SESSION_HEADER} differ", param="session")
+    return body.session or header or None
+
+
+def usage_of(prompt: Prompt, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Tokens of a request, as OpenAI counts them."""
+    written = sum(answer.tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt.tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt.tokens + written,
+        "prompt_tokens_details": {"cached_tokens": prompt.cached},
+    }
+
+
+@dataclass
+class _Reply:
+    """What is said to one request of either kind."""
+
+    service: Service
+    body: Sampled
+    owner: str
+    prompt: Prompt
+    kind: Literal["chat", "completion"]
+
+    def __post_init__(self) -> None:
+        self.created = int(time.time())
+        self.object, self._prefix = _NAMES[self.kind]
+        self.id = self._new_id()
+
+    async def send(self, request: Request, run: Run) -> Any:
+        if self.body.stream:
+            return event_stream(self._stream(run))
+        answers = await unless_gone(request, run.answers())
+        choices = [
+            {
+                "index": answer.index,
+                **self._said(answer.text),
+                "finish_reason": answer.finish,
+                "logprobs": None,
+                "session": await self._keep(answer),
+            }
+            for answer in answers
+        ]
+        return self._frame(choices, usage=usage_of(self.prompt, answers))
+
+    async def _stream(self, run: Run) -> AsyncIterator[str]:
+        answers: list[Answer] = []
+        more = {"usage": None} if self.body.wants_usage else {}
+        begun: set[int] = set()
+        async for event in run.pieces():
+            if event.index not in begun:
+                begun.add(event.index)
+                if self.kind == "chat":
+                    yield self._chunk(event.index, {"role": "assistant", "content": ""}, more)
+            if isinstance(event, Piece):
+                yield self._chunk(event.index, event.text, more)
+                continue
+            answers.append(event)
+            ending = {"finish_reason": event.finish, "session": await self._keep(event)}
+            yield self._chunk(event.index, "", more, ending)
+        if self.body.wants_usage:
+            yield data(self._frame([], chunk=True, usage=usage_of(self.prompt, answers)))
+        yield data("[DONE]")
+
+    def _chunk(
+        self,
+        index: int,
+        said: str | Mapping[str, Any],
+        more: Mapping[str, Any],
+        ending: Mapping[str, Any] | None = None,
+    ) -> str:
+        delta = {"content": said} if isinstance(said, str) and said else said or {}
+        content = {"delta": delta} if self.kind == "chat" else {"text": said}
+        choice = {"index": index, **content, "logprobs": None, "finish_reason": None}
+        return data(self._frame([{**choice, **(ending or {})}], chunk=True, **more))
+
+    def _said(self, text: str) -> dict[str, Any]:
+        if self.kind == "completion":
+            return {"text": text}
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _frame(self, choices: list[Any], chunk: bool = False, **more: Any) -> dict[str, Any]:
+        kind = f"{self.object}.chunk" if chunk and self.kind == "chat" else self.object
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.service.name,
+            "choices": choices,
+            **more,
+        }
+
+    async def _keep(self, answer: Answer) -> str | None:
+        """Keep what an answer left; its id: the reply's own for the first answer."""
+        if self.body.store is False:
+            return None
+        name = self._new_id() if answer.index else self.id
+        kept = Kept(name, self.owner, self.kind, self.created)
+        await self.service.keep(kept, self.prompt, answer)
+        return name
+
+    def _new_id(self) -> str:
+        return self.service.store.ids.new(self._prefix, self.owner)

@@ -1,0 +1,113 @@
+"""`/v1/files`: a text of any size becomes a session, to be asked as often as one likes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, File, Form, Request, UploadFile
+
+from cometlm.serve.answer import Progress
+from cometlm.serve.errors import ApiError, as_api_error, unsupported
+from cometlm.serve.folder import Kept
+from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
+from cometlm.serve.kept import NotKeptError
+from cometlm.serve.service import Run, Service
+from cometlm.session.session import Session
+
+router = APIRouter()
+
+_KIND, _PREFIX = "file", "file-"
+_FIELDS = {"file", "purpose", "session", "stream"}
+
+
+@router.post("/v1/files")
+async def create(
+    request: Request,
+    service: Serving,
+    owner: Owner,
+    file: Annotated[UploadFile, File()],
+    purpose: Annotated[str, Form(max_length=64)] = "user_data",
+    session: Annotated[str | None, Form()] = None,
+    stream: Annotated[bool, Form()] = False,
+) -> Any:
+    """Read a text, behind a session or from the beginning, and keep what is then in memory."""
+    for name in (await request.form()).keys() - _FIELDS:
+        raise unsupported(name, "this field is unknown or not supported; leave it out")
+    start = Session(service.model, service.tokenizer)
+    if session is not None:
+        try:
+            _, start = await asyncio.to_thread(service.store.get, session, owner)
+        except NotKeptError as error:
+            raise as_api_error(error, "session") from error
+    name = service.store.ids.new(_PREFIX, owner)
+    created = int(time.time())
+    about = {
+        "id": name,
+        "object": "file",
+        "bytes": file.size,
+        "created_at": created,
+        "filename": file.filename,
+        "purpose": purpose,
+        "status": "processed",
+    }
+    run = service.read(start, file.file, owner)
+    kept = Kept(name, owner, _KIND, created, parent=session)
+    events = _reading(service, run, kept, about)
+    if stream:
+        return event_stream(_told(events))
+    return await unless_gone(request, _last(events))
+
+
+@router.get("/v1/files/{name}")
+async def retrieve(name: str, service: Serving, owner: Owner) -> Any:
+    """What is known of a text that was read."""
+    return await _about(service, name, owner)
+
+
+@router.delete("/v1/files/{name}")
+async def delete(name: str, service: Serving, owner: Owner) -> Any:
+    """Keep what was read no longer; conversations that went on from it stay."""
+    await _about(service, name, owner)
+    await asyncio.to_thread(service.store.delete, name, owner)
+    return {"id": name, "object": "file", "deleted": True}
+
+
+async def _about(service: Service, name: str, owner: str) -> dict[str, Any]:
+    try:
+        kept, _ = await asyncio.to_thread(service.store.get, name, owner)
+    except NotKeptError as error:
+        raise as_api_error(error, "file_id") from error
+    if kept.kind != _KIND or kept.document is None:
+        raise as_api_error(NotKeptError(name, was_given=False), "file_id")
+    return kept.document
+
+
+async def _reading(
+    service: Service, run: Run, kept: Kept, about: dict[str, Any]
+) -> AsyncIterator[dict[str, Any]]:
+    """How far it was read, at times; at the end, what is kept."""
+    async for event in run.events():
+        assert isinstance(event, Progress)
+        if event.session is None:
+            yield {"type": "file.progress", "id": kept.id, "tokens": event.tokens}
+            continue
+        done = {**about, "tokens": event.tokens}
+        await service.put(replace(kept, document=done), event.session)
+        yield {"type": "file.processed", "file": done}
+
+
+async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    async for event in events:
+        yield data(event, event=event["type"])
+
+
+async def _last(events: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
+    async for event in events:
+        if "file" in event:
+            file: dict[str, Any] = event["file"]
+            return file
+    raise ApiError("the file was not read", status=500)

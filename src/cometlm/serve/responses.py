@@ -1,0 +1,273 @@
+"""`/v1/responses`: answers that are kept under an id and gone on from."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from cometlm.serve.answer import Answer
+from cometlm.serve.errors import ApiError, as_api_error
+from cometlm.serve.folder import Kept
+from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
+from cometlm.serve.kept import NotKeptError
+from cometlm.serve.schema import ResponseBody, check_messages, sampling_of
+from cometlm.serve.service import Prompt, Run, Service, Writing
+
+router = APIRouter()
+
+_KIND, _PREFIX = "response", "resp_"
+_PAGE = 100  # items of a list at most
+
+
+@router.post("/v1/responses")
+async def create(body: ResponseBody, request: Request, service: Serving, owner: Owner) -> Any:
+    """Answer, and keep the answer."""
+    service.check_model(body.model)
+    items = _items(body.input)
+    most = service.most_tokens(
+        body.max_output_tokens, service.limits.usual_tokens, "max_output_tokens"
+    )
+    messages = [{"role": one["role"], "content": _text(one)} for one in items]
+    if body.instructions is not None:
+        messages.insert(0, {"role": "system", "content": body.instructions})
+    prompt = await service.chat(
+        messages,
+        owner,
+        session=body.previous_response_id,
+        session_field="previous_response_id",
+    )
+    sampling = sampling_of(body.temperature, body.top_p, None)
+    writing = Writing(sampling, most, keeps=body.store is not False)
+    reply = _Reply(service, body, owner, prompt, items, most)
+    run = service.run(prompt, writing, owner)
+    if body.stream:
+        return event_stream(reply.events(run))
+    (answer,) = await unless_gone(request, run.answers())
+    return await reply.keep(answer)
+
+
+@router.get("/v1/responses/{name}")
+async def retrieve(name: str, request: Request, service: Serving, owner: Owner) -> Any:
+    """A response that is kept."""
+    if request.query_params.get("stream", "false") != "false":
+        raise ApiError("stream: a response that is finished is not streamed again", param="stream")
+    return (await _document(service, name, owner))["response"]
+
+
+@router.get("/v1/responses/{name}/input_items")
+async def input_items(
+    name: str,
+    service: Serving,
+    owner: Owner,
+    limit: int = 20,
+    order: str = "desc",
+    after: str | None = None,
+) -> Any:
+    """What was said to a response, in pages."""
+    if not 1 <= limit <= _PAGE:
+        raise ApiError(f"limit must lie in 1 … {_PAGE}, got {limit}", param="limit")
+    if order not in ("asc", "desc"):
+        raise ApiError(f"order must be asc or desc, got {order!r:.40}", param="order")
+    items = (await _document(service, name, owner))["input"]
+    if order == "desc":
+        items = items[::-1]
+    if after is not None:
+        places = [i for i, item in enumerate(items) if item["id"] == after]
+        if not places:
+            raise ApiError(f"after: there is no item {after!r:.80}", param="after")
+        items = items[places[0] + 1 :]
+    page = items[:limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(items) > limit,
+    }
+
+
+@router.delete("/v1/responses/{name}")
+async def delete(name: str, service: Serving, owner: Owner) -> Any:
+    """Keep a response no longer; those that went on from it stay."""
+    await _document(service, name, owner)
+    await asyncio.to_thread(service.store.delete, name, owner)
+    return {"id": name, "object": "response", "deleted": True}
+
+
+async def _document(service: Service, name: str, owner: str) -> dict[str, Any]:
+    try:
+        kept, _ = await asyncio.to_thread(service.store.get, name, owner)
+    except NotKeptError as error:
+        raise as_api_error(error, "response_id") from error
+    if kept.kind != _KIND or kept.document is None:
+        raise as_api_error(NotKeptError(name, was_given=False), "response_id")
+    return kept.document
+
+
+def _items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Input as a list of messages.
+
+    Raises:
+        ApiError: items of another kind.
+    """
+    if isinstance(given, str):
+        given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
+    for i, item in enumerate(given):
+        if item.get("type", "message") != "message":
+            raise ApiError(
+                f"input[{i}]: items of type {item['type']!r:.40} are not supported, only messages",
+                param=f"input[{i}]",
+                code="unsupported",
+            )
+    plain = [{k: v for k, v in item.items() if k not in ("type", "id", "status")} for item in given]
+    check_messages(plain, "input")
+    return [
+        {
+            "id": item.get("id") if isinstance(item.get("id"), str) else f"msg_{i}",
+            "type": "message",
+            "status": "completed",
+            "role": item["role"],
+            "content": _parts(item["role"], item["content"]),
+        }
+        for i, item in enumerate(given)
+    ]
+
+
+def _parts(role: str, content: Any) -> list[dict[str, Any]]:
+    if not isinstance(content, str):
+        return [{"type": part["type"], "text": part["text"]} for part in content]
+    kind = "output_text" if role == "assistant" else "input_text"
+    return [{"type": kind, "text": content}]
+
+
+def _text(item: Mapping[str, Any]) -> str:
+    return "".join(part["text"] for part in item["content"])
+
+
+class _Reply:
+    """What is said to one request."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: ResponseBody,
+        owner: str,
+        prompt: Prompt,
+        items: Sequence[Mapping[str, Any]],
+        most: int,
+    ) -> None:
+        self._service, self._body, self._owner = service, body, owner
+        self._prompt, self._items, self._most = prompt, items, most
+        self.id = service.store.ids.new(_PREFIX, owner)
+        self._item = "msg_" + self.id.removeprefix(_PREFIX)
+        self._created = int(time.time())
+        self._sequence = 0
+
+    async def keep(self, answer: Answer) -> dict[str, Any]:
+        """The finished response, kept unless the request does not want that."""
+        response = self._response(answer)
+        if self._body.store is not False:
+            document = {"response": response, "input": list(self._items)}
+            kept = Kept(self.id, self._owner, _KIND, self._created, document=document)
+            await self._service.keep(kept, self._prompt, answer)
+        return response
+
+    async def events(self, run: Run) -> AsyncIterator[str]:
+        """The response as a stream of typed events."""
+        yield self._event("response.created", response=self._response())
+        yield self._event("response.in_progress", response=self._response())
+        place = {"output_index": 0}
+        part = {"item_id": self._item, **place, "content_index": 0}
+        text, answer = "", None
+        yield self._event("response.output_item.added", **place, item=self._message("", None))
+        yield self._event("response.content_part.added", **part, part=_text_part(""))
+        try:
+            async for event in run.pieces():
+                if isinstance(event, Answer):
+                    answer = event
+                    continue
+                text += event.text
+                yield self._event(
+                    "response.output_text.delta", **part, delta=event.text, logprobs=[]
+                )
+            assert answer is not None
+            response = await self.keep(answer)
+        except Exception as error:
+            told = as_api_error(error)
+            failed = {**self._response(), "status": "failed"}
+            failed["error"] = {"code": told.code or "server_error", "message": str(told)}
+            yield self._event("response.failed", response=failed)
+            if told is not error:
+                raise
+            return
+        yield self._event("response.output_text.done", **part, text=text, logprobs=[])
+        yield self._event("response.content_part.done", **part, part=_text_part(text))
+        item = response["output"][0]
+        yield self._event("response.output_item.done", **place, item=item)
+        yield self._event(f"response.{response['status']}", response=response)
+
+    def _event(self, kind: str, **values: Any) -> str:
+        number, self._sequence = self._sequence, self._sequence + 1
+        return data({"type": kind, "sequence_number": number, **values}, event=kind)
+
+    def _message(self, text: str, status: str | None) -> dict[str, Any]:
+        return {
+            "id": self._item,
+            "type": "message",
+            "status": status or "in_progress",
+            "role": "assistant",
+            "content": [_text_part(text)] if status else [],
+        }
+
+    def _response(self, answer: Answer | None = None) -> dict[str, Any]:
+        body, status, incomplete = self._body, "in_progress", None
+        output, usage = [], None
+        if answer is not None:
+            status = "completed"
+            if answer.finish == "length":
+                status, incomplete = "incomplete", {"reason": "max_output_tokens"}
+            output, usage = [self._message(answer.text, status)], _usage(self._prompt, answer)
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": incomplete,
+            "instructions": body.instructions,
+            "max_output_tokens": self._most,
+            "metadata": body.metadata or {},
+            "model": self._service.name,
+            "output": output,
+            "parallel_tool_calls": False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": None, "summary": None},
+            "store": body.store is not False,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "none",
+            "tools": [],
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": "disabled",
+            "usage": usage,
+            "user": body.user,
+        }
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _usage(prompt: Prompt, answer: Answer) -> dict[str, Any]:
+    return {
+        "input_tokens": prompt.tokens,
+        "input_tokens_details": {"cached_tokens": prompt.cached},
+        "output_tokens": answer.tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt.tokens + answer.tokens,
+    }

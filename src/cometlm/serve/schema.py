@@ -1,0 +1,260 @@
+"""Bodies of requests: what is understood, and a refusal by name of everything else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cometlm.serve.errors import ApiError, unsupported
+from cometlm.serve.service import Service, Writing
+from cometlm.session.writer import Sampling
+
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Body(BaseModel):
+    """A body whose fields are of the right type, and all known.
+
+    A field that is not supported may have the value that asks for nothing (`NEUTRAL`), or null.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        _check_characters(given)
+        kept = {}
+        for name, value in given.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif value is None or any(_same(value, one) for one in cls.NEUTRAL.get(name, ())):
+                continue
+            elif name in cls.NEUTRAL:
+                raise unsupported(
+                    name, f"this value is not supported, leave the field out: {value!r:.80}"
+                )
+            else:
+                raise unsupported(name, "this field is unknown or not supported; leave it out")
+        return kept
+
+
+def _check_characters(given: dict[str, Any]) -> None:
+    """Refuse halves of characters, which JSON can hold and no text can."""
+    waiting: list[Any] = [given]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, str) and not one.isascii():
+            try:
+                one.encode()
+            except UnicodeEncodeError as error:
+                raise ApiError(f"the body is not Unicode text: {error.reason}") from error
+
+
+def _same(value: Any, other: Any) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+class StreamOptions(Body):
+    """How a stream is written."""
+
+    NEUTRAL = {"include_obfuscation": (False,)}
+
+    include_usage: bool | None = None
+
+
+class Sampled(Body):
+    """What chats and completions have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+    session: str | None = None
+    store: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("stream_options is for streams only", param="stream_options")
+        return self
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with what it used."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def writing(self, service: Service, asked: int | None, usual: int, param: str) -> Writing:
+        """How answers are written.
+
+        Raises:
+            ApiError: more than is allowed.
+        """
+        count = 1 if self.n is None else self.n
+        if count > service.limits.most_answers:
+            raise ApiError(
+                f"n must be at most {service.limits.most_answers}, got {count}", param="n"
+            )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Writing(
+            sampling_of(self.temperature, self.top_p, self.seed),
+            service.most_tokens(asked, usual, param),
+            stop,
+            count,
+            keeps=self.store is not False,
+        )
+
+
+def sampling_of(temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
+    """OpenAI's sampling, 1 where nothing is said."""
+    return Sampling(
+        1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed
+    )
+
+
+class ChatBody(Sampled):
+    """Of `POST /v1/chat/completions`."""
+
+    NEUTRAL = {
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "tools": ([],),
+        "functions": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "service_tier": ("auto", "default"),
+        "metadata": ({},),
+    }
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ApiError(
+                "max_tokens and max_completion_tokens are the same; give one of them",
+                param="max_tokens",
+            )
+        check_messages(self.messages, "messages")
+        return self
+
+
+class CompletionBody(Sampled):
+    """Of `POST /v1/completions`."""
+
+    NEUTRAL = {
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": ({},),
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+    }
+
+    prompt: str | list[int]
+
+
+class TextFormat(Body):
+    """Of `text`: plain text only."""
+
+    NEUTRAL = {"format": ({"type": "text"},), "verbosity": ("medium",)}
+
+
+class ResponseBody(Body):
+    """Of `POST /v1/responses`."""
+
+    NEUTRAL = {
+        "background": (False,),
+        "conversation": (),
+        "include": ([],),
+        "parallel_tool_calls": (True, False),
+        "prompt": (),
+        "reasoning": ({},),
+        "service_tier": ("auto", "default"),
+        "stream_options": ({}, {"include_obfuscation": False}),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "truncation": ("disabled",),
+    }
+
+    model: str
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    text: TextFormat | None = None
+    user: str | None = None
+
+
+class Content(BaseModel):
+    """A part of a message that is text."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+_ROLES = ("system", "developer", "user", "assistant")
+
+
+def check_messages(messages: list[dict[str, Any]], param: str) -> None:
+    """Refuse messages that hold more than a role and text.
+
+    Raises:
+        ApiError: says which field.
+    """
+    for i, message in enumerate(messages):
+        where = f"{param}[{i}]"
+        if message.get("role") not in _ROLES:
+            raise ApiError(
+                f"{where}.role must be one of {', '.join(_ROLES)}, got {message.get('role')!r:.80}",
+                param=where,
+            )
+        for name, value in message.items():
+            if name not in ("role", "content") and value not in (None, [], {}, ""):
+                raise unsupported(f"{where}.{name}", "this field is not supported; leave it out")
+        content = message.get("content")
+        if isinstance(content, list):
+            for k, part in enumerate(content):
+                _check_part(part, f"{where}.content[{k}]")
+        elif not isinstance(content, str):
+            raise ApiError(
+                f"{where}.content must be text, got {type(content).__name__}", param=where
+            )
+
+
+def _check_part(part: Any, where: str) -> None:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    try:
+        Content.model_validate(part)
+    except ValidationError as error:
+        raise unsupported(
+            where, f"a part of type {kind!r:.40} is not supported, only text"
+        ) from error

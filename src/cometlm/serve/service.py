@@ -1,0 +1,404 @@
+"""What all endpoints share: what a request goes on from, running it, and keeping what comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import IO, Any
+
+from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.serve.answer import Answer, Mark, Order, Piece, Progress, answering, reading
+from cometlm.serve.engine import Engine, Job, Work
+from cometlm.serve.errors import ApiError, as_api_error
+from cometlm.serve.folder import Kept
+from cometlm.serve.kept import NotKeptError, SessionStore
+from cometlm.serve.metrics import Metrics
+from cometlm.serve.trail import Trail
+from cometlm.session.chat_template import ChatOptions, Conversation, Message
+from cometlm.session.options import stop_ids
+from cometlm.session.plain_text import PlainText, prefix_ids
+from cometlm.session.session import Session
+from cometlm.session.writer import Sampling
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        most_tokens: that an answer may have.
+        usual_tokens: that a chat's answer has at most where the request says nothing.
+        most_answers: `n`.
+    """
+
+    most_tokens: int = 32768
+    usual_tokens: int = 1024
+    most_answers: int = 16
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a request wants its answers."""
+
+    sampling: Sampling
+    most: int
+    stop: tuple[str, ...] = ()
+    count: int = 1
+    keeps: bool = True  # what was read and said
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a request goes on from, and what it adds.
+
+    Attributes:
+        start: the session to go on from.
+        parent: its id; None: an empty one.
+        history, question, closing: see `Order`.
+        base: trail of what `start` has read, if it is known.
+        conversation: a whole one that the client sent; None: it sent what is new.
+    """
+
+    start: Session
+    parent: str | None
+    history: Sequence[int]
+    question: Sequence[int]
+    closing: Sequence[int] | None
+    base: Trail | None
+    conversation: Conversation | None = None
+
+    @property
+    def new(self) -> list[int]:
+        """All ids that are read."""
+        return [*self.history, *self.question]
+
+    @property
+    def tokens(self) -> int:
+        """All tokens that the answer is written after."""
+        return self.start.stats().tokens + len(self.history) + len(self.question)
+
+    @property
+    def cached(self) -> int:
+        """Those of them that are in the memory; the open chunk is run again, and is not."""
+        return self.start.stats().tokens - self.start.open_tokens
+
+    def trail_after(self, answer: Answer) -> Trail | None:
+        """Of the ids that a client begins with who goes on from this answer."""
+        if self.conversation is not None:
+            try:
+                ids = self.conversation.answered(answer.text)
+            except ValueError:  # a template that refuses such an answer later on
+                ids = []
+            if ids:
+                return Trail.of(ids)
+        return None if self.base is None else self.base.extended([*self.new, *answer.kept])
+
+
+class Run:
+    """A request that is worked on; leave it with `cancel` or at its end."""
+
+    def __init__(self, job: Job, events: asyncio.Queue[Any], metrics: Metrics) -> None:
+        self._job, self._events, self._metrics = job, events, metrics
+
+    async def pieces(self) -> AsyncIterator[Piece | Answer]:
+        """Pieces of text, then each answer.
+
+        Raises:
+            ApiError: it could not be written.
+        """
+        async for event in self.events():
+            yield event
+
+    async def events(self) -> AsyncIterator[Any]:
+        """What the work says: see `pieces`; of a document, its `Progress`.
+
+        Raises:
+            ApiError: it ended with an error.
+        """
+        first: float | None = None
+        metrics, asked = self._metrics, self._job.queued_at
+        try:
+            while True:
+                event = await self._events.get()
+                if isinstance(event, _Ended):
+                    if event.error is not None:
+                        error = as_api_error(event.error)
+                        metrics.failed.labels(error.code).inc()
+                        raise error from event.error
+                    break
+                if first is None and not isinstance(event, Progress):
+                    first = time.monotonic()
+                    metrics.first_token.observe(first - asked)
+                    metrics.queue_time.observe((self._job.started_at or asked) - asked)
+                if isinstance(event, Answer) and first is not None:
+                    metrics.generation_tokens.inc(event.tokens)
+                    metrics.finished.labels(event.finish).inc()
+                    spent = (time.monotonic() - first) / max(1, event.tokens - 1)
+                    metrics.per_token.observe(spent)
+                yield event
+            metrics.whole_time.observe(time.monotonic() - asked)
+        finally:
+            self.cancel()
+
+    async def answers(self) -> list[Answer]:
+        """All answers.
+
+        Raises:
+            ApiError: they could not be written.
+        """
+        return [event async for event in self.pieces() if isinstance(event, Answer)]
+
+    def cancel(self) -> None:
+        """Nobody listens any more."""
+        self._job.cancel()
+
+
+@dataclass(frozen=True)
+class _Ended:
+    error: BaseException | None
+
+
+class Service:
+    """One model that is served.
+
+    Args:
+        model: nobody else runs it.
+        tokenizer: its tokenizer.
+        name: what clients call it.
+        store: keeps sessions.
+        limits: what requests may ask for.
+        engine: options of the engine.
+    """
+
+    def __init__(
+        self,
+        model: CometForCausalLM,
+        tokenizer: Any,
+        name: str,
+        store: SessionStore,
+        limits: Limits | None = None,
+        **engine: int,
+    ) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.store, self.limits = store, limits or Limits()
+        self.engine = Engine(model, **engine)
+        self.metrics = Metrics(self.engine, store)
+        self.began = int(time.time())
+
+    def check_model(self, name: str) -> None:
+        """Refuse another model than the one that is here.
+
+        Raises:
+            ApiError: it is another.
+        """
+        if name != self.name:
+            raise ApiError(
+                f"the model {name!r} is not served here; {self.name!r} is",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    def most_tokens(self, asked: int | None, usual: int, param: str) -> int:
+        """Tokens that an answer may have.
+
+        Raises:
+            ApiError: more than is allowed.
+        """
+        if asked is not None and asked > self.limits.most_tokens:
+            most = self.limits.most_tokens
+            raise ApiError(f"{param} must be at most {most}, got {asked}", param=param)
+        return min(usual, self.limits.most_tokens) if asked is None else asked
+
+    # --- what a request goes on from --------------------------------------------------------
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        owner: str,
+        *,
+        session: str | None = None,
+        session_field: str = "session",
+        variables: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt of a chat.
+
+        Args:
+            messages: the new ones behind a session, or a whole conversation.
+            owner: who asks.
+            session: id to go on from.
+            session_field: what the client calls that.
+            variables: of the chat template.
+
+        Raises:
+            ApiError: an unknown id; messages that the template refuses.
+        """
+        options = ChatOptions(variables=dict(variables or {}))
+        try:
+            if session is None:
+                return await asyncio.to_thread(self._whole, messages, owner, options)
+            return await asyncio.to_thread(self._new, messages, owner, session, options)
+        except NotKeptError as error:
+            raise as_api_error(error, session_field) from error
+        except ValueError as error:
+            raise ApiError(str(error), param="messages") from error
+
+    async def text(self, prompt: str | Sequence[int], owner: str, session: str | None) -> Prompt:
+        """The prompt of a text that is gone on with.
+
+        Raises:
+            ApiError: an unknown id; ids that the model lacks; nothing to go on from.
+        """
+        try:
+            return await asyncio.to_thread(self._raw, prompt, owner, session)
+        except NotKeptError as error:
+            raise as_api_error(error, "session") from error
+        except ValueError as error:
+            raise ApiError(str(error), param="prompt") from error
+
+    def _new(
+        self, messages: Sequence[Message], owner: str, name: str, options: ChatOptions
+    ) -> Prompt:
+        if any(message.get("role") == "assistant" for message in messages):
+            raise ValueError("with a session, send only what was said after its answer")
+        kept, start = self.store.get(name, owner)
+        turn = start.render_turn(messages, options)
+        return Prompt(start, name, (), turn.opening_ids, turn.closing_ids, kept.trail)
+
+    def _whole(self, messages: Sequence[Message], owner: str, options: ChatOptions) -> Prompt:
+        conversation = Conversation(self.tokenizer, messages, options)
+        parent, start, base = self._known(conversation.ids, owner)
+        read, turn = base.length, max(base.length, conversation.last_turn)
+        return Prompt(
+            start,
+            parent,
+            conversation.ids[read:turn],
+            conversation.ids[turn:],
+            conversation.closing_ids,
+            base,
+            conversation,
+        )
+
+    def _raw(self, prompt: str | Sequence[int], owner: str, name: str | None) -> Prompt:
+        ids = PlainText.of(self.tokenizer).encode(prompt) if isinstance(prompt, str) else prompt
+        vocabulary = self.model.config.vocab_size
+        if any(not 0 <= token < vocabulary for token in ids):
+            raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}")
+        if name is not None:
+            kept, start = self.store.get(name, owner)
+            return Prompt(start, name, ids, (), None, kept.trail)
+        ids = [*prefix_ids(self.tokenizer), *ids] if isinstance(prompt, str) else list(ids)
+        if not ids:
+            raise ValueError("the prompt is empty: there is nothing to go on from")
+        parent, start, base = self._known(ids, owner)
+        return Prompt(start, parent, ids[base.length :], (), None, base)
+
+    def _known(self, ids: Sequence[int], owner: str) -> tuple[str | None, Session, Trail]:
+        """A session that has read most of what these ids begin with, its id, and its trail."""
+        found = self.store.longest(ids, owner)
+        if found is None or found[0].trail is None:
+            return None, Session(self.model, self.tokenizer), Trail()
+        return found[0].id, found[1], found[0].trail
+
+    # --- running and keeping ----------------------------------------------------------------
+
+    def run(self, prompt: Prompt, writing: Writing, owner: str) -> Run:
+        """Begin to answer.
+
+        Raises:
+            ApiError: there is no place.
+        """
+        order = Order(
+            prompt.start,
+            prompt.history,
+            prompt.question,
+            prompt.closing,
+            writing.sampling,
+            writing.most,
+            stops=stop_ids({}, self.model),
+            stop=writing.stop,
+            count=writing.count,
+        )
+        loop = asyncio.get_running_loop()
+
+        def mark(found: Mark) -> None:
+            loop.run_in_executor(None, self._mark, prompt, owner, found)
+
+        def work(emit: Callable[[Any], None]) -> Work:
+            def say(event: Any) -> None:
+                if not isinstance(event, Mark):
+                    emit(event)
+                elif writing.keeps and prompt.base is not None:
+                    loop.call_soon_threadsafe(mark, event)
+
+            return answering(order, say)
+
+        run = self._start(work, owner)
+        self.metrics.prompt_tokens.inc(prompt.tokens)
+        self.metrics.cached_tokens.inc(prompt.cached)
+        return run
+
+    def _mark(self, prompt: Prompt, owner: str, mark: Mark) -> None:
+        """Hold a place in a prompt in memory, for others that begin so."""
+        assert prompt.base is not None
+        trail = prompt.base.extended(prompt.new[: mark.tokens])
+        name = self.store.ids.new("mark-", owner)
+        expires = self.store.expiry()
+        kept = Kept(name, owner, "mark", int(time.time()), expires, prompt.parent, trail)
+        self.store.hold(kept, mark.session)
+
+    def read(self, start: Session, document: IO[bytes], owner: str) -> Run:
+        """Begin to read a document.
+
+        Raises:
+            ApiError: there is no place.
+        """
+        return self._start(lambda emit: reading(start, document, emit), owner)
+
+    def _start(self, work: Callable[[Callable[[Any], None]], Work], owner: str) -> Run:
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def emit(event: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and so have its clients
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            job = self.engine.submit(work(emit), owner, lambda error: emit(_Ended(error)))
+        except RuntimeError as error:
+            refused = as_api_error(error)
+            self.metrics.failed.labels(refused.code).inc()
+            raise refused from error
+        return Run(job, events, self.metrics)
+
+    async def keep(self, kept: Kept, prompt: Prompt, answer: Answer) -> None:
+        """Keep the session that an answer left, under an id; when this returns, it is whole.
+
+        Args:
+            kept: without parent and trail, which are found here.
+            prompt: what was answered.
+            answer: to it.
+
+        Raises:
+            ApiError: the store cannot take it.
+        """
+        trail = await asyncio.to_thread(prompt.trail_after, answer)
+        await self.put(replace(kept, parent=prompt.parent, trail=trail), answer.session)
+
+    async def put(self, kept: Kept, session: Session) -> None:
+        """Keep a session under an id, until it expires; when this returns, it is whole.
+
+        Raises:
+            ApiError: the store cannot take it.
+        """
+        lasting = replace(kept, expires=self.store.expiry())
+        try:
+            await asyncio.to_thread(self.store.put, lasting, session)
+        except OSError as error:
+            raise as_api_error(error) from error
+
+    def stop(self, grace: float = 0.0) -> None:
+        """Take no more requests, and end."""
+        self.engine.stop(grace)

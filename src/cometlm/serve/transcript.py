@@ -1,0 +1,87 @@
+"""The text of an answer while its tokens come: whole characters, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cometlm.session.plain_text import PlainText
+
+_UNFINISHED = "\ufffd"  # a character whose last bytes are still to come
+
+
+class Transcript:
+    """Text of one answer.
+
+    Args:
+        tokenizer: of the model.
+        stop: strings that end the answer; they are no part of it.
+
+    Attributes:
+        text: what was given out so far.
+        is_stopped: a stop string came; more tokens are not taken.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids: list[int] = []
+        self._begin, self._read = 0, 0  # tokens before `_read` are text; those before `_begin` far
+        self._held = ""  # may be the beginning of a stop string
+        self.text = ""
+        self.is_stopped = False
+
+    def add(self, token: int) -> str:
+        """Take a token; the text that it makes certain."""
+        self._ids.append(token)
+        text = self._decode(self._ids[self._begin :])
+        if text.endswith(_UNFINISHED):
+            return ""
+        known = self._decode(self._ids[self._begin : self._read])
+        self._begin, self._read = self._read, len(self._ids)
+        return self._give_out(text[len(known) :])
+
+    def finish(self) -> str:
+        """The text that was held back, at the answer's end."""
+        if self.is_stopped:
+            return ""
+        text = self._decode(self._ids[self._begin :])
+        known = self._decode(self._ids[self._begin : self._read])
+        certain = self._give_out(text[len(known) :])
+        rest = "" if self.is_stopped else self._held
+        self._held = ""
+        self.text += rest
+        return certain + rest
+
+    def kept_ids(self) -> list[int]:
+        """Ids of the answer as it was given out: without what a stop string cut off."""
+        if not self.is_stopped:
+            return list(self._ids)
+        count = len(self._ids)
+        while count and not self.text.startswith(self._decode(self._ids[:count])):
+            count -= 1
+        rest = self.text[len(self._decode(self._ids[:count])) :]
+        return self._ids[:count] + PlainText.of(self._tokenizer).encode(rest)
+
+    def _give_out(self, text: str) -> str:
+        """What of the text held back and this one can be in no stop string."""
+        held = self._held + text
+        found = [at for at in map(held.find, self._stop) if at >= 0]
+        if found:
+            self.is_stopped = True
+            held, self._held = held[: min(found)], ""
+        else:
+            most = max(map(len, self._stop), default=0)
+            waits = next(
+                (
+                    begin
+                    for begin in range(max(0, len(held) - most + 1), len(held))
+                    if any(stop.startswith(held[begin:]) for stop in self._stop)
+                ),
+                len(held),
+            )
+            held, self._held = held[:waits], held[waits:]
+        self.text += held
+        return held
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
