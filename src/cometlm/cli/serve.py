@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cometlm.cli import options
-from cometlm.cli.console import UNTRAINED, describe, err, is_untrained, load_quietly, out
+from cometlm.cli.console import describe, err, load_quietly, out, tell_what_it_learned
 from cometlm.extras import lacks
 
 NEEDS = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "python_multipart")
@@ -97,8 +97,7 @@ def serve(
     known = None if keys is None else Keys.read(keys)
     loaded, tokenizer = load_quietly(model, **loading.given())
     err.print(describe(loaded), highlight=False, soft_wrap=True)
-    if is_untrained(loaded):
-        err.print(UNTRAINED, style="yellow")
+    tell_what_it_learned(loaded)
     sessions = SessionStore(
         memory_bytes=int(memory_gib * 2**30),
         folder=None if store is None else Folder(store, loaded, tokenizer),
