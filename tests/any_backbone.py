@@ -294,7 +294,8 @@ def tables(found: list[Outcome]) -> str:
         "|---|---|",
         *(f"| `{one.model_type}` | {one.remarks} |" for one in fit),
         "",
-        f"The other {len(rest)} do not, or could not be built tiny; `attach` names the layer and the reason:",
+        f"The other {len(rest)} do not, or could not be built tiny; `attach` names the layer and "
+        "the reason:",
         "",
         "| model type | why |",
         "|---|---|",
