@@ -14,7 +14,7 @@ from cometlm.checkpoints import source as sources
 from cometlm.checkpoints.backbones import BUILT_IN, bits_of
 from cometlm.checkpoints.source import Source, kind_of
 from cometlm.cli import console
-from cometlm.config import CometConfig
+from cometlm.config import CometConfig, sizes_for
 from cometlm.session.file import read_document
 from cometlm.train.config import TrainConfig
 from cometlm.train.run import train
@@ -54,7 +54,8 @@ def test_a_backbone_in_a_folder(folder):
     assert source.backbone is source
     assert source.backbone_config.hidden_size == 32
     assert source.memory_config(chunk_size=9) is None
-    assert source.comet_config() == CometConfig()
+    assert source.comet_config() == sizes_for(source.backbone_config, {})  # it has 256 positions
+    assert source.comet_config().chunk_size == 64
     assert source.comet_config(chunk_size=9, seed=3) == CometConfig(chunk_size=9)
     assert type(source.load_backbone()) is LlamaForCausalLM
     assert source.load_tokenizer()("a")["input_ids"] == real.tokenizer("smollm2")("a")["input_ids"]

@@ -512,6 +512,7 @@ class Session:
 
     def _making_room(self, question: int) -> Iterator[SessionStats]:
         """End the open chunk where a question of so many tokens would be cut; see above."""
+        self._end_text()  # ranks that read together hold more than the open chunk until then
         sizes = self.model.config.comet_config
         wanted = question + sizes.chunk_size // _ANSWER_SHARE
         fits = sizes.overlap + wanted <= sizes.chunk_size
