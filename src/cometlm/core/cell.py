@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from cometlm.backbones.calling import KeyValue, LayerCall, RotaryTable
@@ -279,7 +280,8 @@ _OTHER_ATTENTION = (
 
 def _of_items(rotary: RotaryTable, layout: ChunkLayout | FixedLayout) -> RotaryTable:
     """A table's rows of the new items: [1 or B, I, width] each."""
-    if isinstance(layout, ChunkLayout) and layout.uniform:
+    # To a compiler, numbers of a slice are constants: one more graph for each length.
+    if isinstance(layout, ChunkLayout) and layout.uniform and not is_compiling():
         return _between(rotary, layout.first_position, layout.items[0])
     positions = layout.positions.to(rotary[0].device)
     return tuple(part[positions] for part in rotary)
