@@ -87,9 +87,9 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         self._hold(undo)
         self.post_init()
         self.generation_config = copy.deepcopy(backbone.generation_config)
+        self._begun = {name: sample(p) for name, p in self._backbone_weights().items()}
         if parts.sample is not None:
             self._check_against(parts.sample)
-        self._begun = {name: sample(p) for name, p in self._backbone_weights().items()}
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's embedding."""
