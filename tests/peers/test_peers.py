@@ -26,7 +26,10 @@ TRANSFORMERS = {
     r"test_model_weights_reload_no_missing_tied_weights$": HOLDS_ALL,
     r"test_correct_missing_keys$": "a model without its head has no checkpoint of its own",
     r"test_from_pretrained_no_checkpoint$": "a checkpoint has a name",
-    r"test_init_weights_can_init_buffers$": "init_weights() gives no weights: load them",
+    # The first passes where memory that nobody wrote to happens to hold what is wanted.
+    r"test_(all_tensors_are_parameter_or_buffer|init_weights_can_init_buffers)$": (
+        "init_weights() gives no weights: load them"
+    ),
     r"test_generation_tester_mixin_inheritance$": "the sdist lacks GenerationTesterMixin",
     r"test_tp_plan_matches_params$": "no tensor parallelism",
 }
