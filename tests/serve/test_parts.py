@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cometlm.serve.ids import Ids
@@ -55,6 +55,8 @@ def test_stop_strings(kind, begin, length, other):
     tokenizer = tokenizer_of(kind)
     text = TEXT[20:400]
     stop = text[begin : begin + length]
+    # Of two that lie in each other the one that is whole first ends the answer, token by token.
+    assume(not other or (other not in stop and stop not in other))
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     transcript = Transcript(tokenizer, [stop, *([other] if other else [])])

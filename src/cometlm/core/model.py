@@ -580,9 +580,10 @@ def _new_comet(parts: Parts, sizes: CometConfig) -> Comet:
 
 
 def _dtype(parts: Parts | CometModel) -> torch.dtype:
-    """The dtype that a backbone computes in: its last norm's, or its embedding's if that has no
-    weights; neither is ever quantised.
-    """  # noqa: D205
+    """The dtype that a backbone computes in.
+
+    It is its last norm's, or its embedding's if that has no weights; neither is ever quantised.
+    """
     weights = (*parts.norm.parameters(), *parts.embed_tokens.parameters())
     return next(weight.dtype for weight in weights if weight.is_floating_point())
 

@@ -77,13 +77,7 @@ async def delete(name: str, service: Serving, owner: Owner) -> Any:
 
 
 async def _about(service: Service, name: str, owner: str) -> dict[str, Any]:
-    try:
-        kept, _ = await asyncio.to_thread(service.store.get, name, owner)
-    except NotKeptError as error:
-        raise as_api_error(error, "file_id") from error
-    if kept.kind != _KIND or kept.document is None:
-        raise as_api_error(NotKeptError(name, was_given=False), "file_id")
-    return kept.document
+    return await service.document(name, owner, _KIND, "file_id")
 
 
 async def _reading(

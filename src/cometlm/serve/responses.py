@@ -13,7 +13,6 @@ from cometlm.serve.answer import Answer
 from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
-from cometlm.serve.kept import NotKeptError
 from cometlm.serve.schema import ResponseBody, check_messages, sampling_of
 from cometlm.serve.service import Prompt, Run, Service, Writing
 
@@ -99,13 +98,7 @@ async def delete(name: str, service: Serving, owner: Owner) -> Any:
 
 
 async def _document(service: Service, name: str, owner: str) -> dict[str, Any]:
-    try:
-        kept, _ = await asyncio.to_thread(service.store.get, name, owner)
-    except NotKeptError as error:
-        raise as_api_error(error, "response_id") from error
-    if kept.kind != _KIND or kept.document is None:
-        raise as_api_error(NotKeptError(name, was_given=False), "response_id")
-    return kept.document
+    return await service.document(name, owner, _KIND, "response_id")
 
 
 def _items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

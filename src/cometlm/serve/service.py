@@ -303,6 +303,26 @@ class Service:
             return None, Session(self.model, self.tokenizer), Trail()
         return found[0].id, found[1], found[0].trail
 
+    async def document(self, name: str, owner: str, kind: str, param: str) -> dict[str, Any]:
+        """What is kept beside a session of a kind.
+
+        Args:
+            name: its id.
+            owner: who asks.
+            kind: see `Kept`.
+            param: what the client calls the id.
+
+        Raises:
+            ApiError: there is none for this owner.
+        """
+        try:
+            kept, _ = await asyncio.to_thread(self.store.get, name, owner)
+        except NotKeptError as error:
+            raise as_api_error(error, param) from error
+        if kept.kind != kind or kept.document is None:
+            raise as_api_error(NotKeptError(name, was_given=False), param)
+        return kept.document
+
     # --- running and keeping ----------------------------------------------------------------
 
     def run(self, prompt: Prompt, writing: Writing, owner: str) -> Run:

@@ -19,7 +19,7 @@ class Transcript:
 
     Attributes:
         text: what was given out so far.
-        is_stopped: a stop string came; more tokens are not taken.
+        is_stopped: a stop string came, the first that was whole; more tokens are not taken.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
