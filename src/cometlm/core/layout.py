@@ -93,6 +93,7 @@ class ChunkLayout:
         Ragged steps keep their own: each has another shape, and its masks are large.
         """
         if not self.uniform:
+            self._fill()
             return self
         rows = tuple((bool(r.folds), r.entries, r.text, r.items) for r in self.rows)
         pieces = tuple((piece.text, piece.close) for piece in self.step)
@@ -104,7 +105,14 @@ class ChunkLayout:
             self.device,
             *_surroundings(self.device),
         )
-        return replace(self, tables=_tables_of(shape))
+        layout = replace(self, tables=_tables_of(shape))
+        layout._fill()
+        return layout
+
+    def _fill(self) -> None:
+        """Make what every cell reads before it runs: to a compiler, longer lists are other code."""
+        _ = self.items, self.compressions, self.positions
+        _ = self.order, self.text_index, self.compression_index, self.readout_index
 
     def _table(self, name: Any, make: Callable[[], _Made]) -> _Made:
         """What was made under a name, or what is made now."""
@@ -126,17 +134,22 @@ class ChunkLayout:
         """Rows that need a place of their own in the index tensors."""
         return range(1 if self.uniform else len(self.rows))
 
-    @cached_property
+    @property
     def compressions(self) -> tuple[int, ...]:
         """Compression tokens that each row adds."""
+        return self._table("compressions", self._count_compressions)
+
+    def _count_compressions(self) -> tuple[int, ...]:
         return tuple(
-            len(self._items(b)) - self.step[b].text - self._readouts(b)
-            for b in range(len(self.rows))
+            count - self.step[b].text - self._readouts(b) for b, count in enumerate(self.items)
         )
 
-    @cached_property
+    @property
     def items(self) -> tuple[int, ...]:
         """Items that each row adds."""
+        return self._table("items", self._count_items)
+
+    def _count_items(self) -> tuple[int, ...]:
         return tuple(len(self._items(b)) for b in range(len(self.rows)))
 
     @cached_property
@@ -182,9 +195,9 @@ class ChunkLayout:
         """Row b's new items as places in [its text of this step | C | R]."""
         return self._item_lists[b if not self.uniform else 0]
 
-    @property
+    @cached_property
     def _item_lists(self) -> list[list[int]]:
-        return self._table("items", lambda: [self._order_row(b) for b in self.distinct])
+        return [self._order_row(b) for b in self.distinct]
 
     @cached_property
     def widest_text(self) -> int:
