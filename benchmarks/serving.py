@@ -1,0 +1,69 @@
+"""What `cometlm serve` promises, measured through OpenAI's client against a process of its own.
+
+    python benchmarks/serving.py turns [--turns 200]     # a late turn beside an early one
+    python benchmarks/serving.py together                # eight answers at once beside one
+    python benchmarks/serving.py load [--clients 32] [--minutes 5]   # is any answer another's?
+    python benchmarks/serving.py beside [--turns 100]    # `transformers serve`, drawn
+
+Each writes out/serving-NAME.json. `--model` is SmolLM2 with the memory that ships unless another is
+named. Needs `pip install -e '.[serve,dev]'`; `beside` also `pip install 'transformers[serving]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import OUT, argument_parser, machine, write
+from serving_parts import beside, load, together, turns
+from serving_parts.servers import ours, theirs
+
+WHAT = ("turns", "together", "load", "beside")
+
+
+def main() -> None:
+    """Measure one thing."""
+    args = _parsed()
+    with tempfile.TemporaryDirectory() as folder:
+        result = _measure(args, Path(folder))
+    write(f"serving-{args.what}", {"machine": machine(), "model": args.model, **result})
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--turns", type=int, help="200; 100 with beside")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    return parser.parse_args()
+
+
+def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    store, log = folder / "store", folder / "log"
+    options = ["--dtype", "float32", "--max-running", "16"] if args.what == "load" else []
+    with ours(args.model, store, log, options) as server:
+        if args.what == "turns":
+            measured = turns.measure(server, args.turns or 200)
+            return measured | {"bytes of a session's file": _sizes(store)}
+        if args.what == "together":
+            return together.measure(server)
+        if args.what == "load":
+            return load.measure(server, args.clients, args.minutes)
+        beside.save_backbone(args.model, folder / "backbone")
+        with theirs(folder / "backbone", log) as other:
+            both = {"cometlm serve": server, "transformers serve": other}
+            return beside.measure(both, args.turns or 100, OUT / "serving-beside.png")
+
+
+def _sizes(store: Path) -> dict[str, int]:
+    """Smallest and largest of the sessions that answers left, the first ones aside."""
+    files = sorted(store.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    sizes = [path.stat().st_size for path in files[15:]]
+    return {"least": min(sizes), "most": max(sizes)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The measurements of benchmarks/serving.py, a file each."""
