@@ -1,16 +1,18 @@
-"""`cometlm demo`: a real model finds a number in a very long text, in flat memory."""
+"""`cometlm demo`: what a real model finds again in a very long text, in flat memory."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.text import Text
 
 from cometlm.cli import options
 from cometlm.cli.console import (
@@ -26,11 +28,15 @@ from cometlm.data.corpora import corpus_files
 from cometlm.device import peak_memory, readable_bytes
 from cometlm.session.plain_text import PlainText
 from cometlm.session.session import Session, SessionStats
+from cometlm.tasks.facts import MOST, Facts
+from cometlm.tasks.scoring import found
 from cometlm.text_file import read_blocks
 
-NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-QUESTION = "What is the pass key?"
+PASSKEY = "The pass key is {key}. Remember it. {key} is the pass key."
+ASKED = "What is the pass key?"
 _DIGITS = 5  # of the keys that the recipe trains with
+_FACTS = 10
+_TOKENS_OF_FACT = 200  # of the text, at least, to each fact, so that a short one stays what it is
 _PIECE = 2048  # characters between two looks at how far the reading is
 _HEAD = 1 << 16  # bytes of a file that are looked at to know how many tokens it may have
 
@@ -41,55 +47,85 @@ def demo(
         str | None, typer.Option(help="Read this text instead (- is standard input).")
     ] = None,
     tokens: Annotated[int, typer.Option(min=10, help="Stop after this many tokens.")] = 300_000,
+    facts: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=MOST, help="Facts to hide beside. Default: 10, fewer in a short text."
+        ),
+    ] = None,
     passkey: Annotated[
         str | None, typer.Option(help="The number to hide, 5 digits. Default: a random one.")
     ] = None,
     depth: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Where: 0 is the start. Default: anywhere."),
+        typer.Option(
+            min=0.0, max=1.0, help="Where the number is: 0 is the start. Default: anywhere."
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="What reads it.")] = "smollm2",
 ) -> None:
-    """Hide a number in a long text, let a real model read all of it, and ask for the number."""
+    """Hide a number and some facts in a long text, let a real model read it, and ask for them."""
     key = passkey or str(random.randrange(10_000, 100_000))
     _check_key(key)
     loaded, tokenizer = load_quietly(model, **loading.given())
     whole = tokens if file is None else min(tokens, _tokens_of(file, tokenizer))
-    place = round(whole * (random.random() if depth is None else depth))
+    count = min(_FACTS, int(whole / _TOKENS_OF_FACT)) if facts is None else facts
+    needles = _needles(tokenizer, key, depth, count, whole)
     out.print(describe(loaded), highlight=False, soft_wrap=True)
     tell_what_it_learned(loaded, out)
     texts, about = _texts(file)
     out.print(f"reading {about}", highlight=False, soft_wrap=True)
     session = Session(loaded, tokenizer)
-    haystack = Haystack(session, texts, NEEDLE.format(key=key), place)
-    tenths = _Tenths(tokens, loaded.device)
+    haystack = Haystack(session, texts, needles)
     with ReadingProgress(None) as progress:
         try:
-            reading = session.reading(progress.counting(haystack))
-            for stats in chain(reading, session.finish()):
-                progress.show(stats)
-                tenths.note(stats, progress.seconds)
-                if stats.tokens >= tokens and haystack.hidden_at is not None:
-                    break
-            else:
-                stats = session.stats()
+            stats = _read(haystack, session, progress, tokens)
         except KeyboardInterrupt:
             err.print(f"interrupted after {progress.summary(session.stats())}", highlight=False)
             raise typer.Exit(130) from None
         if not haystack.characters:
             raise ValueError(f"{file} holds no text")
-        answer = session.ask(QUESTION, max_new_tokens=12, do_sample=False)
-        seconds = progress.seconds
-    answer = " ".join("".join(answer).split())
-    out.print(f"read    {progress.summary(stats)}", highlight=False)
-    where = " (where the text ended)" if haystack.ended else ""
-    out.print(f"hidden  {key}, after {haystack.hidden_at:,} tokens{where}", highlight=False)
-    out.print(f"asked   {QUESTION}")
-    out.print(f"answer  {answer}", style="bold", highlight=False, soft_wrap=True)
-    verdict, style = ("found", "green") if answer == key else ("not found", "red")
+        read = progress.seconds
+        out.print(f"read {progress.summary(stats)}", highlight=False)
+        right = sum(_ask(session, needle) for needle in haystack.hidden)
+        asked = progress.seconds - read
     peak = peak_memory(loaded.device)
     cost = "" if peak is None else f", with a peak memory of {readable_bytes(peak)}"
-    out.print(f"{verdict} in {seconds:,.0f} s{cost}", style=style)
+    out.print(
+        f"\nfound {right} of {len(needles)}: {read:,.0f} s to read, {asked:,.0f} s to ask{cost}",
+        style="green" if right else "red",
+        highlight=False,
+    )
+
+
+def _read(
+    haystack: Haystack, session: Session, progress: ReadingProgress, tokens: int
+) -> SessionStats:
+    """Read until there is enough and all is hidden, or to the text's end."""
+    tenths = _Tenths(tokens, session.model.device)
+    for stats in chain(session.reading(progress.counting(haystack)), session.finish()):
+        progress.show(stats)
+        tenths.note(stats, progress.seconds)
+        if stats.tokens >= tokens and not haystack.missing:
+            return stats
+    return session.stats()
+
+
+def _ask(session: Session, needle: Needle) -> bool:
+    """Ask for one thing, show what was said, and say whether it is right."""
+    answer = session.ask(needle.question, max_new_tokens=16, do_sample=False)
+    said = " ".join("".join(answer).split())
+    right = bool(found(said, needle.answers))
+    where = f"after {needle.hidden_at:,} tokens" + (", at the end" if needle.is_last else "")
+    out.print(f"\nhidden  {needle.sentence} ({where})", highlight=False, soft_wrap=True)
+    out.print(f"asked   {needle.question}", highlight=False, soft_wrap=True)
+    out.print("answer ", Text(said, "bold"), verdict(right), highlight=False, soft_wrap=True)
+    return right
+
+
+def verdict(right: bool) -> Text:
+    """What is said of an answer."""
+    return Text("(found)", "green") if right else Text("(not found)", "red")
 
 
 def _check_key(key: str) -> None:
@@ -99,46 +135,85 @@ def _check_key(key: str) -> None:
         )
 
 
-class Haystack:
-    """A text with a needle put between two of its lines, while it is read.
+@dataclass
+class Needle:
+    """A sentence to hide, and what is asked for it.
 
     Attributes:
-        hidden_at: tokens read before the needle, or None as long as it is not hidden.
-        ended: whether the text ended before the needle's place, which is then its end.
-        characters: of the text, without the needle.
+        place: tokens after which it belongs.
+        hidden_at: tokens read before it, or None as long as it is not hidden.
+        is_last: whether the text ended before its place.
     """
 
-    def __init__(self, session: Session, texts: Iterator[str], needle: str, place: int) -> None:
+    sentence: str
+    question: str
+    answers: Sequence[str]
+    place: float
+    hidden_at: int | None = None
+    is_last: bool = False
+
+
+def _needles(
+    tokenizer: Any, key: str, depth: float | None, facts: int, whole: float
+) -> list[Needle]:
+    """The number and the facts, in the order of their places."""
+    depth = random.random() if depth is None else depth
+    needles = [Needle(PASSKEY.format(key=key), ASKED, [key], whole * depth)]
+    drawn = Facts(tokenizer, changes=0.0).sentences(random.randrange(2**31), facts)
+    needles.extend(
+        Needle(sentence, question.text, question.answers, whole * random.random())
+        for sentence, question in drawn
+    )
+    return sorted(needles, key=lambda needle: needle.place)
+
+
+class Haystack:
+    """A text with needles put between its lines, while it is read.
+
+    Attributes:
+        hidden: needles that are hidden by now.
+        missing: those that are not.
+        characters: of the text, without the needles.
+    """
+
+    def __init__(self, session: Session, texts: Iterator[str], needles: Sequence[Needle]) -> None:
         self._session = session
         self._texts = texts
-        self._needle = needle
-        self._place = place
-        self.hidden_at: int | None = None
-        self.ended = False
+        self.hidden: list[Needle] = []
+        self.missing = list(needles)
         self.characters = 0
 
     def __iter__(self) -> Iterator[str]:
-        """The text in pieces; a needle whose place is beyond the end comes last."""
+        """The text in pieces; needles whose place is beyond the end come last."""
         for text in self._texts:
             for start in range(0, len(text), _PIECE):
                 piece = text[start : start + _PIECE]
                 self.characters += len(piece)
-                cut = piece.find("\n") + 1 or piece.find(" ") + 1
-                if self.hidden_at is None and cut and self._read() >= self._place:
+                while (cut := _line_end(piece)) and self._is_due():
                     yield piece[:cut]
-                    yield from self._hide()
+                    yield self._hide()
                     piece = piece[cut:]
                 yield piece
-        if self.hidden_at is None and self.characters:
-            self.ended = True
-            yield from self._hide()
+        while self.missing and self.characters:
+            self.missing[0].is_last = True
+            yield self._hide()
 
-    def _hide(self) -> Iterator[str]:
-        self.hidden_at = self._read()
-        yield self._needle
+    def _hide(self) -> str:
+        needle = self.missing.pop(0)
+        needle.hidden_at = self._read()
+        self.hidden.append(needle)
+        return f"\n{needle.sentence}\n"
+
+    def _is_due(self) -> bool:
+        return bool(self.missing) and self._read() >= self.missing[0].place
 
     def _read(self) -> int:
         return self._session.stats().tokens
+
+
+def _line_end(piece: str) -> int:
+    """Behind the first line, or the first word where there is no end of one, or 0."""
+    return piece.find("\n") + 1 or piece.find(" ") + 1
 
 
 class _Tenths:

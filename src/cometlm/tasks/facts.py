@@ -134,6 +134,17 @@ class Facts(StoryTask):
         questions = self._questions(rng, facts, where)
         return Sample(context, tuple(questions), {"haystack": name, "facts": count})
 
+    def sentences(self, index: int, count: int) -> list[tuple[str, Question]]:
+        """Facts for a text of one's own: each in a sentence (two, if it changes) and asked for."""
+        rng = self.rng(index)
+        return [
+            (
+                " ".join(_sentences(rng, fact)),
+                Question(_question(rng, fact.relation, fact.subject), _forms(fact.values[-1])),
+            )
+            for fact in self._facts(rng, count)
+        ]
+
     def score(self, question: Question, said: str) -> dict[str, float]:
         """How good an answer is.
 
