@@ -1,6 +1,6 @@
 """Keys that a chunk's border cuts: are they found, with and without an overlap of chunks?
 
-    python benchmarks/borders.py [--model smollm2] [--keys 24] [--overlaps 0 8]
+    python benchmarks/borders.py [--model smollm2-passkey] [--keys 24] [--overlaps 0 8]
 
 Keys, texts and templates are none of the training. A text has three chunks, and the key stands
 before its last third. "inside" are keys in one chunk, "cut" those whose digits a border of fixed
@@ -53,7 +53,7 @@ def samples(tokenizer: Any, size: int, keys: int) -> Iterator[tuple[str, Sample]
 def main() -> None:
     """Ask for each key, with each overlap, and count."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2-passkey")
     parser.add_argument("--keys", type=int, default=24, help="of each kind")
     parser.add_argument("--overlaps", type=int, nargs="+", default=[0, 8])
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Passkeys at every depth of texts of several lengths, with the whole memory and with half of it.
 
-    python benchmarks/passkey.py [--model smollm2] [--lengths 8000 128000] [--texts 4]
+    python benchmarks/passkey.py [--model smollm2-passkey] [--lengths 8000 128000] [--texts 4]
 
 For each length some texts are read. A number is hidden in each of them ten times, once per decile
 of depth. What stands before a number is read only once, and the session is forked there. Each
@@ -251,7 +251,7 @@ def write(path: Path, trials: list[Trial], about: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2-passkey")
     parser.add_argument("--lengths", type=int, nargs="*", default=[4000, 8000, 32000, 128000])
     parser.add_argument("--texts", type=int, default=4, help="of each length")
     parser.add_argument("--only", type=int, nargs="+", help="texts, counted from 0; default: all")

@@ -1,6 +1,6 @@
 """Does a trained memory cost anything within a chunk, and does it help beyond?
 
-    python benchmarks/perplexity.py [--model smollm2] [--tokens 32768]
+    python benchmarks/perplexity.py [--model smollm2-passkey] [--tokens 32768]
 
 Reads novels that were not trained with ("austen-test"). Within one chunk: perplexity of windows of
 one chunk, of the model with an empty memory and of the untouched backbone. Beyond: perplexity of
@@ -61,7 +61,7 @@ def say(line: str) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2-passkey")
     parser.add_argument("--tokens", type=int, default=32768)
     args = parser.parse_args()
     source = Source.resolve(args.model)

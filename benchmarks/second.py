@@ -1,6 +1,6 @@
 """A second number: does it take the first one's place in the memory?
 
-    python benchmarks/second.py [--model smollm2] [--pairs 30] [--tokens 2000]
+    python benchmarks/second.py [--model smollm2-passkey] [--pairs 30] [--tokens 2000]
 
 A session reads a text that says a number, then a text that says another, and is asked for the
 second. Numbers, texts and templates are none of the training. A memory that mixes the numbers says
@@ -25,7 +25,7 @@ DEPTHS = (0.1, 0.25, 0.4, 0.55, 0.7)
 def main() -> None:
     """Ask after each pair of texts, and count."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2-passkey")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=2000, help="of each of the two texts")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,23 +1,26 @@
-"""The trained memory that ships: loaded by name, small, and answering from its global half."""
-
-from pathlib import Path
+"""The trained memories that ship: loaded by name, small, and what their cards say."""
 
 import pytest
 
 import cometlm
 from cometlm import Session
-from cometlm.checkpoints.backbones import BUILT_IN
+from cometlm.checkpoints.backbones import BUILT_IN, MEMORIES
 from cometlm.eval.runner import answer_to
 from cometlm.methods.comet import CometReader
 from cometlm.tasks.passkey import Passkey
 
-FOLDER = BUILT_IN["smollm2"].trained
+FOLDERS = {"smollm2": BUILT_IN["smollm2"].trained, **MEMORIES}
 LIMIT = 20_000_000  # bytes
 
 
 @pytest.fixture(scope="module")
 def loaded():
     return cometlm.load("smollm2", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def keeps_a_number():
+    return cometlm.load("smollm2-passkey", device="cpu")
 
 
 def digits(answers):
@@ -33,9 +36,9 @@ FILLER = (
 
 
 @pytest.mark.slow
-def test_it_finds_keys_far_behind_its_temporary_memory(loaded, tmp_path):
+def test_it_finds_keys_far_behind_its_temporary_memory(keeps_a_number, tmp_path):
     """In a text and templates that it was not trained with; without the global half it guesses."""
-    model, tokenizer = loaded
+    model, tokenizer = keeps_a_number
     (tmp_path / "filler.txt").write_text(FILLER * 500)
     task = Passkey(tokenizer, depth=0.2, corpora=str(tmp_path / "filler.txt"))
     whole, without_global = [], []
@@ -67,13 +70,34 @@ def test_it_comes_with_the_name_and_takes_other_sizes(loaded):
     assert not any(".lora_" in name for name, _ in untrained.named_parameters())
 
 
-def test_it_is_small_and_what_its_card_says(loaded):
-    model, _ = loaded
-    assert FOLDER is not None
-    assert sum(p.stat().st_size for p in Path(FOLDER).rglob("*")) < LIMIT
-    card = (Path(FOLDER) / "README.md").read_text(encoding="utf-8")
+@pytest.mark.slow
+def test_it_stays_the_model_that_its_backbone_is(loaded):
+    """It answers what its backbone would, where there is nothing to remember."""
+    model, tokenizer = loaded
+    session = Session(model, tokenizer)
+    for prompt, word in (
+        ("Who are you?", "SmolLM"),
+        ("What is the capital of France?", "Paris"),
+        ("Write a sentence about the sea.", "sea"),
+        ("Why is the sky blue?", "light"),
+    ):
+        assert word in session.ask(prompt, max_new_tokens=48, do_sample=False)
+    session.read("The ship left Bristol in March. Her captain was Elinor Vance, of Cork.\n")
+    assert "Elinor Vance" in session.ask("Who was the captain?", max_new_tokens=16, do_sample=False)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_it_is_small_and_what_its_card_says(name):
+    folder = FOLDERS[name]
+    assert folder is not None
+    assert sum(p.stat().st_size for p in folder.rglob("*")) < LIMIT
+    model, _ = cometlm.load(name, device="cpu")
+    assert model.config.name_or_path == name
+    assert model.config.trained_for
+    card = (folder / "README.md").read_text(encoding="utf-8")
     sizes = model.config.comet_config
     memory = sum(p.numel() for p in model.model.comet.parameters())
     assert f"{memory:,} memory weights" in card
     assert f"({sizes.global_slots} global and {sizes.temporary_slots} temporary slots" in card
     assert f"chunks of {sizes.chunk_size} tokens" in card
+    assert f'`cometlm.load("{name}")`' in card

@@ -142,7 +142,10 @@ def test_an_unknown_model_is_one_line(command, monkeypatch, arguments):
     code, out, err = command(*arguments)
     assert (code, out) == (1, "")
     message = one_line(err)
-    assert "'NAME' is no built-in model (smollm2, gemma3-270m), no folder here" in message
+    assert (
+        "'NAME' is no built-in model (smollm2, gemma3-270m, smollm2-passkey), no folder here"
+        in message
+    )
     assert err.count("\n") == 1 + ("loading" in err)
 
 

