@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -20,16 +21,17 @@ class KeyCheck:
     Args:
         app: what it stands in front of.
         keys: who may; None: everybody, as one owner.
+        open_paths: what needs no key.
     """
 
-    def __init__(self, app: Any, keys: Keys | None) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: Any, keys: Keys | None, open_paths: Collection[str] = OPEN) -> None:
+        self._app, self._keys, self._open_paths = app, keys, open_paths
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or not."""
         if scope["type"] == "http":
             owner = self._owner(scope)
-            if owner is None and scope["path"] not in OPEN:
+            if owner is None and scope["path"] not in self._open_paths:
                 refused = ApiError(
                     "no API key, or a wrong one: send Authorization: Bearer KEY",
                     status=401,
