@@ -11,7 +11,7 @@ from cometlm.serve.errors import ApiError
 from cometlm.serve.http import OWNER, error_response
 from cometlm.serve.keys import Keys
 
-FILES = "/v1/files"
+UPLOADS = ("/v1/files", "/v1/sessions")
 OPEN = ("/health",)  # without a key
 
 
@@ -67,7 +67,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        most = self._most_of_file if scope["path"] == FILES else self._most
+        most = self._most_of_file if scope["path"] in UPLOADS else self._most
         said = dict(scope["headers"]).get(b"content-length", b"0")
         if not said.isdigit() or int(said) > most:
             await error_response(_too_large(most))(scope, receive, send)

@@ -212,6 +212,13 @@ def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None
     emit(Progress(session.stats().tokens, session))
 
 
+def settling(start: Session, emit: Callable[[Progress], None]) -> Work:
+    """The work of an `engine.Job` that runs what a session holds unread: the end of its text."""
+    session = start.fork()
+    yield from _chunks(session.finish())
+    emit(Progress(session.stats().tokens, session))
+
+
 def _chunks(steps: Iterator[object]) -> Work:
     """A step of the engine for each chunk."""
     for _ in steps:

@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cometlm import __version__
-from cometlm.serve import chat, files, responses
+from cometlm.serve import chat, files, responses, sessions
 from cometlm.serve.admission import OPEN, BodyLimit, KeyCheck
-from cometlm.serve.errors import INVALID, ApiError
+from cometlm.serve.errors import INVALID, ApiError, unknown_field
 from cometlm.serve.http import Owner, Serving, error_response
 from cometlm.serve.keys import Keys
 from cometlm.serve.page import PATHS
@@ -66,7 +66,7 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):
         app.add_exception_handler(kind, _tell)
-    for one in (chat, files, responses):
+    for one in (chat, files, responses, sessions):
         app.include_router(one.router)
     if with_page:
         app.include_router(page)
@@ -89,9 +89,11 @@ def _of_fields(error: RequestValidationError) -> ApiError:
     """The first field that is wrong."""
     first: dict[str, Any] = error.errors()[0]
     # A union names its members; the field stands before them.
-    path = [part for part in first["loc"] if part != "body"]
+    path = [part for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
         return ApiError("the body is not JSON", code="json_invalid")
+    if first["type"] == "extra_forbidden":
+        return unknown_field(".".join(map(str, path)))
     param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in path)[1:]
     return ApiError(f"{param or 'the body'}: {first['msg']}", param=param or None)
 

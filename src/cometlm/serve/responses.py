@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 
 from cometlm.serve.answer import Answer
 from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
+from cometlm.serve.pages import PageQuery, page_of
 from cometlm.serve.schema import ResponseBody, check_messages, sampling_of
 from cometlm.serve.service import Prompt, Run, Service, Writing
 
 router = APIRouter()
 
 _KIND, _PREFIX = "response", "resp_"
-_PAGE = 100  # items of a list at most
 
 
 @router.post("/v1/responses")
@@ -59,34 +59,10 @@ async def retrieve(name: str, request: Request, service: Serving, owner: Owner) 
 
 @router.get("/v1/responses/{name}/input_items")
 async def input_items(
-    name: str,
-    service: Serving,
-    owner: Owner,
-    limit: int = 20,
-    order: str = "desc",
-    after: str | None = None,
-) -> Any:
+    name: str, service: Serving, owner: Owner, query: Annotated[PageQuery, Query()]
+) -> dict[str, Any]:
     """What was said to a response, in pages."""
-    if not 1 <= limit <= _PAGE:
-        raise ApiError(f"limit must lie in 1 … {_PAGE}, got {limit}", param="limit")
-    if order not in ("asc", "desc"):
-        raise ApiError(f"order must be asc or desc, got {order!r:.40}", param="order")
-    items = (await _document(service, name, owner))["input"]
-    if order == "desc":
-        items = items[::-1]
-    if after is not None:
-        places = [i for i, item in enumerate(items) if item["id"] == after]
-        if not places:
-            raise ApiError(f"after: there is no item {after!r:.80}", param="after")
-        items = items[places[0] + 1 :]
-    page = items[:limit]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(items) > limit,
-    }
+    return page_of((await _document(service, name, owner))["input"], query)
 
 
 @router.delete("/v1/responses/{name}")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cometlm.serve.errors import ApiError, unsupported
+from cometlm.serve.errors import ApiError, unknown_field, unsupported
 from cometlm.serve.service import Service, Writing
 from cometlm.session.writer import Sampling
 
@@ -39,7 +39,7 @@ class Body(BaseModel):
                     name, f"this value is not supported, leave the field out: {value!r:.80}"
                 )
             else:
-                raise unsupported(name, "this field is unknown or not supported; leave it out")
+                raise unknown_field(name)
         return kept
 
 

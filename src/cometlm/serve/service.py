@@ -7,10 +7,20 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import IO, Any
 
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.serve.answer import Answer, Mark, Order, Piece, Progress, answering, reading
+from cometlm.serve.answer import (
+    Answer,
+    Mark,
+    Order,
+    Piece,
+    Progress,
+    answering,
+    reading,
+    settling,
+)
 from cometlm.serve.engine import Engine, Job, Work
 from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
@@ -18,6 +28,7 @@ from cometlm.serve.kept import NotKeptError, SessionStore
 from cometlm.serve.metrics import Metrics
 from cometlm.serve.trail import Trail
 from cometlm.session.chat_template import ChatOptions, Conversation, Message
+from cometlm.session.file import identity
 from cometlm.session.options import stop_ids
 from cometlm.session.plain_text import PlainText, prefix_ids
 from cometlm.session.session import Session
@@ -303,6 +314,22 @@ class Service:
             return None, Session(self.model, self.tokenizer), Trail()
         return found[0].id, found[1], found[0].trail
 
+    async def known(self, name: str, owner: str, param: str) -> tuple[Kept, Session]:
+        """A session that is kept, to be forked, and what is known of it.
+
+        Args:
+            name: its id.
+            owner: who asks.
+            param: what the client calls the id.
+
+        Raises:
+            ApiError: there is none for this owner.
+        """
+        try:
+            return await asyncio.to_thread(self.store.get, name, owner)
+        except (NotKeptError, OSError) as error:
+            raise as_api_error(error, param) from error
+
     async def document(self, name: str, owner: str, kind: str, param: str) -> dict[str, Any]:
         """What is kept beside a session of a kind.
 
@@ -315,10 +342,7 @@ class Service:
         Raises:
             ApiError: there is none for this owner.
         """
-        try:
-            kept, _ = await asyncio.to_thread(self.store.get, name, owner)
-        except NotKeptError as error:
-            raise as_api_error(error, param) from error
+        kept, _ = await self.known(name, owner, param)
         if kept.kind != kind or kept.document is None:
             raise as_api_error(NotKeptError(name, was_given=False), param)
         return kept.document
@@ -378,6 +402,19 @@ class Service:
         """
         return self._start(lambda emit: reading(start, document, emit), owner)
 
+    def settle(self, session: Session, owner: str) -> Run:
+        """Begin to run what a session has not run yet of what it read.
+
+        Raises:
+            ApiError: there is no place.
+        """
+        return self._start(lambda emit: settling(session, emit), owner)
+
+    @cached_property
+    def made_by(self) -> dict[str, str]:
+        """The model's identity, of which session files tell whether they are of this model."""
+        return identity(self.model)
+
     def _start(self, work: Callable[[Callable[[Any], None]], Work], owner: str) -> Run:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
@@ -413,9 +450,14 @@ class Service:
         Raises:
             ApiError: the store cannot take it.
         """
-        lasting = replace(kept, expires=self.store.expiry())
+
+        def put() -> None:
+            tokens = session.stats().tokens
+            lasting = replace(kept, expires=self.store.expiry(), tokens=tokens)
+            self.store.put(lasting, session)
+
         try:
-            await asyncio.to_thread(self.store.put, lasting, session)
+            await asyncio.to_thread(put)
         except OSError as error:
             raise as_api_error(error) from error
 
