@@ -131,6 +131,7 @@ NEED_EXTRAS = {
     "cometlm.serve.files",
     "cometlm.serve.http",
     "cometlm.serve.metrics",
+    "cometlm.serve.page",
     "cometlm.serve.pages",
     "cometlm.serve.responses",
     "cometlm.serve.schema",

@@ -21,7 +21,7 @@ export function bytes(number) {
   return `${unit ? number.toFixed(1) : number} ${units[unit]}`;
 }
 
-const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
+const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "short" });
 const AGES = [["day", 86400], ["hour", 3600], ["minute", 60]];
 
 /** When it was, seconds since 1970, as "2 hours ago". */
