@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cometlm import __version__
-from cometlm.serve import chat, files, responses, sessions
+from cometlm.serve import chat, conversations, files, responses, sessions
 from cometlm.serve.admission import OPEN, BodyLimit, KeyCheck
 from cometlm.serve.errors import INVALID, ApiError, unknown_field
 from cometlm.serve.http import Owner, Serving, error_response
@@ -66,7 +66,7 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):
         app.add_exception_handler(kind, _tell)
-    for one in (chat, files, responses, sessions):
+    for one in (chat, conversations, files, responses, sessions):
         app.include_router(one.router)
     if with_page:
         app.include_router(page)

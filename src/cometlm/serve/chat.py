@@ -10,11 +10,11 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 
 from cometlm.serve.answer import Answer, Piece
-from cometlm.serve.errors import ApiError
 from cometlm.serve.folder import Kept
-from cometlm.serve.http import SESSION_HEADER, Owner, Serving, data, event_stream, unless_gone
+from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
 from cometlm.serve.schema import ChatBody, CompletionBody, Sampled
 from cometlm.serve.service import Prompt, Run, Service
+from cometlm.serve.start import find_start, find_webui_chat, note_webui_chat
 
 router = APIRouter()
 
@@ -33,14 +33,13 @@ async def chat_completions(body: ChatBody, request: Request, service: Serving, o
     if asked is None:
         asked, param = body.max_tokens, "max_tokens"
     writing = body.writing(service, asked, service.limits.usual_tokens, param)
-    prompt = await service.chat(
-        body.messages,
-        owner,
-        session=_session(body, request),
-        variables=body.chat_template_kwargs,
-    )
-    reply = _Reply(service, body, owner, prompt, "chat")
-    return await reply.send(request, service.run(prompt, writing, owner))
+    messages: Sequence[Mapping[str, Any]] = body.messages
+    start = (await find_start(service, owner, request, session=body.session)).start
+    if start is None and (known := await find_webui_chat(service, owner, request, messages)):
+        start, messages = known
+    prompt = await service.chat(messages, owner, start=start, variables=body.chat_template_kwargs)
+    reply = _Reply(service, body, owner, prompt, "chat", request)
+    return await reply.send(service.run(prompt, writing, owner))
 
 
 @router.post("/v1/completions")
@@ -50,21 +49,10 @@ async def completions(
     """Go on with a text."""
     service.check_model(body.model)
     writing = body.writing(service, body.max_tokens, _USUAL_COMPLETION, "max_tokens")
-    prompt = await service.text(body.prompt, owner, _session(body, request))
-    reply = _Reply(service, body, owner, prompt, "completion")
-    return await reply.send(request, service.run(prompt, writing, owner))
-
-
-def _session(body: Sampled, request: Request) -> str | None:
-    """The session that a request names, in its body or its header.
-
-    Raises:
-        ApiError: it names two.
-    """
-    header = request.headers.get(SESSION_HEADER)
-    if header and body.session and header != body.session:
-        raise ApiError(f"session and the header {SESSION_HEADER} differ", param="session")
-    return body.session or header or None
+    found = await find_start(service, owner, request, session=body.session)
+    prompt = await service.text(body.prompt, owner, found.start)
+    reply = _Reply(service, body, owner, prompt, "completion", request)
+    return await reply.send(service.run(prompt, writing, owner))
 
 
 def usage_of(prompt: Prompt, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -87,16 +75,17 @@ class _Reply:
     owner: str
     prompt: Prompt
     kind: Literal["chat", "completion"]
+    request: Request
 
     def __post_init__(self) -> None:
         self.created = int(time.time())
         self.object, self._prefix = _NAMES[self.kind]
         self.id = self._new_id()
 
-    async def send(self, request: Request, run: Run) -> Any:
+    async def send(self, run: Run) -> Any:
         if self.body.stream:
             return event_stream(self._stream(run))
-        answers = await unless_gone(request, run.answers())
+        answers = await unless_gone(self.request, run.answers())
         choices = [
             {
                 "index": answer.index,
@@ -163,6 +152,10 @@ class _Reply:
         name = self._new_id() if answer.index else self.id
         kept = Kept(name, self.owner, self.kind, self.created)
         await self.service.keep(kept, self.prompt, answer)
+        if isinstance(self.body, ChatBody):
+            await note_webui_chat(
+                self.service, self.owner, self.request, self.body.messages, answer.text, name
+            )
         return name
 
     def _new_id(self) -> str:

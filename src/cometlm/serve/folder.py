@@ -25,6 +25,7 @@ from cometlm.session.file import identity, read_document, read_notes
 from cometlm.session.session import Session
 
 _SUFFIX = ".safetensors"
+TURN = "turn"  # the kind of what only says where a chat went on; see `start`
 _TITLE = 80  # characters
 _LEFT_BEHIND = 3600  # seconds after which a file that is written still is of a killed process
 
@@ -38,8 +39,8 @@ class Kept:
     Attributes:
         id: what it is found by.
         owner: who may see it.
-        kind: "response", "chat", "completion", "file", "session" (uploaded, or a fork) or "mark"
-            (a place in a prompt).
+        kind: "response", "chat", "completion", "file", "session" (uploaded, or a fork),
+            "conversation", "turn" or "mark" (a place in a prompt).
         created: seconds since 1970.
         expires: seconds since 1970; None: never.
         parent: the id that it went on from.

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cometlm.serve.folder import Folder, Kept
+from cometlm.serve.folder import TURN, Folder, Kept
 from cometlm.serve.ids import Ids
 from cometlm.serve.trail import beginnings
 from cometlm.session.session import Session
@@ -260,7 +260,7 @@ class SessionStore:
             found = [
                 entry.listed
                 for entry in self._entries.values()
-                if entry.owner == owner and not entry.is_passing
+                if entry.owner == owner and not entry.is_passing and entry.listed.kind != TURN
             ]
         return sorted(found, key=lambda one: (one.created, one.id))
 

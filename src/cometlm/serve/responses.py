@@ -13,9 +13,12 @@ from cometlm.serve.answer import Answer
 from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
+from cometlm.serve.items import items_of, messages_of, with_own_ids
 from cometlm.serve.pages import PageQuery, page_of
-from cometlm.serve.schema import ResponseBody, check_messages, sampling_of
+from cometlm.serve.schema import ResponseBody, sampling_of
 from cometlm.serve.service import Prompt, Run, Service, Writing
+from cometlm.serve.start import find_start
+from cometlm.serve.thread import Thread, change
 
 router = APIRouter()
 
@@ -26,22 +29,26 @@ _KIND, _PREFIX = "response", "resp_"
 async def create(body: ResponseBody, request: Request, service: Serving, owner: Owner) -> Any:
     """Answer, and keep the answer."""
     service.check_model(body.model)
-    items = _items(body.input)
+    items = items_of(body.input)
     most = service.most_tokens(
         body.max_output_tokens, service.limits.usual_tokens, "max_output_tokens"
     )
-    messages = [{"role": one["role"], "content": _text(one)} for one in items]
+    found = await find_start(
+        service,
+        owner,
+        request,
+        previous_response_id=body.previous_response_id,
+        conversation=body.conversation_id,
+        session=body.session,
+    )
+    waiting = () if found.thread is None else found.thread.waiting
+    messages = messages_of([*waiting, *items])
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
-    prompt = await service.chat(
-        messages,
-        owner,
-        session=body.previous_response_id,
-        session_field="previous_response_id",
-    )
+    prompt = await service.chat(messages, owner, start=found.start)
     sampling = sampling_of(body.temperature, body.top_p, None)
     writing = Writing(sampling, most, keeps=body.store is not False)
-    reply = _Reply(service, body, owner, prompt, items, most)
+    reply = _Reply(service, body, owner, prompt, items, most, found.thread)
     run = service.run(prompt, writing, owner)
     if body.stream:
         return event_stream(reply.events(run))
@@ -77,46 +84,6 @@ async def _document(service: Service, name: str, owner: str) -> dict[str, Any]:
     return await service.document(name, owner, _KIND, "response_id")
 
 
-def _items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Input as a list of messages.
-
-    Raises:
-        ApiError: items of another kind.
-    """
-    if isinstance(given, str):
-        given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
-    for i, item in enumerate(given):
-        if item.get("type", "message") != "message":
-            raise ApiError(
-                f"input[{i}]: items of type {item['type']!r:.40} are not supported, only messages",
-                param=f"input[{i}]",
-                code="unsupported",
-            )
-    plain = [{k: v for k, v in item.items() if k not in ("type", "id", "status")} for item in given]
-    check_messages(plain, "input")
-    return [
-        {
-            "id": item.get("id") if isinstance(item.get("id"), str) else f"msg_{i}",
-            "type": "message",
-            "status": "completed",
-            "role": item["role"],
-            "content": _parts(item["role"], item["content"]),
-        }
-        for i, item in enumerate(given)
-    ]
-
-
-def _parts(role: str, content: Any) -> list[dict[str, Any]]:
-    if not isinstance(content, str):
-        return [{"type": part["type"], "text": part["text"]} for part in content]
-    kind = "output_text" if role == "assistant" else "input_text"
-    return [{"type": kind, "text": content}]
-
-
-def _text(item: Mapping[str, Any]) -> str:
-    return "".join(part["text"] for part in item["content"])
-
-
 class _Reply:
     """What is said to one request."""
 
@@ -128,9 +95,11 @@ class _Reply:
         prompt: Prompt,
         items: Sequence[Mapping[str, Any]],
         most: int,
+        talk: Thread | None,
     ) -> None:
         self._service, self._body, self._owner = service, body, owner
         self._prompt, self._items, self._most = prompt, items, most
+        self._thread = talk
         self.id = service.store.ids.new(_PREFIX, owner)
         self._item = "msg_" + self.id.removeprefix(_PREFIX)
         self._created = int(time.time())
@@ -143,7 +112,22 @@ class _Reply:
             document = {"response": response, "input": list(self._items)}
             kept = Kept(self.id, self._owner, _KIND, self._created, document=document)
             await self._service.keep(kept, self._prompt, answer)
+        if self._thread is not None:
+            await self._go_on(self._thread, response, answer)
         return response
+
+    async def _go_on(self, talk: Thread, response: Mapping[str, Any], answer: Answer) -> None:
+        """Let the conversation come to what this answer left."""
+        trail = await asyncio.to_thread(self._prompt.trail_after, answer)
+        said = (*with_own_ids(self._items, talk.items), *response["output"])
+        last = None if self._body.store is False else self.id
+        await change(
+            self._service,
+            talk.id,
+            self._owner,
+            lambda now: talk.after(said, last, trail, now),
+            answer.session,
+        )
 
     async def events(self, run: Run) -> AsyncIterator[str]:
         """The response as a stream of typed events."""
@@ -206,6 +190,7 @@ class _Reply:
             "created_at": self._created,
             "status": status,
             "background": False,
+            "conversation": None if self._thread is None else {"id": self._thread.id},
             "error": None,
             "incomplete_details": incomplete,
             "instructions": body.instructions,

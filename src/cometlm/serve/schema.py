@@ -10,6 +10,10 @@ from cometlm.serve.errors import ApiError, unknown_field, unsupported
 from cometlm.serve.service import Service, Writing
 from cometlm.session.writer import Sampling
 
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -181,12 +185,17 @@ class TextFormat(Body):
     NEUTRAL = {"format": ({"type": "text"},), "verbosity": ("medium",)}
 
 
+class ConversationName(Body):
+    """A conversation by its id."""
+
+    id: str
+
+
 class ResponseBody(Body):
     """Of `POST /v1/responses`."""
 
     NEUTRAL = {
         "background": (False,),
-        "conversation": (),
         "include": ([],),
         "parallel_tool_calls": (True, False),
         "prompt": (),
@@ -203,14 +212,22 @@ class ResponseBody(Body):
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
+    conversation: str | ConversationName | None = None
+    session: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
     store: bool | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     text: TextFormat | None = None
     user: str | None = None
+
+    @property
+    def conversation_id(self) -> str | None:
+        """The conversation that is gone on with."""
+        named = self.conversation
+        return named.id if isinstance(named, ConversationName) else named
 
 
 class Content(BaseModel):

@@ -62,6 +62,28 @@ class Writing:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A session that a request names to go on from.
+
+    Attributes:
+        name: its id.
+        session: it.
+        trail: of what it has read; None: not known.
+        tools: see `Prompt`.
+    """
+
+    name: str
+    session: Session
+    trail: Trail | None
+    tools: str | None = None
+
+    @classmethod
+    def of(cls, kept: Kept, session: Session) -> Start:
+        """The one that is kept."""
+        return cls(kept.id, session, kept.trail, (kept.document or {}).get("tools"))
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What a request goes on from, and what it adds.
 
@@ -231,8 +253,7 @@ class Service:
         messages: Sequence[Message],
         owner: str,
         *,
-        session: str | None = None,
-        session_field: str = "session",
+        start: Start | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """The prompt of a chat.
@@ -240,44 +261,38 @@ class Service:
         Args:
             messages: the new ones behind a session, or a whole conversation.
             owner: who asks.
-            session: id to go on from.
-            session_field: what the client calls that.
+            start: what to go on from.
             variables: of the chat template.
 
         Raises:
-            ApiError: an unknown id; messages that the template refuses.
+            ApiError: messages that the template refuses.
         """
         options = ChatOptions(variables=dict(variables or {}))
         try:
-            if session is None:
+            if start is None:
                 return await asyncio.to_thread(self._whole, messages, owner, options)
-            return await asyncio.to_thread(self._new, messages, owner, session, options)
-        except NotKeptError as error:
-            raise as_api_error(error, session_field) from error
+            return await asyncio.to_thread(self._new, messages, start, options)
         except ValueError as error:
             raise ApiError(str(error), param="messages") from error
 
-    async def text(self, prompt: str | Sequence[int], owner: str, session: str | None) -> Prompt:
+    async def text(self, prompt: str | Sequence[int], owner: str, start: Start | None) -> Prompt:
         """The prompt of a text that is gone on with.
 
         Raises:
-            ApiError: an unknown id; ids that the model lacks; nothing to go on from.
+            ApiError: ids that the model lacks; nothing to go on from.
         """
         try:
-            return await asyncio.to_thread(self._raw, prompt, owner, session)
-        except NotKeptError as error:
-            raise as_api_error(error, "session") from error
+            return await asyncio.to_thread(self._raw, prompt, owner, start)
         except ValueError as error:
             raise ApiError(str(error), param="prompt") from error
 
-    def _new(
-        self, messages: Sequence[Message], owner: str, name: str, options: ChatOptions
-    ) -> Prompt:
+    def _new(self, messages: Sequence[Message], start: Start, options: ChatOptions) -> Prompt:
         if any(message.get("role") == "assistant" for message in messages):
             raise ValueError("with a session, send only what was said after its answer")
-        kept, start = self.store.get(name, owner)
-        turn = start.render_turn(messages, options)
-        return Prompt(start, name, (), turn.opening_ids, turn.closing_ids, kept.trail)
+        turn = start.session.render_turn(messages, options)
+        return Prompt(
+            start.session, start.name, (), turn.opening_ids, turn.closing_ids, start.trail
+        )
 
     def _whole(self, messages: Sequence[Message], owner: str, options: ChatOptions) -> Prompt:
         conversation = Conversation(self.tokenizer, messages, options)
@@ -293,19 +308,18 @@ class Service:
             conversation,
         )
 
-    def _raw(self, prompt: str | Sequence[int], owner: str, name: str | None) -> Prompt:
+    def _raw(self, prompt: str | Sequence[int], owner: str, start: Start | None) -> Prompt:
         ids = PlainText.of(self.tokenizer).encode(prompt) if isinstance(prompt, str) else prompt
         vocabulary = self.model.config.vocab_size
         if any(not 0 <= token < vocabulary for token in ids):
             raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}")
-        if name is not None:
-            kept, start = self.store.get(name, owner)
-            return Prompt(start, name, ids, (), None, kept.trail)
+        if start is not None:
+            return Prompt(start.session, start.name, ids, (), None, start.trail)
         ids = [*prefix_ids(self.tokenizer), *ids] if isinstance(prompt, str) else list(ids)
         if not ids:
             raise ValueError("the prompt is empty: there is nothing to go on from")
-        parent, start, base = self._known(ids, owner)
-        return Prompt(start, parent, ids[base.length :], (), None, base)
+        parent, session, base = self._known(ids, owner)
+        return Prompt(session, parent, ids[base.length :], (), None, base)
 
     def _known(self, ids: Sequence[int], owner: str) -> tuple[str | None, Session, Trail]:
         """A session that has read most of what these ids begin with, its id, and its trail."""
@@ -450,16 +464,19 @@ class Service:
         Raises:
             ApiError: the store cannot take it.
         """
-
-        def put() -> None:
-            tokens = session.stats().tokens
-            lasting = replace(kept, expires=self.store.expiry(), tokens=tokens)
-            self.store.put(lasting, session)
-
         try:
-            await asyncio.to_thread(put)
+            await asyncio.to_thread(self.store_now, kept, session)
         except OSError as error:
             raise as_api_error(error) from error
+
+    def store_now(self, kept: Kept, session: Session) -> None:
+        """What `put` does, in this thread.
+
+        Raises:
+            OSError: the store cannot take it.
+        """
+        tokens = session.stats().tokens
+        self.store.put(replace(kept, expires=self.store.expiry(), tokens=tokens), session)
 
     def stop(self, grace: float = 0.0) -> None:
         """Take no more requests, and end."""
