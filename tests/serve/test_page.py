@@ -295,9 +295,8 @@ CUT = 'data: {"type": "response.output_text.delta", "delta": "Once upon"}\n\n'
         ({"status": 429, "headers": {"Retry-After": "7"}, "json": BUSY}, "again in 7 seconds"),
         ({"status": 503, "json": STORE}, "cannot write to its folder now"),
         ({"status": 502, "body": "<h1>Bad gateway</h1>"}, "an error (502)"),
-        ({"status": 200, "content_type": "text/event-stream", "body": CUT}, "broke off"),
-        ({"status": 200, "content_type": "text/event-stream", "body": f"data: {json.dumps(STORE)}\n\n"},
-         "cannot write"),
+        ({"status": 200, "body": CUT}, "broke off"),
+        ({"status": 200, "body": f"data: {json.dumps(STORE)}\n\n"}, "cannot write"),
         (None, "cannot be reached"),
     ],
     ids=["busy", "store", "proxy", "cut", "event", "offline"],
@@ -416,7 +415,3 @@ def test_with_the_keyboard_on_a_phone(chromium, server):
         assert visit.page.locator("#sidebar").is_hidden()
         wide = "document.documentElement.scrollWidth"
         assert visit.page.evaluate(wide) <= 360
-        names = visit.page.evaluate("""() => [...document.querySelectorAll('button, input, textarea')]
-            .filter((one) => one.checkVisibility())
-            .map((one) => one.ariaLabel || one.textContent.trim() || one.labels?.[0]?.textContent)""")
-        assert all(names)

@@ -18,6 +18,9 @@ OPEN = ("/health",)  # without a key
 class KeyCheck:
     """ASGI middleware that notes whose key came with a request, and refuses others.
 
+    Without keys it refuses what pages of other sites send: a browser sends forms for anybody, and
+    files come as forms.
+
     Args:
         app: what it stands in front of.
         keys: who may; None: everybody, as one owner.
@@ -31,12 +34,17 @@ class KeyCheck:
         """Pass a request on, or not."""
         if scope["type"] == "http":
             owner = self._owner(scope)
+            refused: ApiError | None = None
             if owner is None and scope["path"] not in self._open_paths:
                 refused = ApiError(
                     "no API key, or a wrong one: send Authorization: Bearer KEY",
                     status=401,
                     code="invalid_api_key",
                 )
+            elif self._keys is None and _is_of_another_site(scope):
+                said = "a page of another site asks; without keys, only the server's own may"
+                refused = ApiError(said, status=403, code="cross_site")
+            if refused is not None:
                 await error_response(refused)(scope, receive, send)
                 return
             scope[OWNER] = owner
@@ -48,6 +56,12 @@ class KeyCheck:
         given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
         scheme, _, key = given.partition(" ")
         return self._keys.owner_of(key.strip()) if scheme.lower() == "bearer" else None
+
+
+def _is_of_another_site(scope: Any) -> bool:
+    """Whether a browser says that another site's page sends something; links may lead here."""
+    site = dict(scope["headers"]).get(b"sec-fetch-site", b"none")
+    return scope["method"] not in ("GET", "HEAD") and site not in (b"none", b"same-origin")
 
 
 class BodyLimit:
