@@ -193,6 +193,19 @@ def test_another_browser_learns_it_from_the_server(chromium, visit, server):
 
 
 @pytest.mark.slow
+def test_a_conversation_of_another_client(visit, server):
+    """Its turns are found by what the server says of them; it is no turn itself."""
+    made = server.openai.conversations.create()
+    asked = {"model": "tiny", "max_output_tokens": 5, "conversation": made.id}
+    for text in ("Who tells the story?", "Why so?"):
+        last = server.openai.responses.create(input=text, **asked)
+    visit.page.goto(f"{server.url}/#{last.id}")
+    visit.page.locator("#log", has_text="Why so?").wait_for()
+    assert visit.said("asked") == ["Who tells the story?", "Why so?"]
+    assert visit.page.locator(f"#sessions a[href='#{made.id}']").count() == 0
+
+
+@pytest.mark.slow
 def test_branches(visit, server):
     first = visit.say("Who tells the story?")
     second = visit.say("Why?")

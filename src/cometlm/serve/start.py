@@ -70,7 +70,8 @@ async def find_start(
         found, at = await thread.find(service, conversation, owner, "conversation")
         _check_agreement(named, {conversation, found.last})
         has_read = at.stats().tokens > 0
-        start = Start(conversation, at, found.trail, found.tools) if has_read else None
+        name = found.last or conversation  # what it went on from, for those who follow parents
+        start = Start(name, at, found.trail, found.tools) if has_read else None
         return Found(start, found)
     _check_agreement(others, set(list(others.values())[:1]))
     for param, name in others.items():

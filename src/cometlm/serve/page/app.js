@@ -23,12 +23,18 @@ let showing = 0; // counts calls of `show`: only the last one may draw
 
 // --- what is known of turns ---------------------------------------------------------------------
 
-const parentOf = (id) => (turns.has(id) ? turns.get(id).parent : sessions.get(id)?.parent) ?? null;
+/** Whether an id is of a turn. Conversations and places in prompts point at turns, and are none. */
+const isTurn = (id) => typeof id === "string" && !/^(conv_|mark-)/.test(id);
+
+function parentOf(id) {
+  const parent = turns.has(id) ? turns.get(id).parent : sessions.get(id)?.parent;
+  return isTurn(parent) ? parent : null;
+}
 
 /** Ids that went on from a turn, the oldest first. */
 function childrenOf(id) {
   const ids = new Set([...turns.keys(), ...sessions.keys()]);
-  return [...ids].filter((one) => parentOf(one) === id).sort((a, b) => createdOf(a) - createdOf(b));
+  return [...ids].filter((one) => isTurn(one) && parentOf(one) === id).sort((a, b) => createdOf(a) - createdOf(b));
 }
 
 const createdOf = (id) => turns.get(id)?.created ?? sessions.get(id)?.created_at ?? 0;
@@ -47,6 +53,8 @@ function remember(turn) {
   texts.saveTurn(turn);
 }
 
+const sessionOf = async (id) => sessions.get(id) ?? get(`v1/sessions/${encodeURIComponent(id)}`);
+
 /** A turn that this browser has not seen, as the server tells it. */
 async function learn(id) {
   if (turns.has(id)) return turns.get(id);
@@ -58,8 +66,10 @@ async function learn(id) {
       get(`v1/responses/${path}/input_items?order=asc&limit=100`),
     ]);
     const words = (item) => item.content.map((part) => part.text).join("");
+    let parent = response.previous_response_id;
+    if (response.conversation) ({ parent } = await sessionOf(id));
     Object.assign(turn, {
-      parent: response.previous_response_id,
+      parent: isTurn(parent) ? parent : null,
       created: response.created_at,
       tokens: response.usage?.total_tokens,
       ask: items.data.map(words).join("\n\n"),
@@ -69,12 +79,12 @@ async function learn(id) {
     remember(turn);
   } else if (id.startsWith("file-")) {
     const file = await get(`v1/files/${path}`);
-    const { parent } = sessions.get(id) ?? (await get(`v1/sessions/${path}`));
+    const { parent } = await sessionOf(id);
     const about = { name: file.filename ?? "A file", bytes: file.bytes };
     Object.assign(turn, { parent, created: file.created_at, tokens: file.tokens, file: about });
     remember(turn);
   } else {
-    const session = sessions.get(id) ?? (await get(`v1/sessions/${path}`));
+    const session = await sessionOf(id);
     const words = "Said by another program: its words are not kept here, but you can go on from it.";
     Object.assign(turn, { parent: session.parent, ask: null, answer: null });
     turn.title = session.title ? `${session.title} (${words})` : words;
@@ -394,12 +404,13 @@ async function refresh(older = false) {
 
 /** Ends of conversations, the newest first. */
 function showList() {
-  const parents = new Set([...sessions.keys()].map(parentOf));
-  const ends = [...sessions.values()].filter(({ id }) => !parents.has(id));
+  const shown = [...sessions.keys()].filter(isTurn);
+  const parents = new Set(shown.map(parentOf));
+  const ends = shown.filter((id) => !parents.has(id)).map((id) => sessions.get(id));
   $("sessions").replaceChildren(...ends.map(row));
   $("older").hidden = !hasMore;
   const taken = [...sessions.values()].reduce((sum, session) => sum + session.bytes, 0);
-  const kept = `${count(sessions.size, "turn")}${hasMore ? " and more" : ""} kept, ${bytes(taken)} in use`;
+  const kept = `${count(shown.length, "turn")}${hasMore ? " and more" : ""} kept, ${bytes(taken)} in use`;
   $("total").textContent = sessions.size ? kept : "Nothing is kept yet.";
 }
 
@@ -417,7 +428,7 @@ function row(session) {
     { href: `#${session.id}` },
     el("strong", {}, name),
     last ? el("span", {}, last) : null,
-    el("span", { className: "note" }, `${count(session.tokens, "token")} · ${bytes(session.bytes)} · `, age(session.created_at)),
+    el("span", { className: "note" }, `${count(session.tokens ?? 0, "token")} · ${bytes(session.bytes)} · `, age(session.created_at)),
   );
   if (session.id === head) link.ariaCurrent = "page";
   const remove = button("✕", () => drop(session.id, name), { ariaLabel: `Delete: ${last ?? name}`, title: "Delete" });
@@ -462,13 +473,13 @@ async function showNumbers() {
   let about = { tokens: turns.get(id)?.tokens ?? 0, bytes: null };
   if (id !== null) {
     try {
-      about = sessions.get(id) ?? (await get(`v1/sessions/${encodeURIComponent(id)}`));
+      about = await sessionOf(id);
     } catch (error) {
       if (error.status === 404) about.bytes = 0;
     }
   }
   if (id !== head) return;
-  $("tokens").textContent = count(about.tokens, "token");
+  $("tokens").textContent = count(about.tokens ?? 0, "token");
   const words = { null: "unknown", 0: "none" }[about.bytes] ?? bytes(about.bytes);
   $("bytes").textContent = id === null ? "none yet" : words;
 }
