@@ -143,6 +143,8 @@ function draw(path, lost) {
   log.scrollTop = log.scrollHeight;
 }
 
+const stillAtWork = () => new Failure("Something is being written or read: wait for it or stop it, then try again.");
+
 /** Whether something that is not finished belongs below what is shown. */
 const mineIsHere = (one) => one !== null && one.turn.parent === head;
 
@@ -157,7 +159,11 @@ const welcome = () =>
 
 function toolsOf(turn) {
   const goOn = button("Branch from here", () => { open(turn.id); box.focus(); });
-  const again = () => { open(turn.parent); say(turn.ask); };
+  const again = () => {
+    if (work) return trouble(stillAtWork());
+    open(turn.parent);
+    say(turn.ask);
+  };
   const edit = () => {
     const typed = texts.draft(turn.parent);
     texts.saveDraft(turn.parent, typed ? `${turn.ask}\n\n${typed}` : turn.ask);
@@ -316,7 +322,7 @@ async function say(text) {
 /** Read files, each behind the one before it. */
 async function readAll(files) {
   if (work) {
-    trouble(new Failure("Something is being written or read: wait for it or stop it, then give the file again."));
+    trouble(stillAtWork());
     return;
   }
   let parent = head;
@@ -595,6 +601,7 @@ $("sidebar").addEventListener("click", (event) => {
 $("older").addEventListener("click", () => refresh(true));
 addEventListener("popstate", () => { if (here() !== head) show(here()); });
 addEventListener("online", () => trouble(null));
+document.addEventListener("visibilitychange", () => { if (!document.hidden && !work) refresh(); });
 
 $("options").addEventListener("beforetoggle", showOptions);
 $("options").addEventListener("input", keepOptions);

@@ -46,7 +46,7 @@ const LONG = 3000; // characters, of which a part is seen and the rest is scroll
 /** Something that was said: who, a text, and what can be done with it. */
 function said(who, className, text, ...tools) {
   const isLong = className === "asked" && text.length > LONG;
-  const paragraph = el("p", { className: isLong ? "text long" : "text" }, text);
+  const paragraph = el("p", { className: isLong ? "text long" : "text", dir: "auto" }, text);
   if (isLong) paragraph.tabIndex = 0;
   const bar = el("div", { className: "tools" }, ...tools);
   return [el("section", { className }, el("h2", {}, who), paragraph, bar), paragraph, bar];
