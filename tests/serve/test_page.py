@@ -206,6 +206,17 @@ def test_a_conversation_of_another_client(visit, server):
 
 
 @pytest.mark.slow
+def test_calls_of_tools_are_shown(visit, server):
+    made = server.openai.responses.create(model="tiny", input="Hi", max_output_tokens=3)
+    call = {"type": "function_call", "name": "weather", "arguments": '{"in": "Bonn"}'}
+    came = {"type": "function_call_output", "output": "Rain."}
+    visit.page.route("**/input_items*", lambda route: route.fulfill(json={"data": [call, came]}))
+    visit.page.goto(f"{server.url}/#{made.id}")
+    visit.page.locator("#log", has_text="Rain.").wait_for()
+    assert visit.said("asked") == ['weather({"in": "Bonn"})\n\nRain.']
+
+
+@pytest.mark.slow
 def test_branches(visit, server):
     first = visit.say("Who tells the story?")
     second = visit.say("Why?")

@@ -37,7 +37,13 @@ async def chat_completions(body: ChatBody, request: Request, service: Serving, o
     start = (await find_start(service, owner, request, session=body.session)).start
     if start is None and (known := await find_webui_chat(service, owner, request, messages)):
         start, messages = known
-    prompt = await service.chat(messages, owner, start=start, variables=body.chat_template_kwargs)
+    prompt = await service.chat(
+        messages,
+        owner,
+        start=start,
+        variables=body.chat_template_kwargs,
+        tools=body.tools_given,
+    )
     reply = _Reply(service, body, owner, prompt, "chat", request)
     return await reply.send(service.run(prompt, writing, owner))
 
@@ -89,8 +95,8 @@ class _Reply:
         choices = [
             {
                 "index": answer.index,
-                **self._said(answer.text),
-                "finish_reason": answer.finish,
+                **self._said(answer),
+                "finish_reason": answer.reason,
                 "logprobs": None,
                 "session": await self._keep(answer),
             }
@@ -111,7 +117,11 @@ class _Reply:
                 yield self._chunk(event.index, event.text, more)
                 continue
             answers.append(event)
-            ending = {"finish_reason": event.finish, "session": await self._keep(event)}
+            for number, call in enumerate(event.calls):
+                yield self._chunk(
+                    event.index, {"tool_calls": [{"index": number, **call.to_chat()}]}, more
+                )
+            ending = {"finish_reason": event.reason, "session": await self._keep(event)}
             yield self._chunk(event.index, "", more, ending)
         if self.body.wants_usage:
             yield data(self._frame([], chunk=True, usage=usage_of(self.prompt, answers)))
@@ -129,10 +139,14 @@ class _Reply:
         choice = {"index": index, **content, "logprobs": None, "finish_reason": None}
         return data(self._frame([{**choice, **(ending or {})}], chunk=True, **more))
 
-    def _said(self, text: str) -> dict[str, Any]:
+    def _said(self, answer: Answer) -> dict[str, Any]:
         if self.kind == "completion":
-            return {"text": text}
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+            return {"text": answer.text}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.calls:
+            calls = [call.to_chat() for call in answer.calls]
+            message |= {"content": answer.text or None, "tool_calls": calls}
+        return {"message": message}
 
     def _frame(self, choices: list[Any], chunk: bool = False, **more: Any) -> dict[str, Any]:
         kind = f"{self.object}.chunk" if chunk and self.kind == "chat" else self.object

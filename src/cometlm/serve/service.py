@@ -22,17 +22,26 @@ from cometlm.serve.answer import (
     settling,
 )
 from cometlm.serve.engine import Engine, Job, Work
-from cometlm.serve.errors import ApiError, as_api_error
+from cometlm.serve.errors import ApiError, as_api_error, unsupported
 from cometlm.serve.folder import Kept
 from cometlm.serve.kept import NotKeptError, SessionStore
 from cometlm.serve.metrics import Metrics
+from cometlm.serve.tools import (
+    CallFilter,
+    Calling,
+    answered_message,
+    digest_of,
+    template_messages,
+)
 from cometlm.serve.trail import Trail
-from cometlm.session.chat_template import ChatOptions, Conversation, Message
+from cometlm.session.chat_template import ChatOptions, Conversation, Message, ToolsError
 from cometlm.session.file import identity
 from cometlm.session.options import stop_ids
 from cometlm.session.plain_text import PlainText, prefix_ids
 from cometlm.session.session import Session
 from cometlm.session.writer import Sampling
+
+_SEEN = 1024  # tokens of a prompt that say how its answer begins
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,8 @@ class Prompt:
         history, question, closing: see `Order`.
         base: trail of what `start` has read, if it is known.
         conversation: a whole one that the client sent; None: it sent what is new.
+        calling: how calls of tools are found in answers; None: they are not looked for.
+        tools: digest of the tools that the model was told of, by this or before (`digest_of`).
     """
 
     start: Session
@@ -102,6 +113,8 @@ class Prompt:
     closing: Sequence[int] | None
     base: Trail | None
     conversation: Conversation | None = None
+    calling: Calling | None = None
+    tools: str | None = None
 
     @property
     def new(self) -> list[int]:
@@ -122,7 +135,7 @@ class Prompt:
         """Of the ids that a client begins with who goes on from this answer."""
         if self.conversation is not None:
             try:
-                ids = self.conversation.answered(answer.text)
+                ids = self.conversation.answered(answered_message(answer.text, answer.calls))
             except ValueError:  # a template that refuses such an answer later on
                 ids = []
             if ids:
@@ -133,8 +146,15 @@ class Prompt:
 class Run:
     """A request that is worked on; leave it with `cancel` or at its end."""
 
-    def __init__(self, job: Job, events: asyncio.Queue[Any], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        job: Job,
+        events: asyncio.Queue[Any],
+        metrics: Metrics,
+        prompt: Prompt | None = None,
+    ) -> None:
         self._job, self._events, self._metrics = job, events, metrics
+        self._prompt = prompt
 
     async def pieces(self) -> AsyncIterator[Piece | Answer]:
         """Pieces of text, then each answer.
@@ -142,8 +162,23 @@ class Run:
         Raises:
             ApiError: it could not be written.
         """
+        prompt = self._prompt
+        if prompt is None or prompt.calling is None:
+            async for event in self.events():
+                yield event
+            return
+        tokenizer, filters = prompt.start.tokenizer, dict[int, CallFilter]()
+        before = tokenizer.decode(prompt.new[-_SEEN:]) if prompt.calling.is_described else ""
         async for event in self.events():
-            yield event
+            sieve = filters.setdefault(event.index, CallFilter(prompt.calling))
+            if isinstance(event, Piece):
+                if text := sieve.feed(event.text):
+                    yield replace(event, text=text)
+                continue
+            rest, said, calls = sieve.finish(event.text, event.ids, before)
+            if rest:
+                yield Piece(event.index, rest)
+            yield replace(event, text=said, calls=calls)
 
     async def events(self) -> AsyncIterator[Any]:
         """What the work says: see `pieces`; of a document, its `Progress`.
@@ -255,6 +290,7 @@ class Service:
         *,
         start: Start | None = None,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Prompt:
         """The prompt of a chat.
 
@@ -263,15 +299,27 @@ class Service:
             owner: who asks.
             start: what to go on from.
             variables: of the chat template.
+            tools: that may be called, in the form of OpenAI's chats.
 
         Raises:
             ApiError: messages that the template refuses.
         """
-        options = ChatOptions(variables=dict(variables or {}))
-        try:
+        options = ChatOptions(tools or None, dict(variables or {}))
+
+        def made() -> Prompt:
+            given = template_messages(messages)
             if start is None:
-                return await asyncio.to_thread(self._whole, messages, owner, options)
-            return await asyncio.to_thread(self._new, messages, start, options)
+                return self._whole(given, owner, options)
+            return self._new(given, start, options)
+
+        try:
+            calling = Calling(self.tokenizer, tools) if tools else None
+        except ValueError as error:
+            raise unsupported("tools", str(error)) from error
+        try:
+            return replace(await asyncio.to_thread(made), calling=calling)
+        except ToolsError as error:
+            raise unsupported("tools", str(error)) from error
         except ValueError as error:
             raise ApiError(str(error), param="messages") from error
 
@@ -289,9 +337,18 @@ class Service:
     def _new(self, messages: Sequence[Message], start: Start, options: ChatOptions) -> Prompt:
         if any(message.get("role") == "assistant" for message in messages):
             raise ValueError("with a session, send only what was said after its answer")
+        tools = digest_of(options.tools)
+        if tools is not None and tools == start.tools:  # the model was told of them before
+            options = replace(options, tools=None)
         turn = start.session.render_turn(messages, options)
         return Prompt(
-            start.session, start.name, (), turn.opening_ids, turn.closing_ids, start.trail
+            start.session,
+            start.name,
+            (),
+            turn.opening_ids,
+            turn.closing_ids,
+            start.trail,
+            tools=tools or start.tools,
         )
 
     def _whole(self, messages: Sequence[Message], owner: str, options: ChatOptions) -> Prompt:
@@ -306,6 +363,7 @@ class Service:
             conversation.closing_ids,
             base,
             conversation,
+            tools=digest_of(options.tools),
         )
 
     def _raw(self, prompt: str | Sequence[int], owner: str, start: Start | None) -> Prompt:
@@ -379,6 +437,7 @@ class Service:
             stops=stop_ids({}, self.model),
             stop=writing.stop,
             count=writing.count,
+            shown=() if prompt.calling is None else prompt.calling.shown,
         )
         loop = asyncio.get_running_loop()
 
@@ -394,7 +453,7 @@ class Service:
 
             return answering(order, say)
 
-        run = self._start(work, owner)
+        run = self._start(work, owner, prompt)
         self.metrics.prompt_tokens.inc(prompt.tokens)
         self.metrics.cached_tokens.inc(prompt.cached)
         return run
@@ -429,7 +488,12 @@ class Service:
         """The model's identity, of which session files tell whether they are of this model."""
         return identity(self.model)
 
-    def _start(self, work: Callable[[Callable[[Any], None]], Work], owner: str) -> Run:
+    def _start(
+        self,
+        work: Callable[[Callable[[Any], None]], Work],
+        owner: str,
+        prompt: Prompt | None = None,
+    ) -> Run:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def emit(event: Any) -> None:
@@ -442,13 +506,13 @@ class Service:
             refused = as_api_error(error)
             self.metrics.failed.labels(refused.code).inc()
             raise refused from error
-        return Run(job, events, self.metrics)
+        return Run(job, events, self.metrics, prompt)
 
     async def keep(self, kept: Kept, prompt: Prompt, answer: Answer) -> None:
         """Keep the session that an answer left, under an id; when this returns, it is whole.
 
         Args:
-            kept: without parent and trail, which are found here.
+            kept: without parent, trail and tools, which are found here.
             prompt: what was answered.
             answer: to it.
 
@@ -456,7 +520,11 @@ class Service:
             ApiError: the store cannot take it.
         """
         trail = await asyncio.to_thread(prompt.trail_after, answer)
-        await self.put(replace(kept, parent=prompt.parent, trail=trail), answer.session)
+        document = kept.document
+        if prompt.tools is not None:
+            document = {**(document or {}), "tools": prompt.tools}
+        lasting = replace(kept, parent=prompt.parent, trail=trail, document=document)
+        await self.put(lasting, answer.session)
 
     async def put(self, kept: Kept, session: Session) -> None:
         """Keep a session under an id, until it expires; when this returns, it is whole.

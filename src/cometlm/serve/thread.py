@@ -70,13 +70,21 @@ class Thread:
             "metadata": dict(self.metadata),
         }
 
-    def after(self, said: Items, last: str | None, trail: Trail | None, now: Thread) -> Thread:
+    def after(
+        self,
+        said: Items,
+        last: str | None,
+        trail: Trail | None,
+        tools: str | None,
+        now: Thread,
+    ) -> Thread:
         """The conversation when one more turn was read.
 
         Args:
             said: the items of the turn, but for those that waited.
             last: id of the response.
             trail: of what the session has read then.
+            tools: see `Prompt`.
             now: as it is kept now; items may have been added to it.
 
         Raises:
@@ -92,7 +100,13 @@ class Thread:
         known = (*self.items, *said)
         items = (*known, *now.items[len(self.items) :])
         return replace(
-            now, items=items, read=len(known), turns=self.turns + 1, last=last, trail=trail
+            now,
+            items=items,
+            read=len(known),
+            turns=self.turns + 1,
+            last=last,
+            trail=trail,
+            tools=tools,
         )._shortened()
 
     def _shortened(self) -> Thread:

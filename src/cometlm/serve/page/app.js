@@ -53,6 +53,13 @@ function remember(turn) {
   texts.saveTurn(turn);
 }
 
+/** What an item says: a message, a call of a tool, or what came of one. */
+function words(item) {
+  if (item.type === "function_call") return `${item.name}(${item.arguments})`;
+  const said = item.content ?? item.output;
+  return typeof said === "string" ? said : said.map((part) => part.text).join("");
+}
+
 const sessionOf = async (id) => sessions.get(id) ?? get(`v1/sessions/${encodeURIComponent(id)}`);
 
 /** A turn that this browser has not seen, as the server tells it. */
@@ -65,7 +72,6 @@ async function learn(id) {
       get(`v1/responses/${path}`),
       get(`v1/responses/${path}/input_items?order=asc&limit=100`),
     ]);
-    const words = (item) => item.content.map((part) => part.text).join("");
     let parent = response.previous_response_id;
     if (response.conversation) ({ parent } = await sessionOf(id));
     Object.assign(turn, {
