@@ -55,6 +55,34 @@ def check_versions(torch_version: str, transformers_version: str) -> None:
 check_versions(torch.__version__, transformers.__version__)
 
 
+# --- transformers before `response_template`: `response_schema`, which needs no prompt ---
+
+
+def describes_answers(tokenizer: Any) -> bool:
+    """Whether a tokenizer says how its model's answers are made up."""
+    names = ("response_template", "response_schema")
+    return any(getattr(tokenizer, name, None) is not None for name in names)
+
+
+def parsed_answer(tokenizer: Any, text: str, prompt: str, tools: list[Any]) -> dict[str, Any]:
+    """An answer as a message, by a tokenizer that `describes_answers`.
+
+    Args:
+        tokenizer: it.
+        text: the answer with its control tokens.
+        prompt: what stands in front of it.
+        tools: what may be called, in the form of chat templates.
+
+    Raises:
+        ValueError: it is none that the tokenizer describes.
+    """
+    if getattr(tokenizer, "response_template", None) is not None:
+        said = tokenizer.parse_response(text, prefix=prompt, tools=tools)
+    else:
+        said = tokenizer.parse_response(text)
+    return dict(said)
+
+
 # --- transformers 5.24: what a call goes on from is `cache`, before it was `past_key_values` ---
 
 CACHE = (

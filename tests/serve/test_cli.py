@@ -66,6 +66,8 @@ def test_a_server_that_is_a_process(folder, tmp_path):
             if found := re.search(r"running on (http://\S+)", line):
                 break
         assert found
+        with urllib.request.urlopen(found[1] + "/", timeout=60) as page:
+            assert page.headers.get_content_type() == "text/html"
         body = {"model": "tiny-model", "prompt": "Once", "max_tokens": 3}
         request = urllib.request.Request(
             found[1] + "/v1/completions",

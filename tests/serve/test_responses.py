@@ -142,7 +142,6 @@ def test_a_stream(server):
 
 UNSUPPORTED = {
     "tools": [{"type": "web_search"}],
-    "conversation": "conv_1",
     "background": True,
     "include": ["reasoning.encrypted_content"],
     "reasoning": {"effort": "high"},

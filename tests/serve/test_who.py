@@ -109,6 +109,18 @@ def test_other_names_of_the_host():
         assert plain.status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), (None, 200)]
+)
+def test_forms_of_other_sites(site, status):
+    """A browser sends them for anybody, and says from where."""
+    headers = {} if site is None else {"Sec-Fetch-Site": site}
+    with running() as server:
+        file = {"file": ("log.txt", "Calm sea.")}
+        assert server.http.post("/v1/files", files=file, headers=headers).status_code == status
+        assert server.http.get("/", headers=headers).status_code == 200  # a link
+
+
 def test_bodies_that_are_too_large():
     with running(most_bytes=2000) as server:
         large = [{"role": "user", "content": "x" * 3000}]

@@ -30,6 +30,9 @@ def serve(
         Path | None,
         typer.Option(help="A file of API keys (`cometlm key`).", rich_help_panel=_WHO),
     ] = None,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="A page to chat with, at /.")
+    ] = True,
     allow_anyone: Annotated[
         bool,
         typer.Option(
@@ -114,8 +117,10 @@ def serve(
         hosts=LOOPBACK if is_local and known is None else None,
         most_bytes=max_body_mib << 20,
         most_file_bytes=max_file_mib << 20,
+        with_page=page,
     )
-    err.print(f"serving {called}; stop with Ctrl-C", highlight=False, soft_wrap=True)
+    where = ", with a page to chat at /" if page else ""
+    err.print(f"serving {called}{where}; stop with Ctrl-C", highlight=False, soft_wrap=True)
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=grace)
 
 

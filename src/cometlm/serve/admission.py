@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -10,31 +11,40 @@ from cometlm.serve.errors import ApiError
 from cometlm.serve.http import OWNER, error_response
 from cometlm.serve.keys import Keys
 
-FILES = "/v1/files"
+UPLOADS = ("/v1/files", "/v1/sessions")
 OPEN = ("/health",)  # without a key
 
 
 class KeyCheck:
     """ASGI middleware that notes whose key came with a request, and refuses others.
 
+    Without keys it refuses what pages of other sites send: a browser sends forms for anybody, and
+    files come as forms.
+
     Args:
         app: what it stands in front of.
         keys: who may; None: everybody, as one owner.
+        open_paths: what needs no key.
     """
 
-    def __init__(self, app: Any, keys: Keys | None) -> None:
-        self._app, self._keys = app, keys
+    def __init__(self, app: Any, keys: Keys | None, open_paths: Collection[str] = OPEN) -> None:
+        self._app, self._keys, self._open_paths = app, keys, open_paths
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or not."""
         if scope["type"] == "http":
             owner = self._owner(scope)
-            if owner is None and scope["path"] not in OPEN:
+            refused: ApiError | None = None
+            if owner is None and scope["path"] not in self._open_paths:
                 refused = ApiError(
                     "no API key, or a wrong one: send Authorization: Bearer KEY",
                     status=401,
                     code="invalid_api_key",
                 )
+            elif self._keys is None and _is_of_another_site(scope):
+                said = "a page of another site asks; without keys, only the server's own may"
+                refused = ApiError(said, status=403, code="cross_site")
+            if refused is not None:
                 await error_response(refused)(scope, receive, send)
                 return
             scope[OWNER] = owner
@@ -46,6 +56,12 @@ class KeyCheck:
         given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
         scheme, _, key = given.partition(" ")
         return self._keys.owner_of(key.strip()) if scheme.lower() == "bearer" else None
+
+
+def _is_of_another_site(scope: Any) -> bool:
+    """Whether a browser says that another site's page sends something; links may lead here."""
+    site = dict(scope["headers"]).get(b"sec-fetch-site", b"none")
+    return scope["method"] not in ("GET", "HEAD") and site not in (b"none", b"same-origin")
 
 
 class BodyLimit:
@@ -65,7 +81,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        most = self._most_of_file if scope["path"] == FILES else self._most
+        most = self._most_of_file if scope["path"] in UPLOADS else self._most
         said = dict(scope["headers"]).get(b"content-length", b"0")
         if not said.isdigit() or int(said) > most:
             await error_response(_too_large(most))(scope, receive, send)

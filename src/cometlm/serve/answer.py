@@ -9,6 +9,7 @@ from typing import IO
 
 from cometlm.serve.engine import Work
 from cometlm.serve.errors import ApiError
+from cometlm.serve.tools import ToolCall
 from cometlm.serve.transcript import Transcript
 from cometlm.session.session import Session
 from cometlm.session.writer import Finish, Sampling, Writer
@@ -31,6 +32,7 @@ class Order:
         stops: ids that end an answer.
         stop: strings that do.
         count: how many answers.
+        shown: see `Transcript`.
     """
 
     start: Session
@@ -42,6 +44,7 @@ class Order:
     stops: Collection[int] = ()
     stop: Sequence[str] = ()
     count: int = 1
+    shown: Collection[int] = ()
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,31 @@ class Answer:
 
     Attributes:
         index: which of several.
-        text: without a stop string.
+        text: without a stop string, and without calls once these were found.
         finish: why it ended.
-        tokens: how many were written.
+        ids: that were written.
         session: after it.
         kept: ids that the session read as the answer, and what ends a turn.
+        calls: of tools.
     """
 
     index: int
     text: str
     finish: Finish
-    tokens: int
+    ids: Sequence[int]
     session: Session
     kept: Sequence[int]
+    calls: Sequence[ToolCall] = ()
+
+    @property
+    def tokens(self) -> int:
+        """How many were written."""
+        return len(self.ids)
+
+    @property
+    def reason(self) -> str:
+        """Why it ended, as OpenAI's chats say it."""
+        return "tool_calls" if self.calls and self.finish == "stop" else self.finish
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ class _Choice:
 
     def __init__(self, index: int, order: Order, writer: Writer) -> None:
         self.index, self.writer = index, writer
-        self.transcript = Transcript(order.start.tokenizer, order.stop)
+        self.transcript = Transcript(order.start.tokenizer, order.stop, order.shown)
         self._stops = order.stops
 
     def take(self) -> str:
@@ -153,7 +168,7 @@ def answering(order: Order, emit: Callable[[Piece | Answer | Mark], None]) -> Wo
                 choice.index,
                 choice.transcript.text,
                 finish,
-                len(choice.writer.ids),
+                choice.writer.ids,
                 after,
                 kept,
             )
@@ -209,6 +224,13 @@ def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None
         raise ApiError(str(error), param="file") from error
     if session.stats() == start.stats():
         raise ApiError("file: it is empty", param="file")
+    emit(Progress(session.stats().tokens, session))
+
+
+def settling(start: Session, emit: Callable[[Progress], None]) -> Work:
+    """The work of an `engine.Job` that runs what a session holds unread: the end of its text."""
+    session = start.fork()
+    yield from _chunks(session.finish())
     emit(Progress(session.stats().tokens, session))
 
 

@@ -14,11 +14,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cometlm import __version__
-from cometlm.serve import chat, files, responses
-from cometlm.serve.admission import BodyLimit, KeyCheck
-from cometlm.serve.errors import INVALID, ApiError
+from cometlm.serve import chat, conversations, files, responses, sessions
+from cometlm.serve.admission import OPEN, BodyLimit, KeyCheck
+from cometlm.serve.errors import INVALID, ApiError, unknown_field
 from cometlm.serve.http import Owner, Serving, error_response
 from cometlm.serve.keys import Keys
+from cometlm.serve.page import PATHS
+from cometlm.serve.page import router as page
 from cometlm.serve.service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -32,6 +34,7 @@ def create_app(
     most_bytes: int = 64 << 20,
     most_file_bytes: int = 4 << 30,
     grace: float = 10.0,
+    with_page: bool = True,
 ) -> FastAPI:
     """The application that serves one model.
 
@@ -43,6 +46,7 @@ def create_app(
         most_bytes: of a body.
         most_file_bytes: of an upload.
         grace: seconds that running requests have when the server stops.
+        with_page: whether there is a page to chat with at `/`.
     """
 
     @asynccontextmanager
@@ -56,13 +60,16 @@ def create_app(
     app.state.service = service
     # The last one stands in front.
     app.add_middleware(BodyLimit, most=most_bytes, most_of_file=most_file_bytes)
-    app.add_middleware(KeyCheck, keys=keys)
+    open_paths = (*OPEN, *PATHS) if with_page else OPEN
+    app.add_middleware(KeyCheck, keys=keys, open_paths=open_paths)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):
         app.add_exception_handler(kind, _tell)
-    for one in (chat, files, responses):
+    for one in (chat, conversations, files, responses, sessions):
         app.include_router(one.router)
+    if with_page:
+        app.include_router(page)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/metrics", _metrics, methods=["GET"])
     app.add_api_route("/v1/models", _models, methods=["GET"])
@@ -82,9 +89,11 @@ def _of_fields(error: RequestValidationError) -> ApiError:
     """The first field that is wrong."""
     first: dict[str, Any] = error.errors()[0]
     # A union names its members; the field stands before them.
-    path = [part for part in first["loc"] if part != "body"]
+    path = [part for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
         return ApiError("the body is not JSON", code="json_invalid")
+    if first["type"] == "extra_forbidden":
+        return unknown_field(".".join(map(str, path)))
     param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in path)[1:]
     return ApiError(f"{param or 'the body'}: {first['msg']}", param=param or None)
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 
 from cometlm.serve.answer import Answer, Piece
-from cometlm.serve.errors import ApiError
 from cometlm.serve.folder import Kept
-from cometlm.serve.http import SESSION_HEADER, Owner, Serving, data, event_stream, unless_gone
+from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
 from cometlm.serve.schema import ChatBody, CompletionBody, Sampled
 from cometlm.serve.service import Prompt, Run, Service
+from cometlm.serve.start import find_start, find_webui_chat, note_webui_chat
 
 router = APIRouter()
 
@@ -33,14 +33,19 @@ async def chat_completions(body: ChatBody, request: Request, service: Serving, o
     if asked is None:
         asked, param = body.max_tokens, "max_tokens"
     writing = body.writing(service, asked, service.limits.usual_tokens, param)
+    messages: Sequence[Mapping[str, Any]] = body.messages
+    start = (await find_start(service, owner, request, session=body.session)).start
+    if start is None and (known := await find_webui_chat(service, owner, request, messages)):
+        start, messages = known
     prompt = await service.chat(
-        body.messages,
+        messages,
         owner,
-        session=_session(body, request),
+        start=start,
         variables=body.chat_template_kwargs,
+        tools=body.tools_given,
     )
-    reply = _Reply(service, body, owner, prompt, "chat")
-    return await reply.send(request, service.run(prompt, writing, owner))
+    reply = _Reply(service, body, owner, prompt, "chat", request)
+    return await reply.send(service.run(prompt, writing, owner))
 
 
 @router.post("/v1/completions")
@@ -50,21 +55,10 @@ async def completions(
     """Go on with a text."""
     service.check_model(body.model)
     writing = body.writing(service, body.max_tokens, _USUAL_COMPLETION, "max_tokens")
-    prompt = await service.text(body.prompt, owner, _session(body, request))
-    reply = _Reply(service, body, owner, prompt, "completion")
-    return await reply.send(request, service.run(prompt, writing, owner))
-
-
-def _session(body: Sampled, request: Request) -> str | None:
-    """The session that a request names, in its body or its header.
-
-    Raises:
-        ApiError: it names two.
-    """
-    header = request.headers.get(SESSION_HEADER)
-    if header and body.session and header != body.session:
-        raise ApiError(f"session and the header {SESSION_HEADER} differ", param="session")
-    return body.session or header or None
+    found = await find_start(service, owner, request, session=body.session)
+    prompt = await service.text(body.prompt, owner, found.start)
+    reply = _Reply(service, body, owner, prompt, "completion", request)
+    return await reply.send(service.run(prompt, writing, owner))
 
 
 def usage_of(prompt: Prompt, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -87,21 +81,22 @@ class _Reply:
     owner: str
     prompt: Prompt
     kind: Literal["chat", "completion"]
+    request: Request
 
     def __post_init__(self) -> None:
         self.created = int(time.time())
         self.object, self._prefix = _NAMES[self.kind]
         self.id = self._new_id()
 
-    async def send(self, request: Request, run: Run) -> Any:
+    async def send(self, run: Run) -> Any:
         if self.body.stream:
             return event_stream(self._stream(run))
-        answers = await unless_gone(request, run.answers())
+        answers = await unless_gone(self.request, run.answers())
         choices = [
             {
                 "index": answer.index,
-                **self._said(answer.text),
-                "finish_reason": answer.finish,
+                **self._said(answer),
+                "finish_reason": answer.reason,
                 "logprobs": None,
                 "session": await self._keep(answer),
             }
@@ -122,7 +117,11 @@ class _Reply:
                 yield self._chunk(event.index, event.text, more)
                 continue
             answers.append(event)
-            ending = {"finish_reason": event.finish, "session": await self._keep(event)}
+            for number, call in enumerate(event.calls):
+                yield self._chunk(
+                    event.index, {"tool_calls": [{"index": number, **call.to_chat()}]}, more
+                )
+            ending = {"finish_reason": event.reason, "session": await self._keep(event)}
             yield self._chunk(event.index, "", more, ending)
         if self.body.wants_usage:
             yield data(self._frame([], chunk=True, usage=usage_of(self.prompt, answers)))
@@ -140,10 +139,14 @@ class _Reply:
         choice = {"index": index, **content, "logprobs": None, "finish_reason": None}
         return data(self._frame([{**choice, **(ending or {})}], chunk=True, **more))
 
-    def _said(self, text: str) -> dict[str, Any]:
+    def _said(self, answer: Answer) -> dict[str, Any]:
         if self.kind == "completion":
-            return {"text": text}
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+            return {"text": answer.text}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.calls:
+            calls = [call.to_chat() for call in answer.calls]
+            message |= {"content": answer.text or None, "tool_calls": calls}
+        return {"message": message}
 
     def _frame(self, choices: list[Any], chunk: bool = False, **more: Any) -> dict[str, Any]:
         kind = f"{self.object}.chunk" if chunk and self.kind == "chat" else self.object
@@ -163,6 +166,10 @@ class _Reply:
         name = self._new_id() if answer.index else self.id
         kept = Kept(name, self.owner, self.kind, self.created)
         await self.service.keep(kept, self.prompt, answer)
+        if isinstance(self.body, ChatBody):
+            await note_webui_chat(
+                self.service, self.owner, self.request, self.body.messages, answer.text, name
+            )
         return name
 
     def _new_id(self) -> str:

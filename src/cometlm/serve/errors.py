@@ -51,6 +51,11 @@ def unsupported(param: str, message: str) -> ApiError:
     return ApiError(f"{param}: {message}", param=param, code="unsupported")
 
 
+def unknown_field(param: str) -> ApiError:
+    """A field that nobody here knows."""
+    return unsupported(param, "this field is unknown or not supported; leave it out")
+
+
 def as_api_error(error: BaseException, param: str | None = None) -> ApiError:
     """What a client is told of an error; of one that nobody foresaw, only that there was one.
 

@@ -11,10 +11,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, File, Form, Request, UploadFile
 
 from cometlm.serve.answer import Progress
-from cometlm.serve.errors import ApiError, as_api_error, unsupported
+from cometlm.serve.errors import ApiError
 from cometlm.serve.folder import Kept
-from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
-from cometlm.serve.kept import NotKeptError
+from cometlm.serve.http import Owner, Serving, check_form, data, event_stream, unless_gone
 from cometlm.serve.service import Run, Service
 from cometlm.session.session import Session
 
@@ -35,14 +34,10 @@ async def create(
     stream: Annotated[bool, Form()] = False,
 ) -> Any:
     """Read a text, behind a session or from the beginning, and keep what is then in memory."""
-    for name in (await request.form()).keys() - _FIELDS:
-        raise unsupported(name, "this field is unknown or not supported; leave it out")
+    await check_form(request, _FIELDS)
     start = Session(service.model, service.tokenizer)
     if session is not None:
-        try:
-            _, start = await asyncio.to_thread(service.store.get, session, owner)
-        except NotKeptError as error:
-            raise as_api_error(error, "session") from error
+        _, start = await service.known(session, owner, "session")
     name = service.store.ids.new(_PREFIX, owner)
     created = int(time.time())
     about = {

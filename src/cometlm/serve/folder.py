@@ -25,6 +25,8 @@ from cometlm.session.file import identity, read_document, read_notes
 from cometlm.session.session import Session
 
 _SUFFIX = ".safetensors"
+TURN = "turn"  # the kind of what only says where a chat went on; see `start`
+_TITLE = 80  # characters
 _LEFT_BEHIND = 3600  # seconds after which a file that is written still is of a killed process
 
 _log = logging.getLogger(__name__)
@@ -37,12 +39,14 @@ class Kept:
     Attributes:
         id: what it is found by.
         owner: who may see it.
-        kind: "response", "chat", "completion", "file" or "mark" (a place in a prompt).
+        kind: "response", "chat", "completion", "file", "session" (uploaded, or a fork),
+            "conversation", "turn" or "mark" (a place in a prompt).
         created: seconds since 1970.
         expires: seconds since 1970; None: never.
         parent: the id that it went on from.
         trail: the ids that were read; None where they are not known (files).
         document: JSON values that are given back: a response, and what was said to it.
+        tokens: that the session has read; None where an older server wrote it.
     """
 
     id: str
@@ -53,6 +57,22 @@ class Kept:
     parent: str | None = None
     trail: Trail | None = None
     document: dict[str, Any] | None = None
+    tokens: int | None = None
+
+    @property
+    def title(self) -> str | None:
+        """What people know it by, out of what is kept in any case: a file's name, first words."""
+        document = self.document or {}
+        named = document.get("title") or document.get("filename")
+        if named is None:
+            texts = (
+                part["text"]
+                for item in document.get("input", ())
+                if item.get("role") == "user"
+                for part in item["content"]
+            )
+            named = next(texts, None)
+        return " ".join(named.split())[:_TITLE] or None if isinstance(named, str) else None
 
     def to_notes(self) -> dict[str, Any]:
         """As JSON values."""

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from cometlm.serve.errors import ApiError, as_api_error
+from cometlm.serve.errors import ApiError, as_api_error, unknown_field
 from cometlm.serve.service import Service
 
 T = TypeVar("T")
@@ -35,6 +35,16 @@ def owner_of(request: Request) -> str:
 
 Serving = Annotated[Service, Depends(service_of)]
 Owner = Annotated[str, Depends(owner_of)]
+
+
+async def check_form(request: Request, fields: Collection[str]) -> None:
+    """Refuse other fields of a form than these.
+
+    Raises:
+        ApiError: names one.
+    """
+    for name in (await request.form()).keys() - set(fields):
+        raise unknown_field(name)
 
 
 def error_response(error: BaseException) -> JSONResponse:

@@ -35,6 +35,17 @@ class Ids:
         begin = kind + secrets.token_hex(_RANDOM // 2)
         return begin + self._proof(begin, owner)
 
+    def of(self, kind: str, owner: str, known: str) -> str:
+        """The one id of something that is known otherwise.
+
+        Args:
+            kind, owner: as `new`.
+            known: what it is known by.
+        """
+        said = f"{kind}|{owner}|{known}".encode(errors="surrogatepass")
+        begin = kind + hmac.new(self._secret, said, hashlib.sha256).hexdigest()[:_RANDOM]
+        return begin + self._proof(begin, owner)
+
     def was_given(self, name: str, owner: str) -> bool:
         """Whether this is an id that was given to this owner; others are not even well-formed."""
         if not _SHAPE.fullmatch(name):

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cometlm.serve.folder import Folder, Kept
+from cometlm.serve.folder import TURN, Folder, Kept
 from cometlm.serve.ids import Ids
 from cometlm.serve.trail import beginnings
 from cometlm.session.session import Session
@@ -50,15 +50,55 @@ class FullError(OSError):
     """A session is larger than all that may be kept."""
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What a list says of a session that is kept: all but itself and its document.
+
+    Attributes:
+        id, kind, created, expires, parent, tokens, title: see `Kept`.
+        nbytes: of its file, or in memory where there is no folder.
+    """
+
+    id: str
+    kind: str
+    created: int
+    expires: float | None
+    parent: str | None
+    tokens: int | None
+    title: str | None
+    nbytes: int
+
+    @classmethod
+    def of(cls, kept: Kept, nbytes: int) -> Listed:
+        """Of a session and its size."""
+        return cls(
+            kept.id,
+            kept.kind,
+            kept.created,
+            kept.expires,
+            kept.parent,
+            kept.tokens,
+            kept.title,
+            nbytes,
+        )
+
+
 @dataclass
 class _Entry:
     """Of one id: everything but its session and its document, which may be in a file only."""
 
     owner: str
-    expires: float | None
     trail: tuple[int, str] | None  # its length and digest
-    nbytes: int  # of its file, or in memory where there is no folder
+    listed: Listed
     is_passing: bool = False  # it is in memory only, and goes when it leaves that
+
+    @property
+    def expires(self) -> float | None:
+        return self.listed.expires
+
+    @property
+    def nbytes(self) -> int:
+        return self.listed.nbytes
 
 
 class SessionStore:
@@ -198,6 +238,32 @@ class SessionStore:
         with self._lock:
             self._forget(name)
 
+    def listed(self, name: str, owner: str) -> Listed:
+        """What a list says of one session; it does not count as used.
+
+        Raises:
+            NotKeptError, OSError: as `get`.
+        """
+        if self.ids.was_given(name, owner):
+            with self._lock:
+                self._drop_if_expired(name)
+                if name in self._entries:
+                    return self._entries[name].listed
+        kept, session = self.get(name, owner)
+        return Listed.of(kept, _nbytes(kept, session))
+
+    def all_of(self, owner: str) -> list[Listed]:
+        """What an owner was given and can go on from, the oldest first."""
+        with self._lock:
+            for name in list(self._entries):
+                self._drop_if_expired(name)
+            found = [
+                entry.listed
+                for entry in self._entries.values()
+                if entry.owner == owner and not entry.is_passing and entry.listed.kind != TURN
+            ]
+        return sorted(found, key=lambda one: (one.created, one.id))
+
     def longest(self, ids: Sequence[int], owner: str) -> tuple[Kept, Session] | None:
         """The session that has read most of what these ids begin with; None: none has."""
         with self._lock:
@@ -219,7 +285,7 @@ class SessionStore:
     def _enter(self, kept: Kept, nbytes: int) -> None:
         self._forget_entry(kept.id)
         trail = None if kept.trail is None else (kept.trail.length, kept.trail.digest)
-        self._entries[kept.id] = _Entry(kept.owner, kept.expires, trail, nbytes)
+        self._entries[kept.id] = _Entry(kept.owner, trail, Listed.of(kept, nbytes))
         self._folder_bytes += nbytes if self._folder is not None else 0
         if trail is not None:
             length, digest = trail

@@ -4,44 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 
-from cometlm.serve.answer import Answer
+from cometlm.serve.answer import Answer, Piece
 from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
-from cometlm.serve.schema import ResponseBody, check_messages, sampling_of
+from cometlm.serve.items import call_item, items_of, messages_of, with_own_ids
+from cometlm.serve.pages import PageQuery, page_of
+from cometlm.serve.schema import ResponseBody, sampling_of
 from cometlm.serve.service import Prompt, Run, Service, Writing
+from cometlm.serve.start import find_start
+from cometlm.serve.thread import Thread, change
 
 router = APIRouter()
 
 _KIND, _PREFIX = "response", "resp_"
-_PAGE = 100  # items of a list at most
 
 
 @router.post("/v1/responses")
 async def create(body: ResponseBody, request: Request, service: Serving, owner: Owner) -> Any:
     """Answer, and keep the answer."""
     service.check_model(body.model)
-    items = _items(body.input)
+    items = items_of(body.input)
     most = service.most_tokens(
         body.max_output_tokens, service.limits.usual_tokens, "max_output_tokens"
     )
-    messages = [{"role": one["role"], "content": _text(one)} for one in items]
+    found = await find_start(
+        service,
+        owner,
+        request,
+        previous_response_id=body.previous_response_id,
+        conversation=body.conversation_id,
+        session=body.session,
+    )
+    waiting = () if found.thread is None else found.thread.waiting
+    messages = messages_of([*waiting, *items])
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
-    prompt = await service.chat(
-        messages,
-        owner,
-        session=body.previous_response_id,
-        session_field="previous_response_id",
-    )
+    prompt = await service.chat(messages, owner, start=found.start, tools=body.tools_given)
     sampling = sampling_of(body.temperature, body.top_p, None)
     writing = Writing(sampling, most, keeps=body.store is not False)
-    reply = _Reply(service, body, owner, prompt, items, most)
+    reply = _Reply(service, body, owner, prompt, items, most, found.thread)
     run = service.run(prompt, writing, owner)
     if body.stream:
         return event_stream(reply.events(run))
@@ -59,34 +66,10 @@ async def retrieve(name: str, request: Request, service: Serving, owner: Owner) 
 
 @router.get("/v1/responses/{name}/input_items")
 async def input_items(
-    name: str,
-    service: Serving,
-    owner: Owner,
-    limit: int = 20,
-    order: str = "desc",
-    after: str | None = None,
-) -> Any:
+    name: str, service: Serving, owner: Owner, query: Annotated[PageQuery, Query()]
+) -> dict[str, Any]:
     """What was said to a response, in pages."""
-    if not 1 <= limit <= _PAGE:
-        raise ApiError(f"limit must lie in 1 … {_PAGE}, got {limit}", param="limit")
-    if order not in ("asc", "desc"):
-        raise ApiError(f"order must be asc or desc, got {order!r:.40}", param="order")
-    items = (await _document(service, name, owner))["input"]
-    if order == "desc":
-        items = items[::-1]
-    if after is not None:
-        places = [i for i, item in enumerate(items) if item["id"] == after]
-        if not places:
-            raise ApiError(f"after: there is no item {after!r:.80}", param="after")
-        items = items[places[0] + 1 :]
-    page = items[:limit]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(items) > limit,
-    }
+    return page_of((await _document(service, name, owner))["input"], query)
 
 
 @router.delete("/v1/responses/{name}")
@@ -101,46 +84,6 @@ async def _document(service: Service, name: str, owner: str) -> dict[str, Any]:
     return await service.document(name, owner, _KIND, "response_id")
 
 
-def _items(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Input as a list of messages.
-
-    Raises:
-        ApiError: items of another kind.
-    """
-    if isinstance(given, str):
-        given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
-    for i, item in enumerate(given):
-        if item.get("type", "message") != "message":
-            raise ApiError(
-                f"input[{i}]: items of type {item['type']!r:.40} are not supported, only messages",
-                param=f"input[{i}]",
-                code="unsupported",
-            )
-    plain = [{k: v for k, v in item.items() if k not in ("type", "id", "status")} for item in given]
-    check_messages(plain, "input")
-    return [
-        {
-            "id": item.get("id") if isinstance(item.get("id"), str) else f"msg_{i}",
-            "type": "message",
-            "status": "completed",
-            "role": item["role"],
-            "content": _parts(item["role"], item["content"]),
-        }
-        for i, item in enumerate(given)
-    ]
-
-
-def _parts(role: str, content: Any) -> list[dict[str, Any]]:
-    if not isinstance(content, str):
-        return [{"type": part["type"], "text": part["text"]} for part in content]
-    kind = "output_text" if role == "assistant" else "input_text"
-    return [{"type": kind, "text": content}]
-
-
-def _text(item: Mapping[str, Any]) -> str:
-    return "".join(part["text"] for part in item["content"])
-
-
 class _Reply:
     """What is said to one request."""
 
@@ -152,11 +95,13 @@ class _Reply:
         prompt: Prompt,
         items: Sequence[Mapping[str, Any]],
         most: int,
+        talk: Thread | None,
     ) -> None:
         self._service, self._body, self._owner = service, body, owner
         self._prompt, self._items, self._most = prompt, items, most
+        self._thread = talk
         self.id = service.store.ids.new(_PREFIX, owner)
-        self._item = "msg_" + self.id.removeprefix(_PREFIX)
+        self.message_id = "msg_" + self.id.removeprefix(_PREFIX)
         self._created = int(time.time())
         self._sequence = 0
 
@@ -167,54 +112,66 @@ class _Reply:
             document = {"response": response, "input": list(self._items)}
             kept = Kept(self.id, self._owner, _KIND, self._created, document=document)
             await self._service.keep(kept, self._prompt, answer)
+        if self._thread is not None:
+            await self._go_on(self._thread, response, answer)
         return response
+
+    async def _go_on(self, talk: Thread, response: Mapping[str, Any], answer: Answer) -> None:
+        """Let the conversation come to what this answer left."""
+        trail = await asyncio.to_thread(self._prompt.trail_after, answer)
+        said = (*with_own_ids(self._items, talk.items), *response["output"])
+        last = None if self._body.store is False else self.id
+        await change(
+            self._service,
+            talk.id,
+            self._owner,
+            lambda now: talk.after(said, last, trail, self._prompt.tools, now),
+            answer.session,
+        )
 
     async def events(self, run: Run) -> AsyncIterator[str]:
         """The response as a stream of typed events."""
-        yield self._event("response.created", response=self._response())
-        yield self._event("response.in_progress", response=self._response())
-        place = {"output_index": 0}
-        part = {"item_id": self._item, **place, "content_index": 0}
-        text, answer = "", None
-        yield self._event("response.output_item.added", **place, item=self._message("", None))
-        yield self._event("response.content_part.added", **part, part=_text_part(""))
+        yield self.event("response.created", response=self._response())
+        yield self.event("response.in_progress", response=self._response())
+        message, answer = _MessageEvents(self), None
         try:
             async for event in run.pieces():
                 if isinstance(event, Answer):
                     answer = event
                     continue
-                text += event.text
-                yield self._event(
-                    "response.output_text.delta", **part, delta=event.text, logprobs=[]
-                )
+                for line in message.more(event):
+                    yield line
             assert answer is not None
             response = await self.keep(answer)
         except Exception as error:
             told = as_api_error(error)
             failed = {**self._response(), "status": "failed"}
             failed["error"] = {"code": told.code or "server_error", "message": str(told)}
-            yield self._event("response.failed", response=failed)
+            yield self.event("response.failed", response=failed)
             if told is not error:
                 raise
             return
-        yield self._event("response.output_text.done", **part, text=text, logprobs=[])
-        yield self._event("response.content_part.done", **part, part=_text_part(text))
-        item = response["output"][0]
-        yield self._event("response.output_item.done", **place, item=item)
-        yield self._event(f"response.{response['status']}", response=response)
+        for place, item in enumerate(response["output"]):
+            is_message = item["type"] == "message"
+            for line in message.end(item) if is_message else self._call_events(place, item):
+                yield line
+        yield self.event(f"response.{response['status']}", response=response)
 
-    def _event(self, kind: str, **values: Any) -> str:
+    def _call_events(self, place: int, item: Mapping[str, Any]) -> Iterator[str]:
+        about = {"output_index": place}
+        part = {**about, "item_id": item["id"]}
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        yield self.event("response.output_item.added", **about, item=begun)
+        arguments = item["arguments"]
+        yield self.event("response.function_call_arguments.delta", **part, delta=arguments)
+        done = {"arguments": arguments, "name": item["name"]}
+        yield self.event("response.function_call_arguments.done", **part, **done)
+        yield self.event("response.output_item.done", **about, item=item)
+
+    def event(self, kind: str, **values: Any) -> str:
+        """One event of the stream."""
         number, self._sequence = self._sequence, self._sequence + 1
         return data({"type": kind, "sequence_number": number, **values}, event=kind)
-
-    def _message(self, text: str, status: str | None) -> dict[str, Any]:
-        return {
-            "id": self._item,
-            "type": "message",
-            "status": status or "in_progress",
-            "role": "assistant",
-            "content": [_text_part(text)] if status else [],
-        }
 
     def _response(self, answer: Answer | None = None) -> dict[str, Any]:
         body, status, incomplete = self._body, "in_progress", None
@@ -223,13 +180,14 @@ class _Reply:
             status = "completed"
             if answer.finish == "length":
                 status, incomplete = "incomplete", {"reason": "max_output_tokens"}
-            output, usage = [self._message(answer.text, status)], _usage(self._prompt, answer)
+            output, usage = self._output(answer, status), _usage(self._prompt, answer)
         return {
             "id": self.id,
             "object": "response",
             "created_at": self._created,
             "status": status,
             "background": False,
+            "conversation": None if self._thread is None else {"id": self._thread.id},
             "error": None,
             "incomplete_details": incomplete,
             "instructions": body.instructions,
@@ -237,19 +195,70 @@ class _Reply:
             "metadata": body.metadata or {},
             "model": self._service.name,
             "output": output,
-            "parallel_tool_calls": False,
+            "parallel_tool_calls": True,
             "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": None, "summary": None},
             "store": body.store is not False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": {"type": "text"}},
-            "tool_choice": "none",
-            "tools": [],
+            "tool_choice": body.tool_choice or "auto",
+            "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": usage,
             "user": body.user,
         }
+
+    def _output(self, answer: Answer, status: str) -> list[dict[str, Any]]:
+        """What was said, and the calls; these get their ids once."""
+        said = [_message_item(self.message_id, answer.text, status)]
+        if not answer.calls:
+            return said
+        return [*(said if answer.text else ()), *map(call_item, answer.calls)]
+
+
+class _MessageEvents:
+    """The events of what is said in a response, which begin with its first text."""
+
+    def __init__(self, reply: _Reply) -> None:
+        self._event = reply.event
+        self._id, self._text = reply.message_id, ""
+        self._has_begun = False
+        self._place = {"output_index": 0}
+        self._part = {"item_id": self._id, **self._place, "content_index": 0}
+
+    def more(self, piece: Piece) -> Iterator[str]:
+        """Of a piece of it."""
+        yield from self._begin()
+        self._text += piece.text
+        yield self._event("response.output_text.delta", **self._part, delta=piece.text, logprobs=[])
+
+    def end(self, item: Mapping[str, Any]) -> Iterator[str]:
+        """Of its end, as the item that it has become."""
+        yield from self._begin()
+        text, (part,) = self._text, item["content"]
+        yield self._event("response.output_text.done", **self._part, text=text, logprobs=[])
+        yield self._event("response.content_part.done", **self._part, part=part)
+        yield self._event("response.output_item.done", **self._place, item=item)
+
+    def _begin(self) -> Iterator[str]:
+        if not self._has_begun:
+            self._has_begun = True
+            item = _message_item(self._id, "", None)
+            yield self._event("response.output_item.added", **self._place, item=item)
+            part = _text_part("")
+            yield self._event("response.content_part.added", **self._part, part=part)
+
+
+def _message_item(name: str, text: str, status: str | None) -> dict[str, Any]:
+    """What the model says, as an item; it is empty before there is a status."""
+    return {
+        "id": name,
+        "type": "message",
+        "status": status or "in_progress",
+        "role": "assistant",
+        "content": [_text_part(text)] if status else [],
+    }
 
 
 def _text_part(text: str) -> dict[str, Any]:

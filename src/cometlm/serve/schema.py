@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cometlm.serve.errors import ApiError, unsupported
+from cometlm.serve.errors import ApiError, unknown_field, unsupported
 from cometlm.serve.service import Service, Writing
 from cometlm.session.writer import Sampling
 
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -39,7 +43,7 @@ class Body(BaseModel):
                     name, f"this value is not supported, leave the field out: {value!r:.80}"
                 )
             else:
-                raise unsupported(name, "this field is unknown or not supported; leave it out")
+                raise unknown_field(name)
         return kept
 
 
@@ -126,7 +130,75 @@ def sampling_of(temperature: float | None, top_p: float | None, seed: int | None
     )
 
 
-class ChatBody(Sampled):
+class Function(Body):
+    """A function that a model may call."""
+
+    NEUTRAL = {"strict": (False,)}  # nothing here makes a model write what a schema wants
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    """A tool, as chats have it."""
+
+    type: Literal["function"]
+    function: Function
+
+    def to_chat(self) -> dict[str, Any]:
+        """In the form of OpenAI's chats."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
+
+
+class FlatTool(Function):
+    """A tool, as responses have it."""
+
+    type: Literal["function"]
+
+    def to_chat(self) -> dict[str, Any]:
+        """In the form of OpenAI's chats."""
+        named = self.model_dump(exclude_none=True, exclude={"type"})
+        return {"type": "function", "function": named}
+
+
+class WithTools(Body):
+    """What chats and responses say of tools."""
+
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_tools(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        tools = given.get("tools")
+        for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+            kind = tool.get("type") if isinstance(tool, dict) else None
+            if isinstance(kind, str) and kind != "function":
+                raise unsupported("tools", f"[{i}] is a {kind!r:.40}; only functions are supported")
+        if given.get("tool_choice") not in (None, "none", "auto"):
+            raise unsupported(
+                "tool_choice",
+                "must be none or auto: nothing here can make the model call a tool",
+            )
+        if tools and given.get("parallel_tool_calls") is False:
+            raise unsupported(
+                "parallel_tool_calls", "nothing here can keep the model from calling several tools"
+            )
+        return given
+
+    @property
+    def tools_given(self) -> list[dict[str, Any]] | None:
+        """Tools that may be called, in the form of OpenAI's chats."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.to_chat() for tool in self.tools]
+
+
+class ChatBody(Sampled, WithTools):
     """Of `POST /v1/chat/completions`."""
 
     NEUTRAL = {
@@ -135,10 +207,7 @@ class ChatBody(Sampled):
         "logit_bias": ({},),
         "logprobs": (False,),
         "top_logprobs": (0,),
-        "tools": ([],),
         "functions": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "service_tier": ("auto", "default"),
@@ -146,6 +215,7 @@ class ChatBody(Sampled):
     }
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools: list[Tool] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -181,36 +251,47 @@ class TextFormat(Body):
     NEUTRAL = {"format": ({"type": "text"},), "verbosity": ("medium",)}
 
 
-class ResponseBody(Body):
+class ConversationName(Body):
+    """A conversation by its id."""
+
+    id: str
+
+
+class ResponseBody(WithTools):
     """Of `POST /v1/responses`."""
 
     NEUTRAL = {
         "background": (False,),
-        "conversation": (),
         "include": ([],),
-        "parallel_tool_calls": (True, False),
         "prompt": (),
         "reasoning": ({},),
         "service_tier": ("auto", "default"),
         "stream_options": ({}, {"include_obfuscation": False}),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
 
     model: str
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools: list[FlatTool] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
+    conversation: str | ConversationName | None = None
+    session: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
     store: bool | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     text: TextFormat | None = None
     user: str | None = None
+
+    @property
+    def conversation_id(self) -> str | None:
+        """The conversation that is gone on with."""
+        named = self.conversation
+        return named.id if isinstance(named, ConversationName) else named
 
 
 class Content(BaseModel):
@@ -221,33 +302,96 @@ class Content(BaseModel):
     text: str
 
 
-_ROLES = ("system", "developer", "user", "assistant")
+class CalledFunction(Body):
+    """The function of a call."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str
+
+
+class CalledTool(Body):
+    """A call of a tool in an earlier answer."""
+
+    NEUTRAL = {"index": tuple(range(128))}  # of whoever sends back what a stream said
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class CalledItem(CalledFunction):
+    """A call of a tool, as an item of responses."""
+
+    call_id: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class OutputItem(Body):
+    """What a call gave, as an item of responses."""
+
+    call_id: Annotated[str, Field(min_length=1, max_length=256)]
+    output: str | list[dict[str, Any]]
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def checked(model: type[_Model], given: Any, where: str) -> _Model:
+    """A part of a body that only its kind tells how to read.
+
+    Raises:
+        ApiError: says which field is wrong.
+    """
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ApiError(f"{where}.{field}: {first['msg']}", param=where) from error
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_MORE = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}  # beside role and content
 
 
 def check_messages(messages: list[dict[str, Any]], param: str) -> None:
-    """Refuse messages that hold more than a role and text.
+    """Refuse messages that hold more than a role, text, and calls of tools or what these gave.
 
     Raises:
         ApiError: says which field.
     """
     for i, message in enumerate(messages):
-        where = f"{param}[{i}]"
-        if message.get("role") not in _ROLES:
-            raise ApiError(
-                f"{where}.role must be one of {', '.join(_ROLES)}, got {message.get('role')!r:.80}",
-                param=where,
-            )
-        for name, value in message.items():
-            if name not in ("role", "content") and value not in (None, [], {}, ""):
-                raise unsupported(f"{where}.{name}", "this field is not supported; leave it out")
-        content = message.get("content")
-        if isinstance(content, list):
-            for k, part in enumerate(content):
-                _check_part(part, f"{where}.content[{k}]")
-        elif not isinstance(content, str):
-            raise ApiError(
-                f"{where}.content must be text, got {type(content).__name__}", param=where
-            )
+        check_message(message, f"{param}[{i}]")
+
+
+def check_message(message: dict[str, Any], where: str) -> None:
+    """The same of one message, which errors call `where`."""
+    role = message.get("role")
+    if role not in _ROLES:
+        raise ApiError(
+            f"{where}.role must be one of {', '.join(_ROLES)}, got {role!r:.80}", param=where
+        )
+    known = ("role", "content", *_MORE.get(role, ()))
+    for name, value in message.items():
+        if name not in known and value not in (None, [], {}, ""):
+            raise unsupported(f"{where}.{name}", "this field is not supported; leave it out")
+    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        raise ApiError(f"{where}.tool_call_id must be the id of a call", param=where)
+    if not isinstance(message.get("name"), str | None):
+        raise ApiError(f"{where}.name must be text", param=where)
+    calls = message.get("tool_calls")
+    if calls:
+        _check_calls(calls, f"{where}.tool_calls")
+    content = message.get("content")
+    if isinstance(content, list):
+        for k, part in enumerate(content):
+            _check_part(part, f"{where}.content[{k}]")
+    elif not isinstance(content, str) and not (content is None and calls):
+        raise ApiError(f"{where}.content must be text, got {type(content).__name__}", param=where)
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    for k, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        checked(CalledTool, call, f"{where}[{k}]")
 
 
 def _check_part(part: Any, where: str) -> None:

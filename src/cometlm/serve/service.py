@@ -7,21 +7,41 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import IO, Any
 
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.serve.answer import Answer, Mark, Order, Piece, Progress, answering, reading
+from cometlm.serve.answer import (
+    Answer,
+    Mark,
+    Order,
+    Piece,
+    Progress,
+    answering,
+    reading,
+    settling,
+)
 from cometlm.serve.engine import Engine, Job, Work
-from cometlm.serve.errors import ApiError, as_api_error
+from cometlm.serve.errors import ApiError, as_api_error, unsupported
 from cometlm.serve.folder import Kept
 from cometlm.serve.kept import NotKeptError, SessionStore
 from cometlm.serve.metrics import Metrics
+from cometlm.serve.tools import (
+    CallFilter,
+    Calling,
+    answered_message,
+    digest_of,
+    template_messages,
+)
 from cometlm.serve.trail import Trail
-from cometlm.session.chat_template import ChatOptions, Conversation, Message
+from cometlm.session.chat_template import ChatOptions, Conversation, Message, ToolsError
+from cometlm.session.file import identity
 from cometlm.session.options import stop_ids
 from cometlm.session.plain_text import PlainText, prefix_ids
 from cometlm.session.session import Session
 from cometlm.session.writer import Sampling
+
+_SEEN = 1024  # tokens of a prompt that say how its answer begins
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,28 @@ class Writing:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A session that a request names to go on from.
+
+    Attributes:
+        name: its id.
+        session: it.
+        trail: of what it has read; None: not known.
+        tools: see `Prompt`.
+    """
+
+    name: str
+    session: Session
+    trail: Trail | None
+    tools: str | None = None
+
+    @classmethod
+    def of(cls, kept: Kept, session: Session) -> Start:
+        """The one that is kept."""
+        return cls(kept.id, session, kept.trail, (kept.document or {}).get("tools"))
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What a request goes on from, and what it adds.
 
@@ -60,6 +102,8 @@ class Prompt:
         history, question, closing: see `Order`.
         base: trail of what `start` has read, if it is known.
         conversation: a whole one that the client sent; None: it sent what is new.
+        calling: how calls of tools are found in answers; None: they are not looked for.
+        tools: digest of the tools that the model was told of, by this or before (`digest_of`).
     """
 
     start: Session
@@ -69,6 +113,8 @@ class Prompt:
     closing: Sequence[int] | None
     base: Trail | None
     conversation: Conversation | None = None
+    calling: Calling | None = None
+    tools: str | None = None
 
     @property
     def new(self) -> list[int]:
@@ -89,7 +135,7 @@ class Prompt:
         """Of the ids that a client begins with who goes on from this answer."""
         if self.conversation is not None:
             try:
-                ids = self.conversation.answered(answer.text)
+                ids = self.conversation.answered(answered_message(answer.text, answer.calls))
             except ValueError:  # a template that refuses such an answer later on
                 ids = []
             if ids:
@@ -100,8 +146,15 @@ class Prompt:
 class Run:
     """A request that is worked on; leave it with `cancel` or at its end."""
 
-    def __init__(self, job: Job, events: asyncio.Queue[Any], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        job: Job,
+        events: asyncio.Queue[Any],
+        metrics: Metrics,
+        prompt: Prompt | None = None,
+    ) -> None:
         self._job, self._events, self._metrics = job, events, metrics
+        self._prompt = prompt
 
     async def pieces(self) -> AsyncIterator[Piece | Answer]:
         """Pieces of text, then each answer.
@@ -109,8 +162,23 @@ class Run:
         Raises:
             ApiError: it could not be written.
         """
+        prompt = self._prompt
+        if prompt is None or prompt.calling is None:
+            async for event in self.events():
+                yield event
+            return
+        tokenizer, filters = prompt.start.tokenizer, dict[int, CallFilter]()
+        before = tokenizer.decode(prompt.new[-_SEEN:]) if prompt.calling.is_described else ""
         async for event in self.events():
-            yield event
+            sieve = filters.setdefault(event.index, CallFilter(prompt.calling))
+            if isinstance(event, Piece):
+                if text := sieve.feed(event.text):
+                    yield replace(event, text=text)
+                continue
+            rest, said, calls = sieve.finish(event.text, event.ids, before)
+            if rest:
+                yield Piece(event.index, rest)
+            yield replace(event, text=said, calls=calls)
 
     async def events(self) -> AsyncIterator[Any]:
         """What the work says: see `pieces`; of a document, its `Progress`.
@@ -220,53 +288,68 @@ class Service:
         messages: Sequence[Message],
         owner: str,
         *,
-        session: str | None = None,
-        session_field: str = "session",
+        start: Start | None = None,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Prompt:
         """The prompt of a chat.
 
         Args:
             messages: the new ones behind a session, or a whole conversation.
             owner: who asks.
-            session: id to go on from.
-            session_field: what the client calls that.
+            start: what to go on from.
             variables: of the chat template.
+            tools: that may be called, in the form of OpenAI's chats.
 
         Raises:
-            ApiError: an unknown id; messages that the template refuses.
+            ApiError: messages that the template refuses.
         """
-        options = ChatOptions(variables=dict(variables or {}))
+        options = ChatOptions(tools or None, dict(variables or {}))
+
+        def made() -> Prompt:
+            given = template_messages(messages)
+            if start is None:
+                return self._whole(given, owner, options)
+            return self._new(given, start, options)
+
         try:
-            if session is None:
-                return await asyncio.to_thread(self._whole, messages, owner, options)
-            return await asyncio.to_thread(self._new, messages, owner, session, options)
-        except NotKeptError as error:
-            raise as_api_error(error, session_field) from error
+            calling = Calling(self.tokenizer, tools) if tools else None
+        except ValueError as error:
+            raise unsupported("tools", str(error)) from error
+        try:
+            return replace(await asyncio.to_thread(made), calling=calling)
+        except ToolsError as error:
+            raise unsupported("tools", str(error)) from error
         except ValueError as error:
             raise ApiError(str(error), param="messages") from error
 
-    async def text(self, prompt: str | Sequence[int], owner: str, session: str | None) -> Prompt:
+    async def text(self, prompt: str | Sequence[int], owner: str, start: Start | None) -> Prompt:
         """The prompt of a text that is gone on with.
 
         Raises:
-            ApiError: an unknown id; ids that the model lacks; nothing to go on from.
+            ApiError: ids that the model lacks; nothing to go on from.
         """
         try:
-            return await asyncio.to_thread(self._raw, prompt, owner, session)
-        except NotKeptError as error:
-            raise as_api_error(error, "session") from error
+            return await asyncio.to_thread(self._raw, prompt, owner, start)
         except ValueError as error:
             raise ApiError(str(error), param="prompt") from error
 
-    def _new(
-        self, messages: Sequence[Message], owner: str, name: str, options: ChatOptions
-    ) -> Prompt:
+    def _new(self, messages: Sequence[Message], start: Start, options: ChatOptions) -> Prompt:
         if any(message.get("role") == "assistant" for message in messages):
             raise ValueError("with a session, send only what was said after its answer")
-        kept, start = self.store.get(name, owner)
-        turn = start.render_turn(messages, options)
-        return Prompt(start, name, (), turn.opening_ids, turn.closing_ids, kept.trail)
+        tools = digest_of(options.tools)
+        if tools is not None and tools == start.tools:  # the model was told of them before
+            options = replace(options, tools=None)
+        turn = start.session.render_turn(messages, options)
+        return Prompt(
+            start.session,
+            start.name,
+            (),
+            turn.opening_ids,
+            turn.closing_ids,
+            start.trail,
+            tools=tools or start.tools,
+        )
 
     def _whole(self, messages: Sequence[Message], owner: str, options: ChatOptions) -> Prompt:
         conversation = Conversation(self.tokenizer, messages, options)
@@ -280,21 +363,21 @@ class Service:
             conversation.closing_ids,
             base,
             conversation,
+            tools=digest_of(options.tools),
         )
 
-    def _raw(self, prompt: str | Sequence[int], owner: str, name: str | None) -> Prompt:
+    def _raw(self, prompt: str | Sequence[int], owner: str, start: Start | None) -> Prompt:
         ids = PlainText.of(self.tokenizer).encode(prompt) if isinstance(prompt, str) else prompt
         vocabulary = self.model.config.vocab_size
         if any(not 0 <= token < vocabulary for token in ids):
             raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}")
-        if name is not None:
-            kept, start = self.store.get(name, owner)
-            return Prompt(start, name, ids, (), None, kept.trail)
+        if start is not None:
+            return Prompt(start.session, start.name, ids, (), None, start.trail)
         ids = [*prefix_ids(self.tokenizer), *ids] if isinstance(prompt, str) else list(ids)
         if not ids:
             raise ValueError("the prompt is empty: there is nothing to go on from")
-        parent, start, base = self._known(ids, owner)
-        return Prompt(start, parent, ids[base.length :], (), None, base)
+        parent, session, base = self._known(ids, owner)
+        return Prompt(session, parent, ids[base.length :], (), None, base)
 
     def _known(self, ids: Sequence[int], owner: str) -> tuple[str | None, Session, Trail]:
         """A session that has read most of what these ids begin with, its id, and its trail."""
@@ -302,6 +385,22 @@ class Service:
         if found is None or found[0].trail is None:
             return None, Session(self.model, self.tokenizer), Trail()
         return found[0].id, found[1], found[0].trail
+
+    async def known(self, name: str, owner: str, param: str) -> tuple[Kept, Session]:
+        """A session that is kept, to be forked, and what is known of it.
+
+        Args:
+            name: its id.
+            owner: who asks.
+            param: what the client calls the id.
+
+        Raises:
+            ApiError: there is none for this owner.
+        """
+        try:
+            return await asyncio.to_thread(self.store.get, name, owner)
+        except (NotKeptError, OSError) as error:
+            raise as_api_error(error, param) from error
 
     async def document(self, name: str, owner: str, kind: str, param: str) -> dict[str, Any]:
         """What is kept beside a session of a kind.
@@ -315,10 +414,7 @@ class Service:
         Raises:
             ApiError: there is none for this owner.
         """
-        try:
-            kept, _ = await asyncio.to_thread(self.store.get, name, owner)
-        except NotKeptError as error:
-            raise as_api_error(error, param) from error
+        kept, _ = await self.known(name, owner, param)
         if kept.kind != kind or kept.document is None:
             raise as_api_error(NotKeptError(name, was_given=False), param)
         return kept.document
@@ -341,6 +437,7 @@ class Service:
             stops=stop_ids({}, self.model),
             stop=writing.stop,
             count=writing.count,
+            shown=() if prompt.calling is None else prompt.calling.shown,
         )
         loop = asyncio.get_running_loop()
 
@@ -356,7 +453,7 @@ class Service:
 
             return answering(order, say)
 
-        run = self._start(work, owner)
+        run = self._start(work, owner, prompt)
         self.metrics.prompt_tokens.inc(prompt.tokens)
         self.metrics.cached_tokens.inc(prompt.cached)
         return run
@@ -378,7 +475,25 @@ class Service:
         """
         return self._start(lambda emit: reading(start, document, emit), owner)
 
-    def _start(self, work: Callable[[Callable[[Any], None]], Work], owner: str) -> Run:
+    def settle(self, session: Session, owner: str) -> Run:
+        """Begin to run what a session has not run yet of what it read.
+
+        Raises:
+            ApiError: there is no place.
+        """
+        return self._start(lambda emit: settling(session, emit), owner)
+
+    @cached_property
+    def made_by(self) -> dict[str, str]:
+        """The model's identity, of which session files tell whether they are of this model."""
+        return identity(self.model)
+
+    def _start(
+        self,
+        work: Callable[[Callable[[Any], None]], Work],
+        owner: str,
+        prompt: Prompt | None = None,
+    ) -> Run:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def emit(event: Any) -> None:
@@ -391,13 +506,13 @@ class Service:
             refused = as_api_error(error)
             self.metrics.failed.labels(refused.code).inc()
             raise refused from error
-        return Run(job, events, self.metrics)
+        return Run(job, events, self.metrics, prompt)
 
     async def keep(self, kept: Kept, prompt: Prompt, answer: Answer) -> None:
         """Keep the session that an answer left, under an id; when this returns, it is whole.
 
         Args:
-            kept: without parent and trail, which are found here.
+            kept: without parent, trail and tools, which are found here.
             prompt: what was answered.
             answer: to it.
 
@@ -405,7 +520,11 @@ class Service:
             ApiError: the store cannot take it.
         """
         trail = await asyncio.to_thread(prompt.trail_after, answer)
-        await self.put(replace(kept, parent=prompt.parent, trail=trail), answer.session)
+        document = kept.document
+        if prompt.tools is not None:
+            document = {**(document or {}), "tools": prompt.tools}
+        lasting = replace(kept, parent=prompt.parent, trail=trail, document=document)
+        await self.put(lasting, answer.session)
 
     async def put(self, kept: Kept, session: Session) -> None:
         """Keep a session under an id, until it expires; when this returns, it is whole.
@@ -413,11 +532,19 @@ class Service:
         Raises:
             ApiError: the store cannot take it.
         """
-        lasting = replace(kept, expires=self.store.expiry())
         try:
-            await asyncio.to_thread(self.store.put, lasting, session)
+            await asyncio.to_thread(self.store_now, kept, session)
         except OSError as error:
             raise as_api_error(error) from error
+
+    def store_now(self, kept: Kept, session: Session) -> None:
+        """What `put` does, in this thread.
+
+        Raises:
+            OSError: the store cannot take it.
+        """
+        tokens = session.stats().tokens
+        self.store.put(replace(kept, expires=self.store.expiry(), tokens=tokens), session)
 
     def stop(self, grace: float = 0.0) -> None:
         """Take no more requests, and end."""

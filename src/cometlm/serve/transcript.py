@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import Any
 
 from cometlm.session.plain_text import PlainText
@@ -16,14 +17,18 @@ class Transcript:
     Args:
         tokenizer: of the model.
         stop: strings that end the answer; they are no part of it.
+        shown: ids of special tokens that are part of the text; others are not.
 
     Attributes:
         text: what was given out so far.
         is_stopped: a stop string came, the first that was whole; more tokens are not taken.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), shown: Collection[int] = ()
+    ) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._shown = frozenset(shown)
         self._ids: list[int] = []
         self._begin, self._read = 0, 0  # tokens before `_read` are text; those before `_begin` far
         self._held = ""  # may be the beginning of a stop string
@@ -84,4 +89,9 @@ class Transcript:
         return held
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        if self._shown.isdisjoint(ids):
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return "".join(
+            self._tokenizer.decode(list(run), skip_special_tokens=not is_shown)
+            for is_shown, run in groupby(ids, self._shown.__contains__)
+        )

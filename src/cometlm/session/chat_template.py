@@ -11,6 +11,7 @@ Control tokens count in the template's own text and nowhere else: what messages 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +24,12 @@ from cometlm.session.plain_text import PlainText, unused_mark
 Message = Mapping[str, Any]
 
 # Digits, which no template writes in other letters.
-_QUESTION, _ANSWER = "918273645546372819", "192837465564738291"
+_QUESTION, _ANSWER, _RESULT = "918273645546372819", "192837465564738291", "564738291019283746"
 RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+class ToolsError(ValueError):
+    """A chat template does not take tools, or not here."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,10 @@ class Conversation:
         self.last_turn = num_shared(self.ids, before)
         self.closing_ids = self._chat.ids(self._closing)
 
-    def answered(self, answer: str) -> list[int]:
+    def answered(self, answer: str | Message) -> list[int]:
         """Ids that the conversation begins with once this is its answer and more is said.
+
+        The answer is a text, or a message that calls tools.
 
         Not what the model read and wrote: a template may leave out thoughts, and a text may have
         other tokens than it was written with. Empty where the template does not show where an
@@ -241,6 +248,8 @@ class _Chat:
         without = {"bos_token": ""} if began else {}
         text = self._render(self._messages, head=True, **without)
         self._check_kept(text)
+        if self._tools and text == self._render(self._messages, head=True, tools=None, **without):
+            raise ToolsError("the tokenizer's chat template takes no tools")
         return text
 
     def later_opening(self) -> str:
@@ -250,7 +259,7 @@ class _Chat:
         if self._tools and text == _after_answer(
             self._render([*self._past, *self._messages], head=True, tools=None)
         ):
-            raise ValueError(
+            raise ToolsError(
                 "tools must be given with a session's first message: the chat template writes them "
                 "in front of a conversation"
             )
@@ -276,12 +285,20 @@ class _Chat:
     def before_last_turn(self, closing: str) -> str:
         """The conversation up to what was said after its last answer, if there is one."""
         answers = [i for i, one in enumerate(self._messages) if one["role"] == "assistant"]
-        return self._answered(self._messages[: answers[-1] + 1], closing) if answers else ""
+        if not answers:
+            return ""
+        try:
+            return self._answered(self._messages[: answers[-1] + 1], closing)
+        except ValueError:  # a template that wants the results of tools there
+            return ""
 
-    def answered(self, answer: str, closing: str) -> str:
+    def answered(self, answer: str | Message, closing: str) -> str:
         """The conversation and an answer, up to where the next message begins; or nothing."""
-        said = {"role": "assistant", "content": self._plain.escaped(answer, self._mark)}
-        return "" if self._mark in answer else self._answered([*self._messages, said], closing)
+        said = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        if self._mark in json.dumps(said, ensure_ascii=False):
+            return ""
+        escaped = self._plain.escaped(said, self._mark)
+        return self._answered([*self._messages, escaped], closing)
 
     def _answered(self, messages: list[Any], closing: str) -> str:
         """Messages that end with an answer, as they stand in front of more; or nothing."""
@@ -331,6 +348,20 @@ class _Chat:
                 raise ValueError(
                     f"the tokenizer's chat template leaves out the {role} message here{hint}"
                 )
+            for call in message.get("tool_calls") or ():
+                if str(call.get("function", call).get("name")).casefold() not in rendered:
+                    raise ValueError("the tokenizer's chat template leaves out calls of tools")
+        self._check_results_kept()
+
+    def _check_results_kept(self) -> None:
+        """The same of what tools gave, which a template may write as JSON."""
+        if any(message["role"] == "tool" for message in self._messages):
+            stand_ins = [
+                {**one, "content": _RESULT} if one["role"] == "tool" else one
+                for one in self._messages
+            ]
+            if _RESULT not in self._render([*self._past, *stand_ins], head=True):
+                raise ValueError("the tokenizer's chat template leaves out what tools gave")
 
     def _takes_text(self) -> bool:
         """Whether the template takes content as text; some want a list of parts."""
