@@ -263,7 +263,6 @@ UNSUPPORTED = {
     "tools": [{"type": "function", "function": {"name": "f"}}],  # this template takes none
     "tool_choice": "required",
     "response_format": {"type": "json_object"},
-    "logprobs": True,
     "frequency_penalty": 0.5,
     "logit_bias": {"5": 1},
     "modalities": ["audio"],

@@ -12,9 +12,11 @@ from fastapi import APIRouter, Request
 from cometlm.serve.answer import Answer, Piece
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
+from cometlm.serve.logprobs import chat_logprobs, completion_logprobs
 from cometlm.serve.schema import ChatBody, CompletionBody, Sampled
 from cometlm.serve.service import Prompt, Run, Service
 from cometlm.serve.start import find_start, find_webui_chat, note_webui_chat
+from cometlm.session.writer import Likely
 
 router = APIRouter()
 
@@ -97,7 +99,7 @@ class _Reply:
                 "index": answer.index,
                 **self._said(answer),
                 "finish_reason": answer.reason,
-                "logprobs": None,
+                "logprobs": self._logprobs(answer.likely),
                 "session": await self._keep(answer),
             }
             for answer in answers
@@ -108,13 +110,17 @@ class _Reply:
         answers: list[Answer] = []
         more = {"usage": None} if self.body.wants_usage else {}
         begun: set[int] = set()
+        told: dict[int, int] = {}  # characters of each answer
         async for event in run.pieces():
             if event.index not in begun:
                 begun.add(event.index)
                 if self.kind == "chat":
                     yield self._chunk(event.index, {"role": "assistant", "content": ""}, more)
             if isinstance(event, Piece):
-                yield self._chunk(event.index, event.text, more)
+                begin = told.get(event.index, 0)
+                told[event.index] = begin + len(event.text)
+                likely = {"logprobs": self._logprobs(event.likely, begin)}
+                yield self._chunk(event.index, event.text, more, likely)
                 continue
             answers.append(event)
             for number, call in enumerate(event.calls):
@@ -138,6 +144,14 @@ class _Reply:
         content = {"delta": delta} if self.kind == "chat" else {"text": said}
         choice = {"index": index, **content, "logprobs": None, "finish_reason": None}
         return data(self._frame([{**choice, **(ending or {})}], chunk=True, **more))
+
+    def _logprobs(self, likely: Sequence[Likely], begin: int = 0) -> dict[str, Any] | None:
+        """How likely tokens were; `begin`: where in the text the first stands."""
+        if self.body.likely is None or not likely:
+            return None
+        if self.kind == "chat":
+            return chat_logprobs(self.service.tokenizer, likely)
+        return completion_logprobs(self.service.tokenizer, likely, begin)
 
     def _said(self, answer: Answer) -> dict[str, Any]:
         if self.kind == "completion":

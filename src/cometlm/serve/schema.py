@@ -98,6 +98,11 @@ class Sampled(Body):
         return self
 
     @property
+    def likely(self) -> int | None:
+        """How many of the likeliest tokens are told at each place; None: nothing is."""
+        return None
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with what it used."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -115,7 +120,7 @@ class Sampled(Body):
             )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Writing(
-            sampling_of(self.temperature, self.top_p, self.seed),
+            sampling_of(self.temperature, self.top_p, self.seed, self.likely),
             service.most_tokens(asked, usual, param),
             stop,
             count,
@@ -123,10 +128,12 @@ class Sampled(Body):
         )
 
 
-def sampling_of(temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
+def sampling_of(
+    temperature: float | None, top_p: float | None, seed: int | None, likely: int | None = None
+) -> Sampling:
     """OpenAI's sampling, 1 where nothing is said."""
     return Sampling(
-        1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed
+        1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed, likely
     )
 
 
@@ -205,8 +212,6 @@ class ChatBody(Sampled, WithTools):
         "frequency_penalty": (0,),
         "presence_penalty": (0,),
         "logit_bias": ({},),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "functions": ([],),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
@@ -216,6 +221,8 @@ class ChatBody(Sampled, WithTools):
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[Tool] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -226,8 +233,15 @@ class ChatBody(Sampled, WithTools):
                 "max_tokens and max_completion_tokens are the same; give one of them",
                 param="max_tokens",
             )
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs is for logprobs: true only", param="top_logprobs")
         check_messages(self.messages, "messages")
         return self
+
+    @property
+    def likely(self) -> int | None:
+        """See `Sampled`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionBody(Sampled):
@@ -243,6 +257,12 @@ class CompletionBody(Sampled):
     }
 
     prompt: str | list[int]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def likely(self) -> int | None:
+        """See `Sampled`."""
+        return self.logprobs
 
 
 class TextFormat(Body):
