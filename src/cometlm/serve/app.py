@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from cometlm import __version__
 from cometlm.serve import chat, conversations, files, responses, sessions
+from cometlm.serve.access_log import AccessLog
 from cometlm.serve.admission import BodyLimit, KeyCheck
 from cometlm.serve.errors import INVALID, ApiError, unknown_field
 from cometlm.serve.http import Owner, Serving, error_response
@@ -32,6 +33,7 @@ def create_app(
     most_bytes: int = 64 << 20,
     most_file_bytes: int = 4 << 30,
     grace: float = 10.0,
+    log: Callable[[str], None] | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
@@ -43,6 +45,7 @@ def create_app(
         most_bytes: of a body.
         most_file_bytes: of an upload.
         grace: seconds that running requests have when the server stops.
+        log: takes a line of JSON for each request; see `access_log`.
     """
 
     @asynccontextmanager
@@ -59,6 +62,8 @@ def create_app(
     app.add_middleware(KeyCheck, keys=keys)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    if log is not None:
+        app.add_middleware(AccessLog, write=log)
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):
         app.add_exception_handler(kind, _tell)
     for one in (chat, conversations, files, responses, sessions):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 
+from cometlm.serve.access_log import note_used
 from cometlm.serve.answer import Answer, Piece
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
@@ -104,7 +105,7 @@ class _Reply:
             }
             for answer in answers
         ]
-        return self._frame(choices, usage=usage_of(self.prompt, answers))
+        return self._frame(choices, usage=self._used(answers))
 
     async def _stream(self, run: Run) -> AsyncIterator[str]:
         answers: list[Answer] = []
@@ -129,8 +130,9 @@ class _Reply:
                 )
             ending = {"finish_reason": event.reason, "session": await self._keep(event)}
             yield self._chunk(event.index, "", more, ending)
+        usage = self._used(answers)
         if self.body.wants_usage:
-            yield data(self._frame([], chunk=True, usage=usage_of(self.prompt, answers)))
+            yield data(self._frame([], chunk=True, usage=usage))
         yield data("[DONE]")
 
     def _chunk(
@@ -144,6 +146,11 @@ class _Reply:
         content = {"delta": delta} if self.kind == "chat" else {"text": said}
         choice = {"index": index, **content, "logprobs": None, "finish_reason": None}
         return data(self._frame([{**choice, **(ending or {})}], chunk=True, **more))
+
+    def _used(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        usage = usage_of(self.prompt, answers)
+        note_used(self.request, tokens=usage["total_tokens"], cached=self.prompt.cached)
+        return usage
 
     def _logprobs(self, likely: Sequence[Likely], begin: int = 0) -> dict[str, Any] | None:
         """How likely tokens were; `begin`: where in the text the first stands."""
