@@ -14,6 +14,7 @@ Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
 ]
+_DEEPEST = 64  # levels of a body; what handles it calls itself
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -31,7 +32,7 @@ class Body(BaseModel):
     def _without_neutral(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        _check_characters(given)
+        _check_values(given)
         kept = {}
         for name, value in given.items():
             if name in cls.model_fields:
@@ -47,15 +48,17 @@ class Body(BaseModel):
         return kept
 
 
-def _check_characters(given: dict[str, Any]) -> None:
-    """Refuse halves of characters, which JSON can hold and no text can."""
-    waiting: list[Any] = [given]
+def _check_values(given: dict[str, Any]) -> None:
+    """Refuse halves of characters, which JSON can hold and no text can, and what is too deep."""
+    waiting: list[tuple[Any, int]] = [(given, 1)]
     while waiting:
-        one = waiting.pop()
+        one, depth = waiting.pop()
+        if depth > _DEEPEST:
+            raise ApiError(f"the body must be at most {_DEEPEST} levels deep")
         if isinstance(one, dict):
-            waiting += [*one, *one.values()]
+            waiting += [(value, depth + 1) for value in (*one, *one.values())]
         elif isinstance(one, list):
-            waiting += one
+            waiting += [(value, depth + 1) for value in one]
         elif isinstance(one, str) and not one.isascii():
             try:
                 one.encode()
