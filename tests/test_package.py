@@ -125,6 +125,7 @@ print("every module")
 # Modules that stand on an extra; the command line says which when they cannot be imported.
 NEED_EXTRAS = {
     "cometlm.eval.lm_eval",
+    "cometlm.serve.access_log",
     "cometlm.serve.admission",
     "cometlm.serve.app",
     "cometlm.serve.chat",

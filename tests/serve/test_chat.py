@@ -263,7 +263,6 @@ UNSUPPORTED = {
     "tools": [{"type": "function", "function": {"name": "f"}}],  # this template takes none
     "tool_choice": "required",
     "response_format": {"type": "json_object"},
-    "logprobs": True,
     "frequency_penalty": 0.5,
     "logit_bias": {"5": 1},
     "modalities": ["audio"],
@@ -324,6 +323,17 @@ def test_bodies_that_are_none(server, raw):
     answer = server.http.post(CHAT, content=raw, headers=headers)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("depth", [70, 900])
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "messages", "tools"])
+def test_bodies_that_are_too_deep(server, field, depth):
+    deep = "[" * depth + "]" * depth
+    given = {"chat_template_kwargs": f'{{"a": {deep}}}', "messages": deep, "tools": deep}[field]
+    said = json.dumps({"model": "tiny", "messages": HELLO})[:-1] + f', "{field}": {given}}}'
+    answer = server.http.post(CHAT, content=said, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "64 levels" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("field", ["messages", "stop", "user", "model", "session"])

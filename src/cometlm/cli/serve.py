@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +74,13 @@ def serve(
     max_file_mib: Annotated[
         int, typer.Option(min=1, help="MiB of an upload.", rich_help_panel=_LIMITS)
     ] = 4096,
+    log_json: Annotated[
+        bool,
+        typer.Option(
+            "--log-json",
+            help="A line of JSON for each request to standard error, and nothing of its text.",
+        ),
+    ] = False,
     grace: Annotated[
         int,
         typer.Option(
@@ -118,10 +126,18 @@ def serve(
         most_bytes=max_body_mib << 20,
         most_file_bytes=max_file_mib << 20,
         with_page=page,
+        log=(lambda line: print(line, file=sys.stderr, flush=True)) if log_json else None,
     )
     where = ", with a page to chat at /" if page else ""
     err.print(f"serving {called}{where}; stop with Ctrl-C", highlight=False, soft_wrap=True)
-    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=grace)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="info",
+        access_log=not log_json,
+        timeout_graceful_shutdown=grace,
+    )
 
 
 def key(

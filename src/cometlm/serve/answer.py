@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from cometlm.sequences import num_shared
 from cometlm.serve.engine import Work
 from cometlm.serve.errors import ApiError
 from cometlm.serve.tools import ToolCall
 from cometlm.serve.transcript import Transcript
 from cometlm.session.session import Session
-from cometlm.session.writer import Finish, Sampling, Writer
+from cometlm.session.writer import Finish, Likely, Sampling, Writer
 
 _MARK = 8  # chunks that are worth a mark
 _SAY_EVERY = 0.5  # seconds between two words on how far a document was read
@@ -49,10 +50,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some more text of an answer."""
+    """Some more text of an answer, and how likely its tokens were, if that is noted."""
 
     index: int
     text: str
+    likely: Sequence[Likely] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Answer:
         session: after it.
         kept: ids that the session read as the answer, and what ends a turn.
         calls: of tools.
+        likely: of the tokens of its text, if it is noted.
     """
 
     index: int
@@ -76,6 +79,7 @@ class Answer:
     session: Session
     kept: Sequence[int]
     calls: Sequence[ToolCall] = ()
+    likely: Sequence[Likely] = ()
 
     @property
     def tokens(self) -> int:
@@ -107,7 +111,7 @@ class _Choice:
     def __init__(self, index: int, order: Order, writer: Writer) -> None:
         self.index, self.writer = index, writer
         self.transcript = Transcript(order.start.tokenizer, order.stop, order.shown)
-        self._stops = order.stops
+        self._stops, self._told = order.stops, 0
 
     def take(self) -> str:
         """A token; the text that it makes certain."""
@@ -117,6 +121,23 @@ class _Choice:
         if self.transcript.is_stopped:
             self.writer.stop()
         return text if self.writer.finish is None else text + self.transcript.finish()
+
+    def piece(self, text: str) -> Piece | None:
+        """A text with the tokens that were written for it; at the end also those without text."""
+        likely: Sequence[Likely] = ()
+        if self.writer.likely and (text or self.writer.finish is not None):
+            likely = self.likely[self._told :]
+            self._told += len(likely)
+        return Piece(self.index, text, likely) if text or likely else None
+
+    @property
+    def likely(self) -> Sequence[Likely]:
+        """Of the tokens of the text: without what ended it."""
+        if not self.writer.likely:
+            return ()
+        ids = self.writer.ids
+        kept = num_shared(self.transcript.kept_ids(), ids)
+        return self.writer.likely[: kept - (kept > 0 and ids[kept - 1] in self._stops)]
 
 
 def answering(order: Order, emit: Callable[[Piece | Answer | Mark], None]) -> Work:
@@ -148,9 +169,9 @@ def answering(order: Order, emit: Callable[[Piece | Answer | Mark], None]) -> Wo
     going = choices
     while going:
         for choice in going:
-            text = choice.take()
-            if text:
-                emit(Piece(choice.index, text))
+            piece = choice.piece(choice.take())
+            if piece is not None:
+                emit(piece)
         going = [choice for choice in going if choice.writer.finish is None]
         if going:
             yield [choice.writer for choice in going]
@@ -171,6 +192,7 @@ def answering(order: Order, emit: Callable[[Piece | Answer | Mark], None]) -> Wo
                 choice.writer.ids,
                 after,
                 kept,
+                likely=choice.likely,
             )
         )
 

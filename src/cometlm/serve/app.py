@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from cometlm import __version__
 from cometlm.serve import chat, conversations, files, responses, sessions
+from cometlm.serve.access_log import AccessLog
 from cometlm.serve.admission import OPEN, BodyLimit, KeyCheck
 from cometlm.serve.errors import INVALID, ApiError, unknown_field
 from cometlm.serve.http import Owner, Serving, error_response
@@ -35,6 +36,7 @@ def create_app(
     most_file_bytes: int = 4 << 30,
     grace: float = 10.0,
     with_page: bool = True,
+    log: Callable[[str], None] | None = None,
 ) -> FastAPI:
     """The application that serves one model.
 
@@ -47,6 +49,7 @@ def create_app(
         most_file_bytes: of an upload.
         grace: seconds that running requests have when the server stops.
         with_page: whether there is a page to chat with at `/`.
+        log: takes a line of JSON for each request; see `access_log`.
     """
 
     @asynccontextmanager
@@ -64,6 +67,8 @@ def create_app(
     app.add_middleware(KeyCheck, keys=keys, open_paths=open_paths)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    if log is not None:
+        app.add_middleware(AccessLog, write=log)
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):
         app.add_exception_handler(kind, _tell)
     for one in (chat, conversations, files, responses, sessions):

@@ -9,12 +9,15 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 
+from cometlm.serve.access_log import note_used
 from cometlm.serve.answer import Answer, Piece
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
+from cometlm.serve.logprobs import chat_logprobs, completion_logprobs
 from cometlm.serve.schema import ChatBody, CompletionBody, Sampled
 from cometlm.serve.service import Prompt, Run, Service
 from cometlm.serve.start import find_start, find_webui_chat, note_webui_chat
+from cometlm.session.writer import Likely
 
 router = APIRouter()
 
@@ -97,24 +100,28 @@ class _Reply:
                 "index": answer.index,
                 **self._said(answer),
                 "finish_reason": answer.reason,
-                "logprobs": None,
+                "logprobs": self._logprobs(answer.likely),
                 "session": await self._keep(answer),
             }
             for answer in answers
         ]
-        return self._frame(choices, usage=usage_of(self.prompt, answers))
+        return self._frame(choices, usage=self._used(answers))
 
     async def _stream(self, run: Run) -> AsyncIterator[str]:
         answers: list[Answer] = []
         more = {"usage": None} if self.body.wants_usage else {}
         begun: set[int] = set()
+        told: dict[int, int] = {}  # characters of each answer
         async for event in run.pieces():
             if event.index not in begun:
                 begun.add(event.index)
                 if self.kind == "chat":
                     yield self._chunk(event.index, {"role": "assistant", "content": ""}, more)
             if isinstance(event, Piece):
-                yield self._chunk(event.index, event.text, more)
+                begin = told.get(event.index, 0)
+                told[event.index] = begin + len(event.text)
+                likely = {"logprobs": self._logprobs(event.likely, begin)}
+                yield self._chunk(event.index, event.text, more, likely)
                 continue
             answers.append(event)
             for number, call in enumerate(event.calls):
@@ -123,8 +130,9 @@ class _Reply:
                 )
             ending = {"finish_reason": event.reason, "session": await self._keep(event)}
             yield self._chunk(event.index, "", more, ending)
+        usage = self._used(answers)
         if self.body.wants_usage:
-            yield data(self._frame([], chunk=True, usage=usage_of(self.prompt, answers)))
+            yield data(self._frame([], chunk=True, usage=usage))
         yield data("[DONE]")
 
     def _chunk(
@@ -138,6 +146,19 @@ class _Reply:
         content = {"delta": delta} if self.kind == "chat" else {"text": said}
         choice = {"index": index, **content, "logprobs": None, "finish_reason": None}
         return data(self._frame([{**choice, **(ending or {})}], chunk=True, **more))
+
+    def _used(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        usage = usage_of(self.prompt, answers)
+        note_used(self.request, tokens=usage["total_tokens"], cached=self.prompt.cached)
+        return usage
+
+    def _logprobs(self, likely: Sequence[Likely], begin: int = 0) -> dict[str, Any] | None:
+        """How likely tokens were; `begin`: where in the text the first stands."""
+        if self.body.likely is None or not likely:
+            return None
+        if self.kind == "chat":
+            return chat_logprobs(self.service.tokenizer, likely)
+        return completion_logprobs(self.service.tokenizer, likely, begin)
 
     def _said(self, answer: Answer) -> dict[str, Any]:
         if self.kind == "completion":

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
+from cometlm.serve.access_log import note_used
 from cometlm.serve.answer import Answer, Piece
 from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
@@ -48,7 +49,7 @@ async def create(body: ResponseBody, request: Request, service: Serving, owner: 
     prompt = await service.chat(messages, owner, start=found.start, tools=body.tools_given)
     sampling = sampling_of(body.temperature, body.top_p, None)
     writing = Writing(sampling, most, keeps=body.store is not False)
-    reply = _Reply(service, body, owner, prompt, items, most, found.thread)
+    reply = _Reply(service, body, owner, prompt, items, most, found.thread, request)
     run = service.run(prompt, writing, owner)
     if body.stream:
         return event_stream(reply.events(run))
@@ -96,10 +97,11 @@ class _Reply:
         items: Sequence[Mapping[str, Any]],
         most: int,
         talk: Thread | None,
+        request: Request,
     ) -> None:
         self._service, self._body, self._owner = service, body, owner
         self._prompt, self._items, self._most = prompt, items, most
-        self._thread = talk
+        self._thread, self._request = talk, request
         self.id = service.store.ids.new(_PREFIX, owner)
         self.message_id = "msg_" + self.id.removeprefix(_PREFIX)
         self._created = int(time.time())
@@ -108,6 +110,8 @@ class _Reply:
     async def keep(self, answer: Answer) -> dict[str, Any]:
         """The finished response, kept unless the request does not want that."""
         response = self._response(answer)
+        total = response["usage"]["total_tokens"]
+        note_used(self._request, tokens=total, cached=self._prompt.cached)
         if self._body.store is not False:
             document = {"response": response, "input": list(self._items)}
             kept = Kept(self.id, self._owner, _KIND, self._created, document=document)

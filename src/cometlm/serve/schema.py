@@ -14,6 +14,7 @@ Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
 ]
+_DEEPEST = 64  # levels of a body; what handles it calls itself
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -31,7 +32,7 @@ class Body(BaseModel):
     def _without_neutral(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        _check_characters(given)
+        _check_values(given)
         kept = {}
         for name, value in given.items():
             if name in cls.model_fields:
@@ -47,15 +48,17 @@ class Body(BaseModel):
         return kept
 
 
-def _check_characters(given: dict[str, Any]) -> None:
-    """Refuse halves of characters, which JSON can hold and no text can."""
-    waiting: list[Any] = [given]
+def _check_values(given: dict[str, Any]) -> None:
+    """Refuse halves of characters, which JSON can hold and no text can, and what is too deep."""
+    waiting: list[tuple[Any, int]] = [(given, 1)]
     while waiting:
-        one = waiting.pop()
+        one, depth = waiting.pop()
+        if depth > _DEEPEST:
+            raise ApiError(f"the body must be at most {_DEEPEST} levels deep")
         if isinstance(one, dict):
-            waiting += [*one, *one.values()]
+            waiting += [(value, depth + 1) for value in (*one, *one.values())]
         elif isinstance(one, list):
-            waiting += one
+            waiting += [(value, depth + 1) for value in one]
         elif isinstance(one, str) and not one.isascii():
             try:
                 one.encode()
@@ -98,6 +101,11 @@ class Sampled(Body):
         return self
 
     @property
+    def likely(self) -> int | None:
+        """How many of the likeliest tokens are told at each place; None: nothing is."""
+        return None
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with what it used."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -115,7 +123,7 @@ class Sampled(Body):
             )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Writing(
-            sampling_of(self.temperature, self.top_p, self.seed),
+            sampling_of(self.temperature, self.top_p, self.seed, self.likely),
             service.most_tokens(asked, usual, param),
             stop,
             count,
@@ -123,10 +131,12 @@ class Sampled(Body):
         )
 
 
-def sampling_of(temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
+def sampling_of(
+    temperature: float | None, top_p: float | None, seed: int | None, likely: int | None = None
+) -> Sampling:
     """OpenAI's sampling, 1 where nothing is said."""
     return Sampling(
-        1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed
+        1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p, seed, likely
     )
 
 
@@ -205,8 +215,6 @@ class ChatBody(Sampled, WithTools):
         "frequency_penalty": (0,),
         "presence_penalty": (0,),
         "logit_bias": ({},),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "functions": ([],),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
@@ -216,6 +224,8 @@ class ChatBody(Sampled, WithTools):
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     tools: list[Tool] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -226,8 +236,15 @@ class ChatBody(Sampled, WithTools):
                 "max_tokens and max_completion_tokens are the same; give one of them",
                 param="max_tokens",
             )
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs is for logprobs: true only", param="top_logprobs")
         check_messages(self.messages, "messages")
         return self
+
+    @property
+    def likely(self) -> int | None:
+        """See `Sampled`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionBody(Sampled):
@@ -243,6 +260,12 @@ class CompletionBody(Sampled):
     }
 
     prompt: str | list[int]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def likely(self) -> int | None:
+        """See `Sampled`."""
+        return self.logprobs
 
 
 class TextFormat(Body):

@@ -39,7 +39,7 @@ from cometlm.session.file import identity
 from cometlm.session.options import stop_ids
 from cometlm.session.plain_text import PlainText, prefix_ids
 from cometlm.session.session import Session
-from cometlm.session.writer import Sampling
+from cometlm.session.writer import Likely, Sampling
 
 _SEEN = 1024  # tokens of a prompt that say how its answer begins
 
@@ -169,15 +169,18 @@ class Run:
             return
         tokenizer, filters = prompt.start.tokenizer, dict[int, CallFilter]()
         before = tokenizer.decode(prompt.new[-_SEEN:]) if prompt.calling.is_described else ""
+        held: dict[int, list[Likely]] = {}
         async for event in self.events():
             sieve = filters.setdefault(event.index, CallFilter(prompt.calling))
             if isinstance(event, Piece):
+                held.setdefault(event.index, []).extend(event.likely)
                 if text := sieve.feed(event.text):
-                    yield replace(event, text=text)
+                    yield replace(event, text=text, likely=held.pop(event.index))
                 continue
             rest, said, calls = sieve.finish(event.text, event.ids, before)
-            if rest:
-                yield Piece(event.index, rest)
+            likely = held.pop(event.index, [])
+            if rest or likely:
+                yield Piece(event.index, rest, likely)
             yield replace(event, text=said, calls=calls)
 
     async def events(self) -> AsyncIterator[Any]:

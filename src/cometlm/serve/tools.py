@@ -158,12 +158,7 @@ class Calling:
                 raw = self.tokenizer.decode(list(ids))
                 said = parsed_answer(self.tokenizer, raw, prompt, self.tools)
                 calls = [_call(one.get("function", one)) for one in said.get("tool_calls") or ()]
-            except (
-                ValueError,
-                TypeError,
-                LookupError,
-                AttributeError,
-            ):  # an answer that was cut off, say
+            except (ValueError, TypeError, LookupError, AttributeError):  # cut off, say
                 return text, []
             known = [call for call in calls if call is not None]
             return (str(said.get("content") or "").rstrip(), known) if known else (text, [])

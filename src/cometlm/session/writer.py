@@ -36,17 +36,42 @@ class Sampling:
         temperature: 0 is greedy; above it, sampling.
         top_p: sample from the likeliest that make up this.
         seed: sample the same again; None: another time otherwise.
+        likely: how many of the likeliest tokens are noted at each place; None: nothing is noted.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
+    likely: int | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie above 0 and at most at 1, got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Likely:
+    """How likely the model found a token, whatever it was sampled with.
+
+    Attributes:
+        token: its id.
+        logprob: of it, in nats.
+        top: ids of the likeliest tokens there, the likeliest first, and their own.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, logits: Tensor, token: int, count: int) -> Likely:
+        """Out of the model's logits [V]."""
+        logprobs = logits.float().log_softmax(-1)
+        top = logprobs.topk(count)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return cls(token, float(logprobs[token]), tuple(pairs))
 
 
 class Writer:
@@ -63,6 +88,7 @@ class Writer:
 
     Attributes:
         ids: what was written.
+        likely: of each of them, if it is noted.
         finish: why it ended; None while it goes on.
         past: the model's cache after all of `ids` but the last, and which of its rows this is.
     """
@@ -82,6 +108,8 @@ class Writer:
             raise ValueError(f"an answer must have room for at least 1 token, got {most}")
         self.past = (cache, 0)
         self.ids: list[int] = []
+        self.likely: list[Likely] = []
+        self._noted = sampling.likely
         self.finish: Finish | None = None
         self._logits: Tensor | None = logits
         self._stops, self._most = frozenset(stops), most
@@ -105,6 +133,8 @@ class Writer:
             return None
         assert self._logits is not None, "advance() runs the model between two tokens"
         token = self._chosen(self._logits)
+        if self._noted is not None:
+            self.likely.append(Likely.of(self._logits, token, self._noted))
         self._logits = None
         self.ids.append(token)
         if token in self._stops:
