@@ -46,10 +46,11 @@ def gone(store, name, owner="ann"):
     return caught.value.was_given
 
 
-@pytest.fixture(params=["memory", "folder"])
+@pytest.fixture(params=["memory", "folder", "remote"])
 def store(request, tmp_path):
-    folder = folder_of(tmp_path) if request.param == "folder" else None
-    return SessionStore(folder=folder)
+    places = {"memory": None, "folder": tmp_path, "remote": f"memory:/{tmp_path}"}
+    place = places[request.param]
+    return SessionStore(folder=None if place is None else folder_of(place))
 
 
 def test_what_is_put_is_found_by_its_owner(store):

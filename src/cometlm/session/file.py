@@ -36,6 +36,7 @@ from cometlm.core.cell import Cell
 from cometlm.core.layout import RowCounts
 from cometlm.core.memory import LayerMemory
 from cometlm.core.state import LayerState
+from cometlm.session.header import loads, read_metadata
 
 FORMAT = 1
 _KEY = "cometlm"
@@ -179,6 +180,12 @@ def load(
     wanted = _wanted(model, row)
     with _opened(path) as file:
         _check_tensors(path, file, wanted)
+        (length,) = file.get_slice("open").get_shape()
+        if length > sizes.chunk_size:
+            raise ValueError(
+                f"{path} is damaged: its open chunk has {length} token ids, more than a chunk's "
+                f"{sizes.chunk_size}"
+            )
         ids = file.get_tensor("open").tolist()
         layers = [_layer(file, model, i, wanted) for i in range(len(model.model.cells))]
     vocabulary = model.config.vocab_size
@@ -203,16 +210,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
         ValueError: it is no session file, or damaged, or of a newer format.
         OSError: it cannot be read.
     """
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-    if _KEY not in metadata:
-        raise ValueError(f"{path} is no cometlm session: a safetensors file of something else")
-    try:
-        document = json.loads(metadata[_KEY])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its document is no JSON ({error})") from error
-    _check(path, document)
-    return dict(document)
+    return document_of(_metadata(path), path)
 
 
 def read_notes(path: str | Path) -> dict[str, Any]:
@@ -222,14 +220,37 @@ def read_notes(path: str | Path) -> dict[str, Any]:
         ValueError: it is no file of safetensors, or damaged.
         OSError: it cannot be read.
     """
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
+    return notes_of(_metadata(path), path)
+
+
+def document_of(metadata: Mapping[str, str], name: object) -> dict[str, Any]:
+    """The document among the texts of a header (`header.read_metadata`), checked.
+
+    Raises:
+        ValueError: it is no session's, or damaged, or of a newer format.
+    """
+    if _KEY not in metadata:
+        raise ValueError(f"{name} is no cometlm session: a safetensors file of something else")
+    try:
+        document = loads(metadata[_KEY])
+    except ValueError as error:
+        raise ValueError(f"{name} is damaged: its document is no JSON ({error})") from error
+    _check(name, document)
+    return dict(document)
+
+
+def notes_of(metadata: Mapping[str, str], name: object) -> dict[str, Any]:
+    """The notes among the texts of a header (`header.read_metadata`).
+
+    Raises:
+        ValueError: they are damaged.
+    """
     try:
         notes = json.loads(metadata.get(_NOTES, "{}"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its notes are no JSON ({error})") from error
+        raise ValueError(f"{name} is damaged: its notes are no JSON ({error})") from error
     if not isinstance(notes, dict):
-        raise ValueError(f"{path} is damaged: its notes are a {type(notes).__name__}")
+        raise ValueError(f"{name} is damaged: its notes are a {type(notes).__name__}")
     return notes
 
 
@@ -273,19 +294,23 @@ def _same_sizes(made_by: str, ours: str) -> bool:
 
 def _is_sizes(text: str) -> bool:
     try:
-        values = json.loads(text)
+        values = loads(text)
         CometConfig.from_dict(values)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         return False
     return isinstance(values, dict)
 
 
-def _opened(path: str | Path) -> Any:
+def _metadata(path: str | Path) -> dict[str, str]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not a session file")
-    with path.open("rb"):  # a plain OSError if it cannot be read
-        pass
+    with path.open("rb") as file:
+        return read_metadata(file, os.fstat(file.fileno()).st_size, path)
+
+
+def _opened(path: str | Path) -> Any:
+    """The file, whose header was looked at."""
     try:
         return safe_open(path, "pt", device="cpu")
     except (SafetensorError, ValueError) as error:
@@ -352,7 +377,7 @@ def _layer(file: Any, model: CometForCausalLM, i: int, wanted: Mapping[str, Any]
     return LayerState(LayerMemory(tensor(f"state.{i}"), () if entries is None else (entries,)))
 
 
-def _check(path: str | Path, document: Any) -> None:
+def _check(path: object, document: Any) -> None:
     """Refuse a document that no save() wrote."""
 
     def number(value: Any) -> bool:
