@@ -148,6 +148,7 @@ class Folder:
             OSError: it cannot be written; then nothing is there.
         """
         notes = kept.to_notes()
+        self.check()  # else it would be put where nobody finds it once the folder is back
         return self._objects.write(
             kept.id, lambda path: session.save(path, notes=notes, made_by=self._made_by)
         )

@@ -6,10 +6,12 @@ Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemo
 weights and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
 and lengths against the file before anything is allocated; what it cannot know is checked here,
 also before a tensor is read. Whoever saves may note something beside it (metadata key `notes`).
+A SHA-256 of all of it (metadata key `digest`; older files have none) tells a file that has rotted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -41,6 +43,7 @@ from cometlm.session.header import loads, read_metadata
 FORMAT = 1
 _KEY = "cometlm"
 _NOTES = "notes"
+_DIGEST = "digest"
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -113,6 +116,7 @@ def save(
     metadata = {_KEY: json.dumps(document)}
     if notes is not None:
         metadata[_NOTES] = json.dumps(dict(notes))
+    metadata[_DIGEST] = _digest(metadata, plain)
     write_whole(target, to_bytes(plain, metadata))
 
 
@@ -161,7 +165,8 @@ def load(
         ValueError: it is no session file, damaged, or of another model; the message says which.
         OSError: it cannot be read.
     """
-    document = read_document(path)
+    metadata = _metadata(path)
+    document = document_of(metadata, path)
     its, here = document["made_by"], made_by or identity(model)
     for part, ours in here.items():
         if its[part] != ours and not (part == "config" and _same_sizes(its[part], ours)):
@@ -187,6 +192,10 @@ def load(
                 f"{sizes.chunk_size}"
             )
         ids = file.get_tensor("open").tolist()
+        if _DIGEST in metadata:
+            tensors = {name: file.get_tensor(name) for name in wanted}
+            if metadata[_DIGEST] != _digest(metadata, tensors):
+                raise ValueError(f"{path} is damaged: its digest is that of another content")
         layers = [_layer(file, model, i, wanted) for i in range(len(model.model.cells))]
     vocabulary = model.config.vocab_size
     few = row.folds and len(ids) <= sizes.overlap  # a fold leaves the overlap open, and new text
@@ -275,6 +284,19 @@ def describe_model(model: CometForCausalLM) -> dict[str, str]:
     }
     bits = bits_of(model._backbone)  # most have none, and are as they always were
     return made if bits is None else {**made, "quantization": bits}
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what a file holds, in hexadecimal."""
+    digest = hashlib.sha256()
+    for key in (_KEY, _NOTES):
+        text = metadata.get(key, "")
+        digest.update(f"{key} {len(text)} ".encode())
+        digest.update(text.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} ".encode())
+        digest.update(memoryview(tensors[name].flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def _encodable(text: str) -> bool:
