@@ -29,6 +29,7 @@ from typing import Any
 
 NGINX = Path(__file__).parents[1] / "docker" / "nginx.conf"
 _STARTS = 300.0  # seconds that a server may take
+_PAUSE = 0.1  # seconds that a client takes to read an answer
 _FAILED = (OSError, urllib.error.URLError, ValueError, KeyError)  # of a request
 
 
@@ -188,6 +189,7 @@ def talk(url: str, number: int, report: Report, stop: threading.Event) -> None:
             time.sleep(0.1)
             continue
         last, turn = response["id"], turn + 1
+        time.sleep(_PAUSE)  # those who start again need the machine, too
 
 
 def kill_at_random(servers: Sequence[Server], times: int, report: Report, seed: int) -> None:

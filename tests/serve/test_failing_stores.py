@@ -4,8 +4,8 @@ import errno
 import os
 import tempfile
 
-import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cometlm.serve.kept import SessionStore
 from tests.serve.running import running, service_of
@@ -68,7 +68,7 @@ def test_a_store_that_fails(failure, in_memory):
         assert "response.failed" in stream
         assert "response.completed" not in stream
         chat = [{"role": "user", "content": "Hi"}]
-        stream = server.post("/v1/chat/completions", messages=chat, stream=True).text
+        stream = server.post("/v1/chat/completions", messages=chat, stream=True, max_tokens=2).text
         assert '"code": "store"' in stream
         assert "[DONE]" not in stream
         if failure.kind in ("full", "read-only"):  # what is there can be read
@@ -110,9 +110,8 @@ def test_a_remote_store_that_fails(tmp_path, monkeypatch):
         def lost(*_, **__):
             raise RuntimeError("connection lost")  # libraries of stores raise their own
 
-        files = fsspec.filesystem("memory")
         for name in ("pipe_file", "info", "get_file"):
-            monkeypatch.setattr(files, name, lost)
+            monkeypatch.setattr(MemoryFileSystem, name, lost)
         assert server.refused("/v1/responses", 503, input="And?", **OWN)["code"] == "store"
         refused = server.http.get(f"/v1/responses/{first['id']}")
         assert refused.status_code == 503

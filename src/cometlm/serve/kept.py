@@ -255,7 +255,8 @@ class SessionStore:
         raise NotKeptError(name, was_given=True)
 
     def _look_if_due(self) -> None:
-        if self._folder is None or time.monotonic() - self._looked < self._refresh:
+        is_due = time.monotonic() - self._looked >= self._refresh
+        if self._folder is None or not is_due or self._looking.locked():
             return
         try:
             self._look(self._folder)
