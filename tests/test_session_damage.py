@@ -45,11 +45,11 @@ def with_document(data, change):
     """The file with another document; `change` edits it, or is its text."""
     header, body = parts(data)
     document = json.loads(header["__metadata__"]["cometlm"])
+    document.pop("digest")  # as older files
     if callable(change):
         change(document)
         change = json.dumps(document)
     header["__metadata__"]["cometlm"] = change
-    header["__metadata__"].pop("digest", None)  # as older files
     return joined(header, body)
 
 
@@ -59,7 +59,9 @@ def with_tensors(data, change):
     metadata = header.pop("__metadata__")
     kept = {name: (entry, body[slice(*entry["data_offsets"])]) for name, entry in header.items()}
     change(kept)
-    metadata.pop("digest", None)  # as older files
+    document = json.loads(metadata["cometlm"])
+    document.pop("digest")  # as older files
+    metadata["cometlm"] = json.dumps(document)
     made, out = {"__metadata__": metadata}, b""
     for name, (entry, raw) in kept.items():
         made[name] = {**entry, "data_offsets": [len(out), len(out) + len(raw)]}

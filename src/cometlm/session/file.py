@@ -6,7 +6,7 @@ Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemo
 weights and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
 and lengths against the file before anything is allocated; what it cannot know is checked here,
 also before a tensor is read. Whoever saves may note something beside it (metadata key `notes`).
-A SHA-256 of all of it (metadata key `digest`; older files have none) tells a file that has rotted.
+A SHA-256 of it all (`digest` in the document; older files have none) tells one that has rotted.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def save(
     metadata = {_KEY: json.dumps(document)}
     if notes is not None:
         metadata[_NOTES] = json.dumps(dict(notes))
-    metadata[_DIGEST] = _digest(metadata, plain)
+    document[_DIGEST] = _digest(metadata, plain)
+    metadata[_KEY] = json.dumps(document)
     write_whole(target, to_bytes(plain, metadata))
 
 
@@ -185,17 +186,12 @@ def load(
     wanted = _wanted(model, row)
     with _opened(path) as file:
         _check_tensors(path, file, wanted)
-        (length,) = file.get_slice("open").get_shape()
-        if length > sizes.chunk_size:
-            raise ValueError(
-                f"{path} is damaged: its open chunk has {length} token ids, more than a chunk's "
-                f"{sizes.chunk_size}"
-            )
-        ids = file.get_tensor("open").tolist()
-        if _DIGEST in metadata:
+        if _DIGEST in document:
             tensors = {name: file.get_tensor(name) for name in wanted}
-            if metadata[_DIGEST] != _digest(metadata, tensors):
+            its_digest = document.pop(_DIGEST)
+            if its_digest != _digest({**metadata, _KEY: json.dumps(document)}, tensors):
                 raise ValueError(f"{path} is damaged: its digest is that of another content")
+        ids = file.get_tensor("open").tolist()
         layers = [_layer(file, model, i, wanted) for i in range(len(model.model.cells))]
     vocabulary = model.config.vocab_size
     few = row.folds and len(ids) <= sizes.overlap  # a fold leaves the overlap open, and new text
@@ -295,7 +291,7 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         digest.update(text.encode())
     for name in sorted(tensors):
         digest.update(f"{name} ".encode())
-        digest.update(memoryview(tensors[name].flatten().view(torch.uint8).numpy()))
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
