@@ -46,10 +46,11 @@ def gone(store, name, owner="ann"):
     return caught.value.was_given
 
 
-@pytest.fixture(params=["memory", "folder"])
+@pytest.fixture(params=["memory", "folder", "remote"])
 def store(request, tmp_path):
-    folder = folder_of(tmp_path) if request.param == "folder" else None
-    return SessionStore(folder=folder)
+    places = {"memory": None, "folder": tmp_path, "remote": f"memory:/{tmp_path}"}
+    place = places[request.param]
+    return SessionStore(folder=None if place is None else folder_of(place))
 
 
 def test_what_is_put_is_found_by_its_owner(store):
@@ -175,13 +176,55 @@ def test_a_restart_finds_everything_again(tmp_path):
     assert less.longest(IDS, "ann")[0].id == names[2]
 
 
-def test_two_servers_share_a_folder(tmp_path):
-    one, two = (SessionStore(folder=folder_of(tmp_path)) for _ in range(2))
+@pytest.fixture(params=["folder", "remote"])
+def place(request, tmp_path):
+    return tmp_path / "store" if request.param == "folder" else f"memory:/{tmp_path}"
+
+
+def test_two_servers_share_a_store(place):
+    one, two = (SessionStore(folder=folder_of(place), refresh=0.0) for _ in range(2))
     name = put(one, 50)
     assert_same(two.get(name, "ann")[1], session_after(50))
     assert not gone(two, name, "bob")
+    later = put(two, 100)
+    assert one.longest(IDS, "ann")[0].id == later
+    assert {listed.id for listed in one.all_of("ann")} == {name, later}
+    assert one.folder_bytes == two.folder_bytes
     one.delete(name, "ann")
-    assert gone(SessionStore(folder=folder_of(tmp_path)), name)
+    assert gone(two, name)  # which holds it in memory
+    assert gone(SessionStore(folder=folder_of(place)), name)
+    with pytest.raises(NotKeptError, match="was dropped"):
+        two.delete(name, "ann")
+
+
+def test_what_another_server_just_used_stays(place):
+    """The one that makes room has not looked at the store since."""
+    one = SessionStore(folder=folder_of(place))
+    names = [put(one, 50) for _ in range(3)]
+    two = SessionStore(folder=folder_of(place), folder_bytes=int(one.folder_bytes / 3 * 3.5))
+    time.sleep(0.02)
+    one.get(names[0], "ann")
+    fourth = put(two, 50)
+    assert gone(one, names[1])
+    for name in (names[0], names[2], fourth):
+        one.get(name, "ann")
+
+
+def test_an_index_in_a_file_is_brought_in_line(place, tmp_path):
+    """What came and went meanwhile; what was known is not looked at again."""
+    store = SessionStore(folder=folder_of(place), index=tmp_path / "index")
+    stays, goes = put(store, 20), put(store, 50)
+    store._index.close()
+    other = SessionStore(folder=folder_of(place))
+    comes = put(other, 100)
+    other.delete(goes, "ann")
+    folder, seen = folder_of(place), []
+    describe = folder.describe
+    folder.describe = lambda objects: describe(one for one in objects if not seen.append(one.name))
+    again = SessionStore(folder=folder, index=tmp_path / "index")
+    assert {one.id for one in again.all_of("ann")} == {stays, comes}
+    assert seen == [comes]
+    assert gone(again, goes)
 
 
 def test_files_that_are_none_are_left_alone(tmp_path, caplog):

@@ -12,7 +12,14 @@ from cometlm.cli import options
 from cometlm.cli.console import describe, err, load_quietly, out, tell_what_it_learned
 from cometlm.extras import lacks
 
-NEEDS = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "python_multipart")
+NEEDS = (
+    "fastapi",
+    "fsspec",
+    "prometheus_client",
+    "pydantic",
+    "python_multipart",
+    "uvicorn",
+)
 SERVE = 'pip install "cometlm[serve]"'
 _WHO, _KEPT, _LIMITS = "Who may", "What is kept", "Limits"
 
@@ -43,15 +50,37 @@ def serve(
         ),
     ] = False,
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A folder for sessions, which then outlive the server.", rich_help_panel=_KEPT
+            help="A folder for sessions, which then outlive the server, or a URL that fsspec "
+            "knows: s3://BUCKET/PREFIX. Several servers may share it.",
+            rich_help_panel=_KEPT,
         ),
     ] = None,
     store_gib: Annotated[
         float,
-        typer.Option(min=0.001, help="GiB that the folder may take.", rich_help_panel=_KEPT),
+        typer.Option(
+            min=0.001,
+            help="GiB that the store may take, for all servers together.",
+            rich_help_panel=_KEPT,
+        ),
     ] = 16.0,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of this server's own that knows the store, so that not every session is "
+            "looked at when it starts again.",
+            rich_help_panel=_KEPT,
+        ),
+    ] = None,
+    refresh_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Seconds after which it looks again at what others put into the store.",
+            rich_help_panel=_KEPT,
+        ),
+    ] = 30.0,
     memory_gib: Annotated[
         float,
         typer.Option(min=0.0, help="GiB of sessions held in memory.", rich_help_panel=_KEPT),
@@ -114,6 +143,8 @@ def serve(
         folder=None if store is None else Folder(store, loaded, tokenizer),
         folder_bytes=int(store_gib * 2**30),
         lifetime=keep_days * 24 * 3600 or None,
+        index=index,
+        refresh=refresh_seconds,
     )
     called = name or Path(model).name or model
     service = Service(

@@ -1,33 +1,33 @@
-"""Sessions in a folder: one file for each id, which is whole or not there at all.
+"""Sessions in a folder, or in a bucket that is used like one: one object for each id.
 
-A file is a session's own (`session.file`), with what the server knows of it as its notes: owner,
-parent, expiry, the ids that were read, and the answer. So there is no index that could be wrong:
-who opens the folder looks at the notes of each file.
+An object is a session's own file (`session.file`), with what the server knows of it as its notes:
+owner, parent, expiry, the ids that were read, and the answer. So everything else, such as an index,
+can be made from the objects again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import os
 import secrets
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cometlm.checkpoints.atomic_write import write_whole
 from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.serve.objects import Found, objects_at
 from cometlm.serve.trail import Trail
-from cometlm.session.file import identity, read_document, read_notes
+from cometlm.session.file import document_of, identity, notes_of, read_notes
+from cometlm.session.header import read_metadata
 from cometlm.session.session import Session
 
-_SUFFIX = ".safetensors"
 TURN = "turn"  # the kind of what only says where a chat went on; see `start`
+CHANGING = ("conversation", TURN)  # kinds that are written anew under their id
 _TITLE = 80  # characters
-_LEFT_BEHIND = 3600  # seconds after which a file that is written still is of a killed process
+_SECRET = "secret"
+_AT_ONCE = 16  # objects whose beginning is looked at
 
 _log = logging.getLogger(__name__)
 
@@ -95,51 +95,53 @@ class Kept:
 
 
 class Folder:
-    """Reads and writes the files.
+    """Reads and writes the sessions of a model.
 
     Args:
-        path: made if it is missing.
+        place: a folder, which is made if it is missing, or a URL of fsspec.
         model: whose sessions they are; it must not change any more.
         tokenizer: its tokenizer.
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        ValueError: a URL of an unknown kind.
+        OSError: it cannot be made or written to.
     """
 
-    def __init__(self, path: Path, model: CometForCausalLM, tokenizer: Any) -> None:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "cannot be written to", str(path))
-        self.path = path
+    def __init__(self, place: Path | str, model: CometForCausalLM, tokenizer: Any) -> None:
+        self._objects = objects_at(place)
         self._model, self._tokenizer = model, tokenizer
         self._made_by = identity(model)  # looks at all weights, so it is done once
+        self._others: set[str] = set()  # what was left alone, and said
+        self.about = f"{place} {self._made_by['backbone']}"
 
     def secret(self) -> bytes:
         """What ids of this folder are made with; drawn by the first server that opens it."""
-        path = self.path / "secret"
-        if not path.exists():
-            write_whole(path, secrets.token_bytes(32))
-            path.chmod(0o600)
-        return path.read_bytes()
+        return self._objects.create(_SECRET, secrets.token_bytes(32))
 
-    def files(self) -> Iterator[tuple[Kept, int, float]]:
-        """All sessions of this model: what is known, bytes, and when each was used last.
+    def check(self) -> None:
+        """See that the folder is there: one that is not mounted looks like an empty one.
 
-        Others are left alone, and said.
+        Raises:
+            OSError: it is not.
         """
-        for path in sorted(self.path.glob(f"*{_SUFFIX}")):
-            try:
-                made_by = read_document(path)["made_by"]
-                if made_by["backbone"] != self._made_by["backbone"]:
-                    raise ValueError("it is a session of another model")
-                kept = Kept.from_notes(read_notes(path))
-                if kept.id != path.stem:
-                    raise ValueError(f"it is {kept.id}")
-                about = path.stat()
-            except (OSError, ValueError) as error:
-                _log.warning("%s is left alone: %s", path, error)
-                continue
-            yield kept, about.st_size, about.st_mtime
+        if not self._objects.exists(_SECRET):
+            raise OSError(errno.ENODEV, "the store is gone")
+
+    def all(self) -> dict[str, Found]:
+        """All objects by their names.
+
+        Raises:
+            OSError: the folder cannot be read now.
+        """
+        self.check()
+        return {one.name: one for one in self._objects.all() if one.name not in self._others}
+
+    def describe(self, objects: Iterable[Found]) -> Iterator[tuple[Kept, Found]]:
+        """What is known of some objects; those that are no sessions of this model are left out."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for found, kept in pool.map(self._described, objects):
+                if kept is not None:
+                    yield kept, found
 
     def write(self, kept: Kept, session: Session) -> int:
         """Keep a session; bytes of its file.
@@ -147,45 +149,79 @@ class Folder:
         Raises:
             OSError: it cannot be written; then nothing is there.
         """
-        path = self._path(kept.id)
-        session.save(path, notes=kept.to_notes(), made_by=self._made_by)
-        return path.stat().st_size
+        notes = kept.to_notes()
+        self.check()  # else it would be put where nobody finds it once the folder is back
+        return self._objects.write(
+            kept.id, lambda path: session.save(path, notes=notes, made_by=self._made_by)
+        )
 
     def read(self, name: str) -> tuple[Kept, Session]:
-        """A session and what is known of it.
+        """A session and what is known of it; it counts as used.
 
         Raises:
             OSError: there is none.
             ValueError: the file is damaged, or of another model.
         """
-        path = self._path(name)
-        kept = Kept.from_notes(read_notes(path))
-        session = Session.load(path, self._model, self._tokenizer, made_by=self._made_by)
-        self.touch(name)
+        try:
+            kept, session = self._objects.read(name, self._load)
+        except FileNotFoundError:
+            self.check()
+            raise
+        self._objects.touch(name)
         return kept, session
 
-    def touch(self, name: str) -> None:
-        """Note that a session was used now; who opens the folder later sees it."""
-        with contextlib.suppress(OSError):
-            os.utime(self._path(name))
+    def touch(self, name: str) -> bool:
+        """Note that a session is used now; whether it is there.
 
-    def size(self, name: str) -> int:
-        """Bytes of a file; 0 if it is not there."""
-        with contextlib.suppress(OSError):
-            return self._path(name).stat().st_size
-        return 0
+        Raises:
+            OSError: the folder cannot be read now.
+        """
+        is_there = self._objects.touch(name)
+        if not is_there:
+            self.check()
+        return is_there
+
+    def find(self, name: str) -> Found | None:
+        """A session's object, and when any server used it last; None: it is not there.
+
+        Raises:
+            OSError: the folder cannot be read now.
+        """
+        found = self._objects.find(name)
+        if found is None:
+            self.check()
+        return found
 
     def remove(self, name: str) -> None:
-        """Forget a session, if it is there."""
-        with contextlib.suppress(OSError):
-            self._path(name).unlink()
+        """Forget a session, if it is there.
 
-    def tidy(self) -> None:
-        """Remove what a killed process left half written."""
-        for part in self.path.glob(f".*{_SUFFIX}.*.part"):
-            with contextlib.suppress(OSError):
-                if time.time() - part.stat().st_mtime > _LEFT_BEHIND:
-                    part.unlink()
+        Raises:
+            OSError: the folder cannot be changed now.
+        """
+        self._objects.remove(name)
 
-    def _path(self, name: str) -> Path:
-        return self.path / f"{name}{_SUFFIX}"
+    def _load(self, path: Path) -> tuple[Kept, Session]:
+        kept = Kept.from_notes(read_notes(path))
+        session = Session.load(path, self._model, self._tokenizer, made_by=self._made_by)
+        return kept, session
+
+    def _described(self, found: Found) -> tuple[Found, Kept | None]:
+        try:
+            with self._objects.open(found.name) as file:
+                metadata = read_metadata(file, found.nbytes, found.name)
+            made_by = document_of(metadata, found.name)["made_by"]
+            if made_by["backbone"] != self._made_by["backbone"]:
+                raise ValueError("it is a session of another model")
+            kept = Kept.from_notes(notes_of(metadata, found.name))
+            if kept.id != found.name:
+                raise ValueError(f"it is {kept.id}")
+        except FileNotFoundError:
+            return found, None
+        except OSError as error:
+            _log.warning("%s cannot be read now: %s", found.name, error)
+            return found, None
+        except ValueError as error:
+            _log.warning("%s is left alone: %s", found.name, error)
+            self._others.add(found.name)
+            return found, None
+        return found, kept

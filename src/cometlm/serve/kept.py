@@ -1,12 +1,17 @@
-"""What the server keeps: immutable sessions by id, in memory and in a folder, to budgets.
+"""What the server keeps: immutable sessions by id, in memory and in a store, to budgets.
 
 A session that is kept never changes: who goes on from it gets a fork. The least recently used leave
-memory first (they stay in the folder), then the folder. An id that was given and is kept no longer
-is told from one that never was.
+memory first (they stay in the store), then the store. An id that was given and is kept no longer is
+told from one that never was.
+
+Several servers may share a store. Each knows it by an index of its own, looks at the store itself
+where that lacks an id, and looks at all of it from time to time. Before it drops a session to make
+room it asks the store when any server used that last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
@@ -14,15 +19,19 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
-from cometlm.serve.folder import TURN, Folder, Kept
+from cometlm.serve.folder import CHANGING, TURN, Folder, Kept
 from cometlm.serve.ids import Ids
+from cometlm.serve.index import Index, Listed
 from cometlm.serve.trail import beginnings
 from cometlm.session.session import Session
 
+__all__ = ["FullError", "Listed", "NotKeptError", "SessionStore"]
+
 _log = logging.getLogger(__name__)
 _SWEEP = 60.0  # seconds between two looks for what has expired
+_LEFT = 15 / 16  # of the budget, where room was made: else each session would have to make some
 
 
 class NotKeptError(KeyError):
@@ -40,8 +49,8 @@ class NotKeptError(KeyError):
     def __str__(self) -> str:
         if self.was_given:
             return (
-                f"{self.name} is kept no longer: it was deleted, has expired, made room for "
-                "others, or was never finished"
+                f"{self.name} was dropped: it was deleted, has expired, made room for others, or "
+                "was never finished"
             )
         return f"there is no {self.name}"
 
@@ -50,65 +59,19 @@ class FullError(OSError):
     """A session is larger than all that may be kept."""
 
 
-@dataclass(frozen=True)
-class Listed:
-    """What a list says of a session that is kept: all but itself and its document.
-
-    Attributes:
-        id, kind, created, expires, parent, tokens, title: see `Kept`.
-        nbytes: of its file, or in memory where there is no folder.
-    """
-
-    id: str
-    kind: str
-    created: int
-    expires: float | None
-    parent: str | None
-    tokens: int | None
-    title: str | None
-    nbytes: int
-
-    @classmethod
-    def of(cls, kept: Kept, nbytes: int) -> Listed:
-        """Of a session and its size."""
-        return cls(
-            kept.id,
-            kept.kind,
-            kept.created,
-            kept.expires,
-            kept.parent,
-            kept.tokens,
-            kept.title,
-            nbytes,
-        )
-
-
-@dataclass
-class _Entry:
-    """Of one id: everything but its session and its document, which may be in a file only."""
-
-    owner: str
-    trail: tuple[int, str] | None  # its length and digest
-    listed: Listed
-    is_passing: bool = False  # it is in memory only, and goes when it leaves that
-
-    @property
-    def expires(self) -> float | None:
-        return self.listed.expires
-
-    @property
-    def nbytes(self) -> int:
-        return self.listed.nbytes
-
-
 class SessionStore:
     """Keeps sessions; see above. Threads may share it.
 
     Args:
         memory_bytes: what sessions in memory may take.
         folder: where they are kept beyond that; None: nowhere.
-        folder_bytes: what its files may take.
+        folder_bytes: what its files may take, those of all servers together.
         lifetime: seconds after which a session goes; None: never.
+        index: a file of this process's own for what is known of the folder; None: in memory.
+        refresh: seconds after which what other servers have written is looked for again.
+
+    Raises:
+        OSError: the folder or the index cannot be used.
     """
 
     def __init__(
@@ -118,20 +81,18 @@ class SessionStore:
         folder: Folder | None = None,
         folder_bytes: int = 16 << 30,
         lifetime: float | None = 30 * 24 * 3600.0,
+        index: Path | None = None,
+        refresh: float = 30.0,
     ) -> None:
-        self._memory_budget, self._folder_budget = memory_bytes, folder_bytes
-        self._folder, self._lifetime = folder, lifetime
+        self._folder, self._folder_budget, self._lifetime = folder, folder_bytes, lifetime
         self.ids = Ids(folder.secret() if folder else secrets.token_bytes(32))
-        self._lock = threading.RLock()
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
-        self._memory: OrderedDict[str, tuple[Kept, Session, int]] = OrderedDict()
-        self._trails: dict[str, dict[int, dict[str, str]]] = {}  # owner, length, digest
-        self._memory_bytes = self._folder_bytes = 0
-        self._swept = time.monotonic()
+        self._lock = threading.RLock()  # never held while the store is waited for
+        self._index = Index(index, folder.about if folder else "")
+        self._memory = _Memory(memory_bytes)
+        self._refresh, self._looked, self._swept = refresh, 0.0, time.monotonic()
+        self._looking, self._making_room = threading.Lock(), threading.Lock()
         if folder is not None:
-            folder.tidy()
-            for kept, nbytes, _ in sorted(folder.files(), key=lambda file: file[2]):
-                self._enter(kept, nbytes)
+            self._look(folder)
             self._make_room()
 
     # --- counts -----------------------------------------------------------------------------
@@ -139,17 +100,17 @@ class SessionStore:
     @property
     def sessions(self) -> int:
         """How many are kept."""
-        return len(self._entries)
+        return len(self._index)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of those in memory. Those that share a part of their memory each count it."""
-        return self._memory_bytes
+        return self._memory.nbytes
 
     @property
     def folder_bytes(self) -> int:
         """Bytes of the files."""
-        return self._folder_bytes
+        return self._index.nbytes if self._folder is not None else 0
 
     # --- one session ------------------------------------------------------------------------
 
@@ -165,67 +126,50 @@ class SessionStore:
             OSError: its file cannot be written; it is not kept then.
         """
         nbytes = _nbytes(kept, session)
+        size, budget = nbytes, self._memory.budget
         if self._folder is not None:
-            size = self._folder.write(kept, session)
-            if size > self._folder_budget:
-                self._folder.remove(kept.id)
-                raise FullError(f"a session of {size} bytes is larger than the whole store")
-        elif nbytes > self._memory_budget:
-            raise FullError(f"a session of {nbytes} bytes is larger than the whole store")
+            size, budget = self._folder.write(kept, session), self._folder_budget
+        if size > budget:
+            self._forget(kept.id)
+            raise FullError(f"a session of {size} bytes is larger than the whole store")
         with self._lock:
-            self._enter(kept, size if self._folder is not None else nbytes)
+            self._index.add(kept, size, time.time())
             self._hold(kept, session, nbytes)
-            self._sweep()
-            self._make_room()
+        self._sweep()
+        self._make_room()
 
     def hold(self, kept: Kept, session: Session) -> None:
         """Keep a session in memory only, while there is room: nobody was told its id."""
         nbytes = _nbytes(kept, session)
-        if nbytes > self._memory_budget:
+        if nbytes > self._memory.budget:
             return
         with self._lock:
-            self._enter(kept, 0)
-            self._entries[kept.id].is_passing = True
-            self._hold(kept, session, nbytes)
-            self._make_room()
+            self._index.add(kept, 0, time.time(), is_passing=True)
+            self._memory.hold(kept, session, nbytes, is_passing=True)
+        self._make_room()
 
     def get(self, name: str, owner: str) -> tuple[Kept, Session]:
         """A session that is kept, to be forked, and what is known of it.
 
         Raises:
             NotKeptError: there is none for this owner, or its file is damaged.
-            OSError: the folder cannot be read now.
+            OSError: the store cannot be read now.
         """
         if not self.ids.was_given(name, owner):
             raise NotKeptError(name, was_given=False)
         with self._lock:
-            self._drop_if_expired(name)
-            if name in self._memory:
-                self._memory.move_to_end(name)
-                self._entries.move_to_end(name)
-                kept, session, _ = self._memory[name]
-                if self._folder is not None:
-                    self._folder.touch(name)
-                return kept, session
-        if self._folder is None:
-            raise NotKeptError(name, was_given=True)
-        try:
-            kept, session = self._folder.read(name)
-        except FileNotFoundError as error:  # another server dropped it
-            with self._lock:
-                self._forget_entry(name)
-            raise NotKeptError(name, was_given=True) from error
-        except ValueError as error:
-            _log.error("%s cannot be read: %s", name, error)
-            raise NotKeptError(name, was_given=True) from error
+            held = self._memory.get(name)
+        if held is None:
+            kept, session = self._fetched(name)
+        else:
+            kept, session = held
+            self._check_still_there(name)
+        if _is_over(kept.expires):
+            with contextlib.suppress(OSError):  # it is not given out in any case
+                self._forget(name)
         if kept.owner != owner or _is_over(kept.expires):
             raise NotKeptError(name, was_given=True)
-        with self._lock:
-            if name not in self._entries:  # another server wrote it
-                self._enter(kept, self._folder.size(name))
-            self._entries.move_to_end(name)
-            self._hold(kept, session, _nbytes(kept, session))
-            self._make_room()
+        self._index.use(name, time.time())
         return kept, session
 
     def delete(self, name: str, owner: str) -> None:
@@ -233,121 +177,216 @@ class SessionStore:
 
         Raises:
             NotKeptError: there is none for this owner.
+            OSError: the store cannot be changed now.
         """
-        self.get(name, owner)
-        with self._lock:
-            self._forget(name)
+        self.listed(name, owner)
+        self._forget(name)
 
     def listed(self, name: str, owner: str) -> Listed:
-        """What a list says of one session; it does not count as used.
+        """What a list says of one session.
 
         Raises:
             NotKeptError, OSError: as `get`.
         """
-        if self.ids.was_given(name, owner):
-            with self._lock:
-                self._drop_if_expired(name)
-                if name in self._entries:
-                    return self._entries[name].listed
-        kept, session = self.get(name, owner)
-        return Listed.of(kept, _nbytes(kept, session))
+        known = self._index.listed(name, owner) if self.ids.was_given(name, owner) else None
+        if known is None or _is_over(known.expires):
+            kept, session = self.get(name, owner)
+            return self._index.listed(name, owner) or Listed.of(kept, _nbytes(kept, session))
+        self._check_still_there(name)
+        return known
 
     def all_of(self, owner: str) -> list[Listed]:
-        """What an owner was given and can go on from, the oldest first."""
-        with self._lock:
-            for name in list(self._entries):
-                self._drop_if_expired(name)
-            found = [
-                entry.listed
-                for entry in self._entries.values()
-                if entry.owner == owner and not entry.is_passing and entry.listed.kind != TURN
-            ]
-        return sorted(found, key=lambda one: (one.created, one.id))
+        """What an owner was given and can go on from, the oldest first.
+
+        What other servers wrote may be missing for as long as `refresh` says.
+        """
+        self._look_if_due()
+        listed = self._index.all_of(owner)
+        return [one for one in listed if one.kind != TURN and not _is_over(one.expires)]
 
     def longest(self, ids: Sequence[int], owner: str) -> tuple[Kept, Session] | None:
         """The session that has read most of what these ids begin with; None: none has."""
-        with self._lock:
-            trails = self._trails.get(owner, {})
-            lengths = list(trails)
-        digests = list(beginnings(ids, lengths))  # of a long text this takes a while
-        with self._lock:
-            names = [trails.get(length, {}).get(digest) for length, digest in digests]
-        found = [name for name in names if name is not None]
-        for name in reversed(found):
+        self._look_if_due()
+        lengths = self._index.lengths(owner, len(ids))
+        for length, digest in reversed(list(beginnings(ids, lengths))):
+            name = self._index.with_trail(owner, length, digest)
+            if name is None:
+                continue
             try:
                 return self.get(name, owner)
             except NotKeptError:
-                continue  # it has just gone: a shorter one
+                self._forget_here(name)  # it has just gone: a shorter one
         return None
 
-    # --- inside; the lock is held -----------------------------------------------------------
+    # --- what the store has -----------------------------------------------------------------
 
-    def _enter(self, kept: Kept, nbytes: int) -> None:
-        self._forget_entry(kept.id)
-        trail = None if kept.trail is None else (kept.trail.length, kept.trail.digest)
-        self._entries[kept.id] = _Entry(kept.owner, trail, Listed.of(kept, nbytes))
-        self._folder_bytes += nbytes if self._folder is not None else 0
-        if trail is not None:
-            length, digest = trail
-            self._trails.setdefault(kept.owner, {}).setdefault(length, {})[digest] = kept.id
+    def _fetched(self, name: str) -> tuple[Kept, Session]:
+        """A session that is not in memory; it is held there from now on.
+
+        Raises:
+            NotKeptError, OSError: see `get`.
+        """
+        if self._folder is None:
+            raise NotKeptError(name, was_given=True)
+        try:
+            kept, session = self._folder.read(name)
+            found = self._folder.find(name)
+        except FileNotFoundError as error:  # another server dropped it
+            self._forget_here(name)
+            raise NotKeptError(name, was_given=True) from error
+        except ValueError as error:
+            _log.error("%s cannot be read: %s", name, error)
+            raise NotKeptError(name, was_given=True) from error
+        with self._lock:
+            if found is not None and self._index.listed(name, kept.owner) is None:
+                self._index.add(kept, found.nbytes, found.used)  # another server wrote it
+            self._hold(kept, session, _nbytes(kept, session))
+        self._make_room()
+        return kept, session
 
     def _hold(self, kept: Kept, session: Session, nbytes: int) -> None:
-        """Keep it in memory; where there is a folder, one that is too large is not."""
-        self._let_go(kept.id)
-        if nbytes <= self._memory_budget:
-            self._memory[kept.id] = (kept, session, nbytes)
-            self._memory_bytes += nbytes
+        """In memory, too; but not what another server may write anew."""
+        if self._folder is None or kept.kind not in CHANGING:
+            self._memory.hold(kept, session, nbytes)
+
+    def _check_still_there(self, name: str) -> None:
+        """Note that a session is used, and see whether another server dropped it.
+
+        Raises:
+            NotKeptError, OSError: see `get`.
+        """
+        if self._folder is None or self._index.is_passing(name) or self._folder.touch(name):
+            return
+        self._forget_here(name)
+        raise NotKeptError(name, was_given=True)
+
+    def _look_if_due(self) -> None:
+        is_due = time.monotonic() - self._looked >= self._refresh
+        if self._folder is None or not is_due or self._looking.locked():
+            return
+        try:
+            self._look(self._folder)
+        except OSError as error:
+            _log.warning("the store cannot be looked at now: %s", error)
+
+    def _look(self, folder: Folder) -> None:
+        """Bring the index in line with the store, which other servers write and drop from, too.
+
+        Raises:
+            OSError: the store cannot be read now.
+        """
+        with self._looking:
+            self._looked, began = time.monotonic(), time.time()
+            there, known = folder.all(), self._index.names()
+            for kept, found in folder.describe(there[name] for name in there.keys() - known):
+                self._index.add(kept, found.nbytes, found.used)
+            for name in there.keys() & known:
+                self._index.use(name, there[name].used)
+            # What was put since this began is not in the list yet.
+            self._index.remove((known & self._index.names(before=began)) - there.keys())
+
+    # --- budgets ----------------------------------------------------------------------------
 
     def _make_room(self) -> None:
-        while self._memory_bytes > self._memory_budget:
-            name = self._first_to_leave_memory()
-            if self._folder is None or self._entries[name].is_passing:
-                self._forget(name)
-            else:
-                self._let_go(name)
-        while self._folder is not None and self._folder_bytes > self._folder_budget:
-            self._forget(next(iter(self._entries)))
+        with self._lock:
+            for name in self._memory.make_room(prefers_passing=self._folder is None):
+                if self._folder is None or self._index.is_passing(name):
+                    self._index.remove([name])
+        if self._folder is None or self._index.nbytes <= self._folder_budget:
+            return
+        if self._making_room.acquire(blocking=False):
+            try:
+                self._make_room_in(self._folder)
+            except OSError as error:
+                _log.warning("no room can be made in the store now: %s", error)
+            finally:
+                self._making_room.release()
 
-    def _first_to_leave_memory(self) -> str:
-        """The least recently used; without a folder, nothing that was told makes room for marks."""
-        passing = (name for name in self._memory if self._entries[name].is_passing)
-        oldest = next(iter(self._memory))
-        return oldest if self._folder is not None else next(passing, oldest)
+    def _make_room_in(self, folder: Folder) -> None:
+        self._look(folder)
+        if self._index.nbytes <= self._folder_budget:
+            return  # another server has made room
+        while self._index.nbytes > _LEFT * self._folder_budget:
+            oldest = self._index.oldest()
+            if oldest is None:
+                return
+            name, known = oldest
+            found = folder.find(name)
+            if found is not None and found.used > known:  # by another server, just now
+                self._index.use(name, found.used)
+            else:
+                self._forget(name)
 
     def _sweep(self) -> None:
         if time.monotonic() - self._swept < _SWEEP:
             return
         self._swept = time.monotonic()
-        for name in list(self._entries):
-            self._drop_if_expired(name)
-
-    def _drop_if_expired(self, name: str) -> None:
-        entry = self._entries.get(name)
-        if entry is not None and _is_over(entry.expires):
-            self._forget(name)
+        try:
+            for name in self._index.expired():
+                self._forget(name)
+        except OSError as error:
+            _log.warning("what has expired cannot be removed now: %s", error)
 
     def _forget(self, name: str) -> None:
-        self._let_go(name)
-        self._forget_entry(name)
         if self._folder is not None:
             self._folder.remove(name)
+        self._forget_here(name)
 
-    def _forget_entry(self, name: str) -> None:
-        entry = self._entries.pop(name, None)
-        if entry is None:
-            return
-        self._folder_bytes -= entry.nbytes if self._folder is not None else 0
-        if entry.trail is not None:
-            length, digest = entry.trail
-            of_length = self._trails[entry.owner][length]
-            if of_length.get(digest) == name:
-                del of_length[digest]
-            if not of_length:
-                del self._trails[entry.owner][length]
+    def _forget_here(self, name: str) -> None:
+        with self._lock:
+            self._memory.let_go(name)
+            self._index.remove([name])
 
-    def _let_go(self, name: str) -> None:
-        held = self._memory.pop(name, None)
-        self._memory_bytes -= 0 if held is None else held[2]
+
+class _Memory:
+    """Sessions in memory, the least recently used first; the caller locks.
+
+    Args:
+        budget: bytes that they may take.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.nbytes = budget, 0
+        self._held: OrderedDict[str, tuple[Kept, Session, int]] = OrderedDict()
+        self._passing: dict[str, None] = {}  # those that are nowhere else and were told to nobody
+
+    def hold(self, kept: Kept, session: Session, nbytes: int, is_passing: bool = False) -> None:
+        """Hold a session; one that is too large is not held."""
+        self.let_go(kept.id)
+        if nbytes <= self.budget:
+            self._held[kept.id] = (kept, session, nbytes)
+            self.nbytes += nbytes
+            if is_passing:
+                self._passing[kept.id] = None
+
+    def get(self, name: str) -> tuple[Kept, Session] | None:
+        """A session that is held; it counts as used."""
+        if name not in self._held:
+            return None
+        self._held.move_to_end(name)
+        kept, session, _ = self._held[name]
+        return kept, session
+
+    def make_room(self, prefers_passing: bool) -> list[str]:
+        """Let go of the least recently used while there are too many; which.
+
+        Args:
+            prefers_passing: those that pass go first.
+        """
+        gone = []
+        while self.nbytes > self.budget:
+            oldest = next(iter(self._held))
+            if prefers_passing:
+                oldest = next((name for name in self._held if name in self._passing), oldest)
+            self.let_go(oldest)
+            gone.append(oldest)
+        return gone
+
+    def let_go(self, name: str) -> None:
+        """Hold a session no longer."""
+        _, _, nbytes = self._held.pop(name, (None, None, 0))
+        self._passing.pop(name, None)
+        self.nbytes -= nbytes
 
 
 def _is_over(expires: float | None) -> bool:

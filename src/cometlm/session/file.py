@@ -6,10 +6,12 @@ Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemo
 weights and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
 and lengths against the file before anything is allocated; what it cannot know is checked here,
 also before a tensor is read. Whoever saves may note something beside it (metadata key `notes`).
+A SHA-256 of it all (`digest` in the document; older files have none) tells one that has rotted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -36,10 +38,12 @@ from cometlm.core.cell import Cell
 from cometlm.core.layout import RowCounts
 from cometlm.core.memory import LayerMemory
 from cometlm.core.state import LayerState
+from cometlm.session.header import loads, read_metadata
 
 FORMAT = 1
 _KEY = "cometlm"
 _NOTES = "notes"
+_DIGEST = "digest"
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -112,6 +116,8 @@ def save(
     metadata = {_KEY: json.dumps(document)}
     if notes is not None:
         metadata[_NOTES] = json.dumps(dict(notes))
+    document[_DIGEST] = _digest(metadata, plain)
+    metadata[_KEY] = json.dumps(document)
     write_whole(target, to_bytes(plain, metadata))
 
 
@@ -160,7 +166,8 @@ def load(
         ValueError: it is no session file, damaged, or of another model; the message says which.
         OSError: it cannot be read.
     """
-    document = read_document(path)
+    metadata = _metadata(path)
+    document = document_of(metadata, path)
     its, here = document["made_by"], made_by or identity(model)
     for part, ours in here.items():
         if its[part] != ours and not (part == "config" and _same_sizes(its[part], ours)):
@@ -179,6 +186,11 @@ def load(
     wanted = _wanted(model, row)
     with _opened(path) as file:
         _check_tensors(path, file, wanted)
+        if _DIGEST in document:
+            tensors = {name: file.get_tensor(name) for name in wanted}
+            its_digest = document.pop(_DIGEST)
+            if its_digest != _digest({**metadata, _KEY: json.dumps(document)}, tensors):
+                raise ValueError(f"{path} is damaged: its digest is that of another content")
         ids = file.get_tensor("open").tolist()
         layers = [_layer(file, model, i, wanted) for i in range(len(model.model.cells))]
     vocabulary = model.config.vocab_size
@@ -203,16 +215,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
         ValueError: it is no session file, or damaged, or of a newer format.
         OSError: it cannot be read.
     """
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-    if _KEY not in metadata:
-        raise ValueError(f"{path} is no cometlm session: a safetensors file of something else")
-    try:
-        document = json.loads(metadata[_KEY])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its document is no JSON ({error})") from error
-    _check(path, document)
-    return dict(document)
+    return document_of(_metadata(path), path)
 
 
 def read_notes(path: str | Path) -> dict[str, Any]:
@@ -222,14 +225,37 @@ def read_notes(path: str | Path) -> dict[str, Any]:
         ValueError: it is no file of safetensors, or damaged.
         OSError: it cannot be read.
     """
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
+    return notes_of(_metadata(path), path)
+
+
+def document_of(metadata: Mapping[str, str], name: object) -> dict[str, Any]:
+    """The document among the texts of a header (`header.read_metadata`), checked.
+
+    Raises:
+        ValueError: it is no session's, or damaged, or of a newer format.
+    """
+    if _KEY not in metadata:
+        raise ValueError(f"{name} is no cometlm session: a safetensors file of something else")
+    try:
+        document = loads(metadata[_KEY])
+    except ValueError as error:
+        raise ValueError(f"{name} is damaged: its document is no JSON ({error})") from error
+    _check(name, document)
+    return dict(document)
+
+
+def notes_of(metadata: Mapping[str, str], name: object) -> dict[str, Any]:
+    """The notes among the texts of a header (`header.read_metadata`).
+
+    Raises:
+        ValueError: they are damaged.
+    """
     try:
         notes = json.loads(metadata.get(_NOTES, "{}"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its notes are no JSON ({error})") from error
+        raise ValueError(f"{name} is damaged: its notes are no JSON ({error})") from error
     if not isinstance(notes, dict):
-        raise ValueError(f"{path} is damaged: its notes are a {type(notes).__name__}")
+        raise ValueError(f"{name} is damaged: its notes are a {type(notes).__name__}")
     return notes
 
 
@@ -256,6 +282,19 @@ def describe_model(model: CometForCausalLM) -> dict[str, str]:
     return made if bits is None else {**made, "quantization": bits}
 
 
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what a file holds, in hexadecimal."""
+    digest = hashlib.sha256()
+    for key in (_KEY, _NOTES):
+        text = metadata.get(key, "")
+        digest.update(f"{key} {len(text)} ".encode())
+        digest.update(text.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} ".encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _encodable(text: str) -> bool:
     try:
         text.encode()
@@ -273,19 +312,23 @@ def _same_sizes(made_by: str, ours: str) -> bool:
 
 def _is_sizes(text: str) -> bool:
     try:
-        values = json.loads(text)
+        values = loads(text)
         CometConfig.from_dict(values)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         return False
     return isinstance(values, dict)
 
 
-def _opened(path: str | Path) -> Any:
+def _metadata(path: str | Path) -> dict[str, str]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not a session file")
-    with path.open("rb"):  # a plain OSError if it cannot be read
-        pass
+    with path.open("rb") as file:
+        return read_metadata(file, os.fstat(file.fileno()).st_size, path)
+
+
+def _opened(path: str | Path) -> Any:
+    """The file, whose header was looked at."""
     try:
         return safe_open(path, "pt", device="cpu")
     except (SafetensorError, ValueError) as error:
@@ -352,7 +395,7 @@ def _layer(file: Any, model: CometForCausalLM, i: int, wanted: Mapping[str, Any]
     return LayerState(LayerMemory(tensor(f"state.{i}"), () if entries is None else (entries,)))
 
 
-def _check(path: str | Path, document: Any) -> None:
+def _check(path: object, document: Any) -> None:
     """Refuse a document that no save() wrote."""
 
     def number(value: Any) -> bool:
