@@ -91,8 +91,12 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.bfloat16
-    native = any(has is True for name, has in cpu_abilities().items() if "bf16" in name)
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    return any(has is True for name, has in cpu_abilities().items() if "bf16" in name)
 
 
 def peak_memory(device: torch.device) -> int | None:
