@@ -104,18 +104,21 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         """Replace the backbone's head."""
         self.lm_head = new_embeddings
 
-    def pack_weights(self) -> int:
+    def pack_weights(self, most_bytes: int | None = None) -> int:
         """Keep a second copy of linear layers' weights in the order that the CPU's kernels read.
 
         A token is then written faster, with the same numbers; see `core.packed_products`. Only
         bfloat16 on CPUs with products of it; elsewhere nothing is packed. Weights that are changed
         later are used as they then are, slower, until this is called again.
 
+        Args:
+            most_bytes: pack nothing where the copies would take more. Default: no limit.
+
         Returns:
-            Bytes of the copies: those of the layers and of the head.
+            Bytes of the copies: as many as the layers' and the head's weights have.
         """
         self.unpack_weights()
-        self.model.packed = PackedProducts.of(self)
+        self.model.packed = PackedProducts.of(self, most_bytes)
         return self.model.packed.nbytes
 
     def unpack_weights(self) -> None:

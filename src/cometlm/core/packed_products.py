@@ -84,15 +84,22 @@ class PackedProducts:
         self._layers = tuple(layers)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Self:
+    def of(cls, model: nn.Module, most_bytes: int | None = None) -> Self:
         """Pack every plain bfloat16 linear layer of a model that lies on a CPU with such products.
 
         Layers of other classes (quantised, adapted ones themselves), those whose `forward` was
-        replaced (offloaded), and shared or inference tensors stay as they are.
+        replaced (offloaded), and inference tensors stay as they are.
+
+        Args:
+            most_bytes: pack nothing where the copies would take more.
         """
         if _LINEAR is None or not multiplies_bfloat16():
             return cls([])
-        return cls([_packed(x) for x in model.modules() if _can_be_packed(x)])
+        found = [module for module in model.modules() if _can_be_packed(module)]
+        needed = sum(weight.nbytes for module in found for weight in [module.weight])
+        if most_bytes is not None and needed > most_bytes:
+            return cls([])
+        return cls([_packed(module) for module in found])
 
     @property
     def nbytes(self) -> int:
