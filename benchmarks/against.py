@@ -6,8 +6,8 @@ Each pair runs the other commit's sources and these, one after the other, in thi
 which comes first changes from pair to pair, since a machine's speed drifts, and of some rounds
 the fastest counts, since a machine has other things to do. What is printed, and
 written to out/against.json, is how many times as fast these are: the median of the pairs' ratios,
-and all of them. 1.00 is alike. Weights are packed where a tree can; with one thread (OMP_NUM_THREADS=1) the process's
-own time counts, which other work on the machine disturbs less.
+and all of them. 1.00 is alike. Weights are packed where a tree can. With one thread
+(OMP_NUM_THREADS=1) the process's own time counts, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations

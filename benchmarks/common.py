@@ -55,7 +55,7 @@ def timed_in_turn(
 
 
 def weights_once(model: torch.nn.Module) -> dict[str, float]:
-    """What a decode step cannot be faster than: reading every weight once at the speed of memory."""
+    """The least time of a decode step: that of reading every weight once from memory."""
     rows = torch.randn(64 * 2**20)  # 256 MiB: more than caches hold
     seconds = min(timed_in_turn({"sum": rows.sum}, 5)["sum"])
     bandwidth = rows.nbytes / seconds

@@ -5,8 +5,8 @@
 SmolLM2 at chunk 512, m 64, capacity 512 with its memory full, over one whole chunk so that the
 fold is in it, against the plain backbone with 2,048 tokens of KV cache; both in turn, 64 steps at a
 time, weights packed for both where the CPU gains by it. Beside them stands the time in which memory
-gives all weights once. Then batch 8 against batch 1; the size of a session file; and the process's peak while writing
---tokens tokens against that after a tenth of them. Writes out/decode.json.
+gives all weights once. Then batch 8 against batch 1; the size of a session file; and the process's
+peak while writing --tokens tokens against that after a tenth of them. Writes out/decode.json.
 """
 
 from __future__ import annotations
