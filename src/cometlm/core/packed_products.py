@@ -18,7 +18,7 @@ Pitfalls:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class PackedProducts:
         if _LINEAR is None or not multiplies_bfloat16():
             return cls([])
         found = [module for module in model.modules() if _can_be_packed(module)]
-        needed = sum(weight.nbytes for module in found for weight in [module.weight])
+        needed = sum(layer.weight.nbytes for layer in found)
         if most_bytes is not None and needed > most_bytes:
             return cls([])
         return cls([_packed(module) for module in found])
@@ -120,8 +120,7 @@ class PackedProducts:
                 layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _packed(layer: nn.Module) -> PackedLinear:
-    assert isinstance(layer, nn.Linear)
+def _packed(layer: nn.Linear) -> PackedLinear:
     packed = Packed(layer.weight)
     layer.__class__ = PackedLinear
     assert isinstance(layer, PackedLinear)
@@ -129,7 +128,7 @@ def _packed(layer: nn.Module) -> PackedLinear:
     return layer
 
 
-def _can_be_packed(module: nn.Module) -> bool:
+def _can_be_packed(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
