@@ -54,6 +54,15 @@ def timed_in_turn(
     return seconds
 
 
+def weights_once(model: torch.nn.Module) -> dict[str, float]:
+    """The least time of a decode step: that of reading every weight once from memory."""
+    rows = torch.randn(64 * 2**20)  # 256 MiB: more than caches hold
+    seconds = min(timed_in_turn({"sum": rows.sum}, 5)["sum"])
+    bandwidth = rows.nbytes / seconds
+    held = sum(weight.nbytes for weight in model.parameters())
+    return {"bandwidth_gb_per_second": bandwidth / 1e9, "bound_ms": 1000 * held / bandwidth}
+
+
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     """Ratios pair by pair: minimum, median and maximum."""
     pairs = sorted(s / f for s, f in zip(slow, fast, strict=True))

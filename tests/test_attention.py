@@ -6,8 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cometlm.backbones.calling import KeyValue
-from cometlm.core.attention import attend_one_part, attend_two_part
-from tests.tiny import error
+from cometlm.core import attention
+from cometlm.core.attention import (
+    attend_in_blocks,
+    attend_one_part,
+    attend_single,
+    attend_two_part,
+)
+from tests.tiny import error, random_ids, tiny_comet
 
 
 def plain(query, memory, chunk, visible, scale):
@@ -102,3 +108,75 @@ def test_half_and_single(dtype):
     got = attend_two_part(query.to(dtype), low(memory), low(chunk), None, True, 0.3)
     assert got.dtype == dtype
     assert error(got.float(), want) < 4 * torch.finfo(dtype).eps
+
+
+def random_parts(dtype, heads, new, before, slots, batch=2, width=8):
+    """Query, memory (None without slots) and chunk, random."""
+    torch.manual_seed(0)
+    count, key_heads = heads
+    random = lambda h, n: torch.randn(batch, h, n, width).to(dtype)  # noqa: E731
+    memory = KeyValue(random(key_heads, slots), random(key_heads, slots)) if slots else None
+    chunk = KeyValue(*(random(key_heads, before + new) for _ in "kv"))
+    return random(count, new), memory, chunk
+
+
+def written_out(query, memory, chunk, scale):
+    """`plain` in float64, under the causal flag from the last items back."""
+    empty = KeyValue(*(x[:, :, :0] for x in chunk))
+    wide = [KeyValue(*(x.double() for x in pair)) for pair in (memory or empty, chunk)]
+    new, slots = query.shape[2], chunk.key.shape[2]
+    visible = torch.ones(new, slots, dtype=torch.bool).tril(slots - new)
+    return plain(query.double(), *wide, visible, scale)
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (6, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_single_item(dtype, heads, slots):
+    parts = random_parts(dtype, heads, 1, 6, slots)
+    limit = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+    assert error(attend_single(*parts, 0.3).double(), written_out(*parts, 0.3)) < limit
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("new", [2, 4, 11])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_blocks_of_items(dtype, heads, new, before, slots, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK_ITEMS", 4)
+    attention._causal_bias.cache_clear()
+    parts = random_parts(dtype, heads, new, before, slots)
+    with torch.no_grad():
+        got = attend_in_blocks(*parts, 0.3)
+    attention._causal_bias.cache_clear()
+    limit = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+    assert error(got.double(), written_out(*parts, 0.3)) < limit
+
+
+@pytest.mark.parametrize("slots", [16, 200])
+def test_blocks_round_about_as_the_kernel_does(slots):
+    parts = random_parts(torch.bfloat16, (6, 2), 150, 0, slots, width=64)
+    want = written_out(*parts, 0.125)
+    with torch.no_grad():
+        blocks = attend_in_blocks(*parts, 0.125).double() - want
+        kernel = attend_two_part(*parts, None, True, 0.125).double() - want
+    assert blocks.norm() < 2 * kernel.norm()
+
+
+@pytest.mark.parametrize("new", [1, 9])
+def test_a_model_in_bfloat16_reads_about_as_exactly_as_while_it_learns(new, monkeypatch):
+    """A memory and an open chunk, whose last items come in a call of their own."""
+    exact = tiny_comet("llama")
+    model = tiny_comet("llama").to(torch.bfloat16)
+    exact.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    monkeypatch.setattr(attention, "_BFLOAT16_PRODUCTS", True)
+    ids = random_ids(24 + 2 + new)[None]
+    want = exact(ids).logits[:, -new:].detach()
+    off = {}
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning):
+            past = model(ids[:, :-new], use_cache=True).past_key_values
+            got = model(ids[:, -new:], past_key_values=past).logits
+        off[learning] = float((got.detach().double() - want).norm() / want.norm())
+    assert off[False] < 1.5 * off[True]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import transformers
 from packaging.version import InvalidVersion, Version
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -218,6 +219,32 @@ def cpu_flash_attention() -> tuple[Callable[..., Any], Callable[..., Any]] | Non
     forward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
     return None if forward is None or backward is None else (forward, backward)
+
+
+class PackedLinear(NamedTuple):
+    """Products with a weight in the order that a CPU's kernels read it.
+
+    Attributes:
+        pack: from a weight [out, in] to the same in that order.
+        product: of inputs [..., in] with a packed weight and a bias.
+    """
+
+    pack: Callable[[Tensor], Tensor]
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def packed_linear() -> PackedLinear | None:
+    """OneDNN's products with packed weights, which torch keeps for its compiler; None without."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+        return None
+    kernel = ops._linear_pointwise.default
+
+    def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        made: Tensor = kernel(x, packed, bias, "none", [], "")
+        return made
+
+    return PackedLinear(ops._reorder_linear_weight.default, product)
 
 
 def backward_pass() -> int | None:

@@ -91,8 +91,25 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.bfloat16
-    native = any(has is True for name, has in cpu_abilities().items() if "bf16" in name)
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    return any(has is True for name, has in cpu_abilities().items() if "bf16" in name)
+
+
+def available_memory() -> int | None:
+    """Bytes of the machine that programs may still take without swapping; None if it is not told.
+
+    A container's own limit is not looked at.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cometlm.cli import options
-from cometlm.cli.console import load_for_session, print_stream, tell_what_it_learned
+from cometlm.cli.console import load_for_session, pack_weights, print_stream, tell_what_it_learned
 from cometlm.cli.terminal import prompt_text
 from cometlm.session.session import Session
 
@@ -34,6 +34,7 @@ def ask(
         raise ValueError("--system and --variable are for the chat template: not with --raw")
     loaded, tokenizer = load_for_session(session, model, device, quantization)
     tell_what_it_learned(loaded)
+    pack_weights(loaded)
     reader = Session.load(session, loaded, tokenizer)
     print_stream(
         reader.ask(

@@ -18,6 +18,7 @@ from cometlm.cli.console import (
     load_quietly,
     made_with,
     out,
+    pack_weights,
     print_error,
     print_stream,
     tell_what_it_learned,
@@ -63,6 +64,7 @@ def chat(
     begun = Session.load(session, loaded, tokenizer) if session else Session(loaded, tokenizer)
     err.print(describe(loaded), highlight=False, soft_wrap=True)
     tell_what_it_learned(loaded)
+    pack_weights(loaded)
     conversation = Conversation(begun, writing, chat_template.system, encoding)
     try:
         if not sys.stdin.isatty():

@@ -19,7 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from cometlm.checkpoints.source import Source
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.device import as_dtype, find_device, readable_bytes
+from cometlm.device import as_dtype, available_memory, find_device, readable_bytes
 from cometlm.extras import missing, pip_install
 from cometlm.model_loader import QuantizationWarning, load
 from cometlm.session.file import read_document
@@ -91,6 +91,15 @@ def load_for_session(
     if quantization:
         made["quantization"] = quantization
     return load_quietly(name, device, **made)
+
+
+def pack_weights(model: CometForCausalLM) -> None:
+    """Have a model write faster (`CometForCausalLM.pack_weights`), where memory is plenty.
+
+    The copies may take half of what is free, so that what is read and written has room beside them.
+    """
+    free = available_memory()
+    model.pack_weights(most_bytes=None if free is None else free // 2)
 
 
 def made_with(path: Path) -> dict[str, Any]:

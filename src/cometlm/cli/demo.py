@@ -21,6 +21,7 @@ from cometlm.cli.console import (
     err,
     load_quietly,
     out,
+    pack_weights,
     tell_what_it_learned,
 )
 from cometlm.cli.read import open_bytes
@@ -73,6 +74,7 @@ def demo(
     needles = _needles(tokenizer, key, depth, count, whole)
     out.print(describe(loaded), highlight=False, soft_wrap=True)
     tell_what_it_learned(loaded, out)
+    pack_weights(loaded)
     texts, about = _texts(file)
     out.print(f"reading {about}", highlight=False, soft_wrap=True)
     session = Session(loaded, tokenizer)

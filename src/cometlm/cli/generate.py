@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cometlm.cli import options
-from cometlm.cli.console import load_quietly, print_stream
+from cometlm.cli.console import load_quietly, pack_weights, print_stream
 from cometlm.cli.terminal import prompt_text
 from cometlm.session.session import Session
 
@@ -26,5 +26,6 @@ def generate(
     text = prompt_text(prompt)
     writing = generation.start()
     loaded, tokenizer = load_quietly(model, **loading.given())
+    pack_weights(loaded)
     writer = Session(loaded, tokenizer)
     print_stream(writer.ask(text, stream=True, template=chat, special=special, **writing))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cometlm.cli import options
-from cometlm.cli.console import describe, err, load_quietly, out, tell_what_it_learned
+from cometlm.cli.console import describe, err, load_quietly, out, pack_weights, tell_what_it_learned
 from cometlm.extras import lacks
 
 NEEDS = (
@@ -138,6 +138,7 @@ def serve(
     loaded, tokenizer = load_quietly(model, **loading.given())
     err.print(describe(loaded), highlight=False, soft_wrap=True)
     tell_what_it_learned(loaded)
+    pack_weights(loaded)
     sessions = SessionStore(
         memory_bytes=int(memory_gib * 2**30),
         folder=None if store is None else Folder(store, loaded, tokenizer),

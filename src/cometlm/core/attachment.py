@@ -149,6 +149,7 @@ class AttachmentMixin:
         if self._undo is None:
             raise ValueError("this model is not attached to a backbone; it was detached before")
         model: Any = self
+        model.unpack_weights()
         if model.changed_backbone_weights():
             model.mark_only_copy()  # whoever gives it a memory again must not name it instead
         self._hand_back()

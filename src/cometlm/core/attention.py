@@ -10,16 +10,23 @@ dead rows gains. torch's log-sum-exp carries no gradient, so both parts live in 
 `autograd.Function` that hands each backward the *merged* output and log-sum-exp; with these a flash
 backward computes exactly its part of the whole. On other devices one call with a lower-right causal
 flag does the same without a split.
+
+CPUs have two shorter ways, found by measuring (docs/lab-notes.md, "Speed on a CPU"). A single new
+item sees all that is there, and the query heads that share a key head are taken as its items:
+torch's kernel is several times slower for one row than for two. Several items in bfloat16 are
+attended in blocks of plain products where nothing is learned: they are larger than the kernel's.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -33,10 +40,12 @@ from cometlm.compat import cpu_flash_attention
 from cometlm.core.fixed_layout import FixedLayout
 from cometlm.core.layout import ChunkLayout
 from cometlm.core.memory import join_ragged
+from cometlm.device import multiplies_bfloat16
 
 NAME = "cometlm"
 _FEW = 64
 _FEW_ITEMS = 16
+_BLOCK_ITEMS = 128
 
 
 @dataclass
@@ -160,6 +169,13 @@ def attend(
         row = chunk if memory is None else _joined(memory, chunk)
         return attend_masked(query, row, layout.full_mask(window), scale, dropout)
     same_width = query.shape[-1] == chunk.value.shape[-1]  # else latent attention
+    # To a compiler, numbers of a slice are constants: one more graph for each length.
+    if query.device.type == "cpu" and layout.within(window) and not is_compiling() and not dropout:
+        filled = KeyValue(*(x[:, :, : layout.slots[0]] for x in chunk))
+        if query.shape[2] == 1 and same_width and (memory is None or _FLASH is not None):
+            return attend_single(query, memory, filled, scale)
+        if query.shape[2] > 1 and _in_blocks(query):
+            return attend_in_blocks(query, memory, filled, scale)
     mask = layout.chunk_mask(window, chunk.key.shape[2])
     causal = mask is None and query.shape[2] > 1
     if memory is None and mask is not None:
@@ -195,6 +211,69 @@ def attend_plain(
     return plain_attention(query, key, value, mask, scale, dropout, softcap, sinks)
 
 
+def attend_single(
+    query: Tensor, memory: KeyValue | None, chunk: KeyValue, scale: float | None
+) -> Tensor:
+    """One new item [B, heads, 1, head width], which sees all of its memory and chunk; CPU only."""
+    batch, heads, _, width = query.shape
+    key_heads = chunk.key.shape[1]
+    groups = heads // key_heads
+    rows = query.reshape(batch, key_heads, groups, width)
+    if groups == 1 and query.dtype.itemsize < 4:  # half types take a slow way for a single row
+        rows = rows.expand(-1, -1, 2, -1)
+    if memory is None:
+        out = sdpa(rows, *chunk, scale=scale)
+    else:
+        out = attend_two_part(rows, memory, chunk, None, False, scale)
+    apart: Tensor = out[:, :, :groups].reshape(batch, heads, 1, width)
+    return apart
+
+
+def attend_in_blocks(
+    query: Tensor, memory: KeyValue | None, chunk: KeyValue, scale: float | None
+) -> Tensor:
+    """Blocks of items, each over the memory and what stands before it; scores in query's dtype.
+
+    Args:
+        query: [B, heads, I, head width], the chunk's last items.
+        chunk: without filling.
+    """
+    batch, heads, items, width = query.shape
+    key, value = chunk if memory is None else _joined(memory, chunk)
+    key_heads, length = key.shape[1:3]
+    groups = heads // key_heads
+    scale = width**-0.5 if scale is None else scale
+    grouped = query.unflatten(1, (key_heads, groups))
+    keys, values = key.flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
+    unseen = _causal_bias(query.dtype)
+    out = query.new_empty(batch, items, key_heads, groups, value.shape[-1])
+    for start in range(0, items, _BLOCK_ITEMS):
+        end = min(start + _BLOCK_ITEMS, items)
+        count, seen = end - start, length - items + end
+        rows = grouped[:, :, :, start:end].reshape(batch * key_heads, groups * count, width)
+        scores = rows.new_empty(len(rows), groups * count, seen)
+        torch.baddbmm(scores, rows, keys[:, :, :seen], beta=0, alpha=scale, out=scores)
+        last = scores.view(-1, groups, count, seen)[..., seen - count :]
+        last += unseen[:count, :count]
+        part = torch.bmm(scores.softmax(-1), values[:, :seen])
+        apart = part.view(batch, key_heads, groups, count, -1)
+        out[:, start:end] = apart.permute(0, 3, 1, 2, 4)
+    return out.flatten(2, 3).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=2)
+def _causal_bias(dtype: torch.dtype) -> Tensor:
+    """What a block's scores of its own items get: 0, and minus infinity for later ones."""
+    with torch.inference_mode(False):  # it outlives this call
+        return torch.full((_BLOCK_ITEMS, _BLOCK_ITEMS), -torch.inf, dtype=dtype).triu_(1)
+
+
+def _in_blocks(query: Tensor) -> bool:
+    """Whether blocks of plain products are the faster way, and nothing flows back through them."""
+    fast = query.dtype == torch.bfloat16 and _BFLOAT16_PRODUCTS
+    return fast and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
 def attend_two_part(
     query: Tensor,
     memory: KeyValue,
@@ -205,6 +284,9 @@ def attend_two_part(
 ) -> Tensor:
     """Memory without a mask, chunk under `mask` [I, slots] or the causal flag; CPU only."""
     tensors = _cast(query, *memory, *chunk)
+    if not torch.is_grad_enabled():
+        bias = None if mask is None else _additive(mask, query.dtype)
+        return _two_parts(tensors, bias, causal, scale)[0]
     out: Tensor = _TwoPart.apply(*tensors, mask, causal, scale)  # type: ignore[no-untyped-call]
     return out
 
@@ -285,6 +367,26 @@ def _joined(memory: KeyValue, chunk: KeyValue) -> KeyValue:
 
 
 _FLASH = cpu_flash_attention()
+_BFLOAT16_PRODUCTS = multiplies_bfloat16()
+
+
+def _two_parts(
+    tensors: tuple[Tensor, ...], bias: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Both parts as one softmax, and its log-sum-exp [B, heads, I].
+
+    Args:
+        tensors: query, keys and values of the memory, keys and values of the chunk.
+    """
+    assert _FLASH is not None
+    flash, _ = _FLASH
+    query, memory_key, memory_value, key, value = tensors
+    far, far_lse = flash(query, memory_key, memory_value, 0.0, False, scale=scale)
+    near, near_lse = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+    lse = torch.logaddexp(far_lse, near_lse)
+    out: Tensor = far * (far_lse - lse).exp().unsqueeze(-1).to(far.dtype)
+    out.addcmul_(near, (near_lse - lse).exp().unsqueeze(-1).to(near.dtype))
+    return out, lse
 
 
 class _TwoPart(torch.autograd.Function):
@@ -302,14 +404,9 @@ class _TwoPart(torch.autograd.Function):
         causal: bool,
         scale: float | None,
     ) -> Tensor:
-        assert _FLASH is not None
-        flash, _ = _FLASH
         bias = None if mask is None else _additive(mask, query.dtype)
-        far, far_lse = flash(query, memory_key, memory_value, 0.0, False, scale=scale)
-        near, near_lse = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
-        lse = torch.logaddexp(far_lse, near_lse)
-        out: Tensor = far * (far_lse - lse).exp().unsqueeze(-1).to(far.dtype)
-        out.addcmul_(near, (near_lse - lse).exp().unsqueeze(-1).to(near.dtype))
+        parts = (query, memory_key, memory_value, key, value)
+        out, lse = _two_parts(parts, bias, causal, scale)
         ctx.save_for_backward(query, memory_key, memory_value, key, value, bias, out, lse)
         ctx.causal, ctx.scale = causal, scale
         return out

@@ -36,6 +36,7 @@ from cometlm.core.fixed_cache import FixedCache
 from cometlm.core.generation import MemoryGenerationMixin
 from cometlm.core.model import CometModel
 from cometlm.core.observer import Score
+from cometlm.core.packed_products import PackedProducts
 from cometlm.core.plan import Budget, Scored
 from cometlm.core.pretrained_model import CometPreTrainedModel
 from cometlm.core.text_batch import check_labels, check_shape, next_labels
@@ -102,6 +103,29 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the backbone's head."""
         self.lm_head = new_embeddings
+
+    def pack_weights(self, most_bytes: int | None = None) -> int:
+        """Keep a second copy of linear layers' weights in the order that the CPU's kernels read.
+
+        A token is then written faster, with the same numbers; see `core.packed_products`. Only
+        bfloat16 on CPUs with products of it; elsewhere nothing is packed. Weights that are changed
+        later are used as they then are, slower, until this is called again.
+
+        Args:
+            most_bytes: pack nothing where the copies would take more. Default: no limit.
+
+        Returns:
+            Bytes of the copies: as many as the layers' and the head's weights have.
+        """
+        self.unpack_weights()
+        self.model.packed = PackedProducts.of(self, most_bytes)
+        return self.model.packed.nbytes
+
+    def unpack_weights(self) -> None:
+        """Give the copies of `pack_weights` up."""
+        if self.model.packed is not None:
+            self.model.packed.undo()
+            self.model.packed = None
 
     @can_return_tuple
     @takes_either_name

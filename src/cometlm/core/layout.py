@@ -289,6 +289,10 @@ class ChunkLayout:
         make = lambda: sent(_sees(slot, torch.arange(width), window), self.device)  # noqa: E731
         return self._table((window, width), make)
 
+    def within(self, window: int | None) -> bool:
+        """Whether a window holds the whole chunk, uniform layouts only."""
+        return window is None or self.slots[0] <= window
+
     def full_mask(self, window: int | None) -> Tensor:
         """[1 or B, 1, I, memory_width + slots] bool: what each new item sees of the whole row.
 

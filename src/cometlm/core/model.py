@@ -31,6 +31,7 @@ from cometlm.core.fixed_layout import FixedLayout
 from cometlm.core.layout import ChunkLayout, Piece, RowCounts, Step, take
 from cometlm.core.memory import Comet, LayerMemoryWeights
 from cometlm.core.observer import ClosedChunk, Score, as_vector, from_vector
+from cometlm.core.packed_products import PackedProducts
 from cometlm.core.plan import (
     Budget,
     Call,
@@ -89,6 +90,7 @@ class CometModel(CometPreTrainedModel):
         self._tables = RotaryTables(parts.rotations)
         self.training_plan = TrainingPlan()
         self._recorded: RecordedChunks | None = None
+        self.packed: PackedProducts | None = None
         # Kept, since every learning forward asks them: the backbone's own switch may be turned.
         self._may_checkpoint = [m for m in self.cells.modules() if hasattr(m, _CHECKPOINTS)]
         self.post_init()
@@ -153,6 +155,8 @@ class CometModel(CometPreTrainedModel):
             FloatingPointError: a memory is not finite; names layer and chunk.
         """
         input_ids = check_shape(input_ids)
+        if self.packed is not None and input_ids.shape[1] > 1:
+            self.packed.check()
         refuse_unknown(options)
         refuse_flags(self.config, self._learning)
         if self._learning:
