@@ -261,20 +261,20 @@ def _however_it_is_cut(model: cometlm.CometForCausalLM, ids: Tensor) -> dict[str
 
 def _remarks(model: Any) -> str:
     """What the layers of a type ask for, in words."""
-    said = []
+    said, config = [], model.config.backbone_config
     cells = list(model.model.cells)
-    if model.config.text_config.model_type in FAMILIES:
+    if config.model_type in FAMILIES:
         said.append("row")
     if any(cell.call.rotary is None for cell in cells):
         some = "" if all(cell.call.rotary is None for cell in cells) else "some layers "
         said.append("learned positions" if model.model.embed_positions else f"{some}no tables")
-    types = set(getattr(model.config.text_config, "layer_types", None) or ())
-    if "sliding_attention" in types or getattr(model.config.text_config, "sliding_window", None):
+    types = set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in types or getattr(config, "sliding_window", None):
         said.append("windows")
     names = {name for name, _ in model.named_parameters()}
     if any(name.endswith("sinks") for name in names):
         said.append("sinks")
-    if getattr(model.config.text_config, "attn_logit_softcapping", None):
+    if getattr(config, "attn_logit_softcapping", None):
         said.append("softcap")
     if any("kv_a_proj" in name for name in names):
         said.append("latent attention")

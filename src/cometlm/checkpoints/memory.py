@@ -66,8 +66,8 @@ _TAKEN = (
 )  # fmt: skip
 # Fields of a config that are not a checkpoint's to say, but the backbone's or the model's.
 _NOT_KEPT = (
-    "_name_or_path", "architectures", "backbone", "comet", "dtype", "model_type",
-    "quantization_config", "text_config", "tie_word_embeddings", "transformers_version",
+    "_name_or_path", "architectures", "backbone", "backbone_config", "comet", "dtype", "model_type",
+    "quantization_config", "tie_word_embeddings", "transformers_version",
 )  # fmt: skip
 
 

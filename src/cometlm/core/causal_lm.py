@@ -70,7 +70,7 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
     session_type: ClassVar[Callable[..., Any]]
 
     def __init__(self, config: CometModelConfig, backbone: PreTrainedModel | None = None) -> None:
-        """Make a model of a backbone, whose config `config.text_config` is.
+        """Make a model of a backbone, whose config `config.backbone_config` is.
 
         Without a backbone it gets one of random weights, as any transformers model that is made
         of a config.
@@ -236,7 +236,7 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, n, V] of last hidden states [B, n, D]."""
-        return final_logits(self.lm_head(hidden), self.config.text_config)
+        return final_logits(self.lm_head(hidden), self.config.backbone_config)
 
     def _loss_of_chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """As `_summed_loss`; the logits are kept for no backward pass."""
@@ -278,14 +278,14 @@ def _random_backbone(config: CometModelConfig) -> tuple[CometModelConfig, PreTra
             "backbone a memory"
         )
     config = copy.deepcopy(config)
-    text: Any = config.text_config
+    text: Any = config.backbone_config
     if text is None:
-        raise ValueError("text_config must be the config of a backbone, got None")
+        raise ValueError("backbone_config must be the config of a backbone, got None")
     if text._attn_implementation == NAME:
         text._attn_implementation = None  # of a model that was made of the same config
     backbone: PreTrainedModel = AutoModelForCausalLM.from_config(text)
     backbone.only_copy = True  # type: ignore[assignment]
-    config.text_config = backbone.config
+    config.backbone_config = backbone.config
     return config, backbone
 
 

@@ -370,12 +370,12 @@ class CometModel(CometPreTrainedModel):
                 chunk_size - 1
             )  # only sessions overlap chunks, and of their own size
         sizes = sizes.replace(**changed)
-        sizes.check_positions(position_limit(self.config.text_config))
+        sizes.check_positions(position_limit(self.config.backbone_config))
         return sizes
 
     def _max_positions(self, cache: CometCache, sizes: CometConfig) -> int:
         longest = cache.max_positions_under(sizes)
-        limit = position_limit(self.config.text_config)
+        limit = position_limit(self.config.backbone_config)
         if limit is not None and longest > limit:
             raise ValueError(
                 f"chunk_size={sizes.chunk_size}, stride={sizes.stride} and capacity="
@@ -628,8 +628,8 @@ def refuse_flags(config: Any, learning: bool) -> None:
         value = getattr(config, name, usual)
         if value is not None and value != usual:
             raise ValueError(f"config.{name} must be {usual} with a memory, got {value!r}")
-    if learning and getattr(config.text_config, "output_router_logits", False):
+    if learning and getattr(config.backbone_config, "output_router_logits", False):
         raise ValueError(
-            "text_config.output_router_logits must be False, got True: the loss has no part for "
-            "the balance of experts"
+            "backbone_config.output_router_logits must be False, got True: the loss has no part "
+            "for the balance of experts"
         )
