@@ -217,7 +217,7 @@ class CometModelConfig(PreTrainedConfig):
     backbone's. Checkpoints that were saved under that name still load.
 
     Attributes:
-        backbone_config: the backbone's own config.
+        backbone_config: the backbone's own config; of a multimodal one, its language model's.
         backbone: name or path that the backbone was loaded from.
         comet: `CometConfig` as a dict; `comet_config` is the frozen object.
         suppressed_tokens: vocabulary ids that are never generated (the reserved rows of published
@@ -262,12 +262,13 @@ class CometModelConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def around(cls, backbone_config: PreTrainedConfig, comet: CometConfig) -> CometModelConfig:
-        """The config of a backbone with a memory of these sizes."""
+    def around(
+        cls, backbone_config: PreTrainedConfig, comet: CometConfig, backbone: str
+    ) -> CometModelConfig:
+        """The config of a backbone, by name or path, with a memory of these sizes."""
         text: Any = backbone_config
         before = text._attn_implementation, text._experts_implementation
-        named = str(text.name_or_path or "")
-        made = cls(backbone_config=text, backbone=named, comet=comet.to_dict())
+        made = cls(backbone_config=text, backbone=backbone, comet=comet.to_dict())
         # A config resets those of the configs inside it.
         text._attn_implementation, text._experts_implementation = before
         return made

@@ -78,11 +78,13 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         if backbone is None:
             config, backbone = _random_backbone(config)
         parts = take_apart(backbone)
-        config.comet_config.check_positions(position_limit(backbone.config))
+        config.comet_config.check_positions(position_limit(parts.config))
         undo = Undo.of(backbone)
         super().__init__(config)
         self.model = CometModel(config, parts)
         self.lm_head = parts.lm_head
+        # What a config says of scales and caps may be of another class than the backbone's.
+        self._scales_logits = parts.sample is None or parts.sample.scaled
         self.vocab_size = self._vocabulary = config.vocab_size
         self._hold(undo)
         self.post_init()
@@ -236,7 +238,10 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, n, V] of last hidden states [B, n, D]."""
-        return final_logits(self.lm_head(hidden), self.config.backbone_config)
+        products: Tensor = self.lm_head(hidden)
+        if not self._scales_logits:
+            return products
+        return final_logits(products, self.config.backbone_config)
 
     def _loss_of_chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """As `_summed_loss`; the logits are kept for no backward pass."""

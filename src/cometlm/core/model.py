@@ -44,7 +44,7 @@ from cometlm.core.pretrained_model import CometPreTrainedModel
 from cometlm.core.recompute import Recomputation, read_on, read_recomputed
 from cometlm.core.recorded_chunks import RecordedChunks
 from cometlm.core.state import States, map_tensors
-from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels
+from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels, text_alone
 from cometlm.core.training_plan import TrainingPlan
 from cometlm.core.walk import Grid, through_layers
 from cometlm.core.watch import Watch
@@ -607,7 +607,7 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names it.
     """
-    for name, value in options.items():
+    for name, value in text_alone(options).items():
         known = name in _SAID_ELSEWHERE or name in ReadOptions.__annotations__
         if not known and value is not None and value is not False:
             shown = f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else name
