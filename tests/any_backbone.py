@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 COUNT = 43  # tokens: three chunks and a rest
 _MOST_WEIGHTS = 4_000_000
 # What configs and models raise at sizes that they were not made for.
-_FAILURES = (
+FAILURES = (
     RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError,
     ArithmeticError, StrictDataclassError,
 )  # fmt: skip
@@ -120,9 +120,9 @@ def tiny(model_type: str) -> PreTrainedModel:
     text = _text_half(model_type)
     if text is not None:
         raise CannotBuildError(f"multimodal; its text half is `{text}`")
-    for config in _configs(model_type):
+    for config in configs(model_type):
         if isinstance(config, Exception):
-            why = _first_line(config)
+            why = first_line(config)
             continue
         try:
             config._experts_implementation = "eager"  # the grouped kernels have no float64
@@ -136,8 +136,8 @@ def tiny(model_type: str) -> PreTrainedModel:
             scramble(model, 0.3)
             with torch.no_grad():
                 model(torch.tensor([[5, 6, 7, 8]]), use_cache=False)
-        except _FAILURES as problem:
-            why = _first_line(problem)
+        except FAILURES as problem:
+            why = first_line(problem)
             continue
         return model
     raise CannotBuildError(why)
@@ -148,16 +148,16 @@ def _text_half(model_type: str) -> str | None:
     try:
         base: Any = AutoConfig.for_model(model_type)
         text = base.get_text_config(decoder=True)
-    except _FAILURES:
+    except FAILURES:
         return None
     return None if text.model_type == base.model_type else str(text.model_type)
 
 
-def _configs(model_type: str) -> Iterator[Any]:
+def configs(model_type: str) -> Iterator[Any]:
     """Small configs of a type, the best first; or why one cannot be made."""
     try:
         base: Any = AutoConfig.for_model(model_type)
-    except _FAILURES as problem:
+    except FAILURES as problem:
         yield problem
         return
     for attempt in _ATTEMPTS:
@@ -174,7 +174,7 @@ def _configs(model_type: str) -> Iterator[Any]:
                 }
                 try:
                     yield AutoConfig.for_model(model_type, **fields, **more)
-                except _FAILURES as problem:
+                except FAILURES as problem:
                     yield problem
 
 
@@ -184,26 +184,26 @@ _MISSING = object()
 def _value(config: Any, name: str) -> Any:
     try:
         value = getattr(config, name, _MISSING)
-    except _FAILURES:  # each type has its own ways to say that it has none
+    except FAILURES:  # each type has its own ways to say that it has none
         return _MISSING
     return None if name == "layer_types" and value is _MISSING else value
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
     return " ".join(str(problem).split())[:160] or type(problem).__name__
 
 
-def outcome(model_type: str) -> Outcome:
+def outcome(model_type: str, make: Callable[[str], PreTrainedModel] = tiny) -> Outcome:
     """Attach a memory to a tiny model of a type and compare."""
     try:
-        backbone = tiny(model_type)
+        backbone = make(model_type)
     except CannotBuildError as problem:
         said = str(problem)
         why = said if said.startswith("multimodal") else f"not built tiny: {said}"
         return Outcome(model_type, attaches=False, why=why)
     ids = random_ids(COUNT)
     with torch.no_grad():
-        before = backbone(ids[None], use_cache=False).logits
+        before = backbone(input_ids=ids[None], use_cache=False).logits
     try:
         model = cometlm.attach(backbone, **SMALL)
     except ValueError as problem:
@@ -214,7 +214,7 @@ def outcome(model_type: str) -> Outcome:
     remarks = _remarks(model)
     returned = cometlm.detach(model)
     with torch.no_grad():
-        after = returned(ids[None], use_cache=False).logits
+        after = returned(input_ids=ids[None], use_cache=False).logits
     figures["detached"] = float((after - before).abs().max())
     return Outcome(model_type, True, figures=tuple(figures.items()), remarks=remarks)
 
@@ -261,20 +261,20 @@ def _however_it_is_cut(model: cometlm.CometForCausalLM, ids: Tensor) -> dict[str
 
 def _remarks(model: Any) -> str:
     """What the layers of a type ask for, in words."""
-    said = []
+    said, config = [], model.config.backbone_config
     cells = list(model.model.cells)
-    if model.config.text_config.model_type in FAMILIES:
+    if config.model_type in FAMILIES:
         said.append("row")
     if any(cell.call.rotary is None for cell in cells):
         some = "" if all(cell.call.rotary is None for cell in cells) else "some layers "
         said.append("learned positions" if model.model.embed_positions else f"{some}no tables")
-    types = set(getattr(model.config.text_config, "layer_types", None) or ())
-    if "sliding_attention" in types or getattr(model.config.text_config, "sliding_window", None):
+    types = set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in types or getattr(config, "sliding_window", None):
         said.append("windows")
     names = {name for name, _ in model.named_parameters()}
     if any(name.endswith("sinks") for name in names):
         said.append("sinks")
-    if getattr(model.config.text_config, "attn_logit_softcapping", None):
+    if getattr(config, "attn_logit_softcapping", None):
         said.append("softcap")
     if any("kv_a_proj" in name for name in names):
         said.append("latent attention")
@@ -294,8 +294,8 @@ def tables(found: list[Outcome]) -> str:
         "|---|---|",
         *(f"| `{one.model_type}` | {one.remarks} |" for one in fit),
         "",
-        f"The other {len(rest)} do not, or could not be built tiny; `attach` names the layer and "
-        "the reason:",
+        f"The other {len(rest)} do not, could not be built tiny, or read images too (above); "
+        "`attach` names the layer and the reason:",
         "",
         "| model type | why |",
         "|---|---|",

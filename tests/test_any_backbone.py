@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import cometlm
 from cometlm.backbones.plain_attention import plain_attention
@@ -91,18 +91,6 @@ def test_what_does_not_fit_says_which_layer_and_is_left_as_it_was(model_type, sa
     assert backbone.config._attn_implementation == name
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
     assert not any(module.training for module in backbone.modules())
-
-
-def test_a_multimodal_backbone_names_its_text_half():
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "head_dim": 8}
-    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
-    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"intermediate_size": 48, "image_size": 28, "patch_size": 14}
-    config = AutoConfig.for_model(
-        "gemma3", text_config=small, vision_config=vision, mm_tokens_per_image=4
-    )
-    with refused("load its language model (gemma3_text) by itself"):
-        cometlm.attach(AutoModelForCausalLM.from_config(config), **SMALL)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -59,7 +59,7 @@ def test_a_config_may_be_given_by_its_place(saved):
     [
         ({"config": {"comet": {}}}, "config must be a CometModelConfig, or where one is, got dict"),
         ({"generation_config": {}}, "generation_config must be a GenerationConfig, got dict"),
-        ({"text_config": {}}, "from_pretrained() does not take text_config"),
+        ({"backbone_config": {}}, "from_pretrained() does not take backbone_config"),
         ({"model_type": "llama"}, "from_pretrained() does not take model_type"),
         ({"comet": {"chunk_size": 8}}, "from_pretrained() does not take comet"),
     ],
@@ -171,9 +171,9 @@ def test_flags_of_the_config_are_not_ignored(flag, value):
 
 def test_a_loss_without_the_balance_of_experts_is_refused_in_training():
     model = tiny_comet("qwen3_moe")
-    model.config.text_config.output_router_logits = True
+    model.config.backbone_config.output_router_logits = True
     model(IDS, labels=IDS)
-    with refused("text_config.output_router_logits must be False"):
+    with refused("backbone_config.output_router_logits must be False"):
         model.train()(IDS, labels=IDS)
 
 
@@ -197,7 +197,8 @@ def test_embeddings_are_no_text(small):
     ],
 )
 def test_prompt_learning_is_refused_in_one_line(config, said):
-    config = config(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    sizes = {"num_layers": 3, "token_dim": 32, "num_attention_heads": 4}  # else peft asks for them
+    config = config(num_virtual_tokens=4, task_type="CAUSAL_LM", **sizes)
     model = peft.get_peft_model(tiny_comet("llama").float(), config).eval()
     with refused(said):
         model(input_ids=IDS, labels=IDS)
@@ -209,7 +210,7 @@ def test_prompt_learning_is_refused_in_one_line(config, said):
 def test_attention_to_a_memory_has_one_implementation():
     model = tiny_comet("llama")
     want = model(IDS).logits
-    for other in ("sdpa", "eager", {"text_config": "sdpa"}):
+    for other in ("sdpa", "eager", {"backbone_config": "sdpa"}):
         with refused("attn_implementation must be 'cometlm'"):
             model.set_attn_implementation(other)
     model.set_attn_implementation("cometlm")

@@ -212,7 +212,7 @@ def test_stopping_streaming_and_budget():
 def test_prompts_are_never_too_long():
     """The backbone's positions bound a row, not the text: no warning and no cut."""
     model = tiny_comet("llama", chunk_size=12)
-    prompt = random_ids(3 * model.config.text_config.max_position_embeddings)[None]
+    prompt = random_ids(3 * model.config.backbone_config.max_position_embeddings)[None]
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), eos_token_id=None)
     assert out.shape[1] == prompt.shape[1] + 20  # transformers' own default
 

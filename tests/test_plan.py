@@ -56,7 +56,7 @@ def test_a_speed_of_nothing_is_refused(qwen):
 def test_measured_costs_of_a_model(family):
     model = tiny_comet(family).train()
     costs = measured(model, repeats=1)
-    by_count = counted(model.config.text_config, model.config.comet_config, 1e9, Weights(8))
+    by_count = counted(model.config.backbone_config, model.config.comet_config, 1e9, Weights(8))
     assert min(costs.forward, costs.backward, costs.head) > 0
     assert costs.memory_bytes == by_count.memory_bytes
     assert costs.hidden_bytes == by_count.hidden_bytes

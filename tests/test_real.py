@@ -57,7 +57,7 @@ def test_without_memory_windows_are_the_backbones_own():
     """Gemma's window of 512 bites inside a chunk."""
     off = {"global_memory": False, "temporary_memory": False, "chunk_size": 1024}
     model = real.model("gemma3-270m", **off)
-    assert model.config.text_config.sliding_window == 512
+    assert model.config.backbone_config.sliding_window == 512
     ids = real.tokenizer("gemma3-270m")(TEXT * 5, return_tensors="pt")["input_ids"][:, :800]
     ours = model(ids).logits
     assert error(ours, cometlm.detach(model)(ids).logits) < CLOSE

@@ -139,6 +139,11 @@ class CometConfig:
         return cls(**values)
 
 
+# Tokens of a text that is never too long. A buffer of this length is refused by any allocator at
+# once, where one of a billion tokens would be tried.
+ENDLESS = 10**12
+_OLDER_NAME = "text_config"  # of `CometModelConfig.backbone_config`
+
 _PROPORTIONS = ("chunk_size", "readout_tokens", "capacity")  # halved together
 _SMALLEST_CHUNK = 16
 
@@ -207,10 +212,12 @@ def known_sizes(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
 class CometModelConfig(PreTrainedConfig):
     """Configuration of a backbone with CoMeT attached.
 
-    It has no `max_position_embeddings`: positions restart at every chunk, so no input is too long.
+    The backbone's own config is not called `text_config`, as those of the language models inside
+    multimodal ones are: who looks for a text's longest length looks there, and finds the
+    backbone's. Checkpoints that were saved under that name still load.
 
     Attributes:
-        text_config: the backbone's own config.
+        backbone_config: the backbone's own config; of a multimodal one, its language model's.
         backbone: name or path that the backbone was loaded from.
         comet: `CometConfig` as a dict; `comet_config` is the frozen object.
         suppressed_tokens: vocabulary ids that are never generated (the reserved rows of published
@@ -220,27 +227,33 @@ class CometModelConfig(PreTrainedConfig):
         logits_with_labels: give all logits where labels are given, too, while the model is not
             being trained: for a Trainer's `compute_metrics` and `predict`. They are as wide as the
             vocabulary for every token.
+        max_position_embeddings: how long a text may be, for those who cut texts to what a config
+            says. No text is too long, since positions restart at every chunk; nothing here asks it.
     """
 
     model_type = "cometlm"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 (transformers' own form)
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 (transformers' own form)
     auto_map: ClassVar[dict[str, str]] = {}  # no code comes with a checkpoint; trl asks
     # What a Trainer that evaluates must not take for logits.
     keys_to_ignore_at_inference = ["past_key_values", "num_correct", "observed"]  # noqa: RUF012
 
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     backbone: str = ""
     comet: dict[str, Any] | None = None
     suppressed_tokens: list[int] | None = None
     trained_for: str = ""
     use_cache: bool = True
     logits_with_labels: bool = False
+    max_position_embeddings: int = ENDLESS
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.text_config, dict):
-            values = dict(self.text_config)
-            self.text_config = AutoConfig.for_model(values.pop("model_type"), **values)
-        text = self.text_config
+        older = kwargs.pop(_OLDER_NAME, None)
+        if self.backbone_config is None:
+            self.backbone_config = older
+        if isinstance(self.backbone_config, dict):
+            values = dict(self.backbone_config)
+            self.backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
+        text = self.backbone_config
         if text is not None:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
                 if kwargs.get(name) is None and getattr(text, name, None) is not None:
@@ -249,15 +262,23 @@ class CometModelConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def around(cls, text_config: PreTrainedConfig, comet: CometConfig) -> CometModelConfig:
-        """The config of a backbone with a memory of these sizes."""
-        text: Any = text_config
+    def around(
+        cls, backbone_config: PreTrainedConfig, comet: CometConfig, backbone: str
+    ) -> CometModelConfig:
+        """The config of a backbone, by name or path, with a memory of these sizes."""
+        text: Any = backbone_config
         before = text._attn_implementation, text._experts_implementation
-        named = str(text.name_or_path or "")
-        made = cls(text_config=text, backbone=named, comet=comet.to_dict())
+        made = cls(backbone_config=text, backbone=backbone, comet=comet.to_dict())
         # A config resets those of the configs inside it.
         text._attn_implementation, text._experts_implementation = before
         return made
+
+    def get_text_config(
+        self, decoder: bool | None = None, encoder: bool | None = None
+    ) -> PreTrainedConfig:
+        """The backbone's text config: whose token ids, heads and caps transformers and trl ask."""
+        own = self.backbone_config
+        return self if own is None else own.get_text_config(decoder, encoder)  # type: ignore
 
     @property
     def comet_config(self) -> CometConfig:
@@ -267,21 +288,21 @@ class CometModelConfig(PreTrainedConfig):
     @property
     def vocab_size(self) -> int:
         """Rows of the backbone's embedding."""
-        return int(self.text_config.vocab_size)  # type: ignore[union-attr]
+        return int(self.backbone_config.vocab_size)  # type: ignore[union-attr]
 
     @vocab_size.setter
     def vocab_size(self, value: int) -> None:
-        self.text_config.vocab_size = value  # type: ignore[union-attr]
+        self.backbone_config.vocab_size = value  # type: ignore[union-attr]
 
     @property
     def hidden_size(self) -> int:
         """Width D of the backbone."""
-        return int(self.text_config.hidden_size)  # type: ignore[union-attr]
+        return int(self.backbone_config.hidden_size)  # type: ignore[union-attr]
 
     @property
     def num_hidden_layers(self) -> int:
         """Layers L of the backbone."""
-        return int(self.text_config.num_hidden_layers)  # type: ignore[union-attr]
+        return int(self.backbone_config.num_hidden_layers)  # type: ignore[union-attr]
 
 
 AutoConfig.register(CometModelConfig.model_type, CometModelConfig)

@@ -94,7 +94,7 @@ def load(
 
 def _warn_of_bits(name: str, config: CometModelConfig, model: CometForCausalLM) -> None:
     """Warn where the backbone was quantised while the memory was trained, and is not now."""
-    saved = getattr(config.text_config, "quantization_config", None)
+    saved = getattr(config.backbone_config, "quantization_config", None)
     if saved is not None and not getattr(model._backbone, "is_quantized", False):
         warnings.warn(
             f"the memory of {name} was trained beside a quantised backbone and is read beside one "

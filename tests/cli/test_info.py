@@ -17,7 +17,7 @@ def test_info_prints_what_a_memory_costs(command, model):
     assert re.search(rf"backbone parameters .* {total:,} ", out)
     assert re.search(rf"new parameters .* {added:,} \({added / total:.3%}\)", out)
     assert "8 memory + 18 computed = 26" in out  # 3 + 5; 12 text, 3 compression, 3 readout
-    gain = chunk_cost(model.config.text_config, model.config.comet_config).gain
+    gain = chunk_cost(model.config.backbone_config, model.config.comet_config).gain
     assert f"{gain:.2f} ×" in out
 
 

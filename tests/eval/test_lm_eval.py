@@ -91,11 +91,10 @@ def test_every_method_is_a_model(folder):
 
 
 def test_a_long_text_is_scored_as_a_whole(comet):
-    """What `HFLM` scores in windows of the backbone's positions."""
     text = TEXT * 2
     model, tokenizer = model_of("llama"), tokenizer_of("llama")
     ids = tokenizer.encode(text)
-    assert len(ids) > 2 * HFLM(model, tokenizer=tokenizer).max_length
+    assert len(ids) > 2 * model.config.backbone_config.max_position_embeddings
     logits = model(torch.tensor([[comet.prefix_token_id, *ids]]), use_cache=False).logits
     want = logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum()
     (found,) = comet.loglikelihood_rolling(asked("loglikelihood_rolling", (text,)), **QUIET)
@@ -112,6 +111,20 @@ def test_a_long_context_is_read_as_a_whole(comet):
     (found,) = comet.loglikelihood(asked("loglikelihood", (context, CHOICES[1])), **QUIET)
     choice = tokenizer_of("llama").encode(CHOICES[1])
     assert found[0] == pytest.approx(sum(session.loglikelihood(choice)), rel=1e-6)
+
+
+def test_the_harness_own_model_cuts_no_text_of_a_model_with_memory(comet):
+    """`HFLM` asks the config how long a text may be; it says the same as ours."""
+    theirs = HFLM(model_of("llama"), tokenizer=tokenizer_of("llama"))
+    text = TEXT * 2
+    requests = asked("loglikelihood_rolling", (text,))
+    wanted = comet.loglikelihood_rolling(requests, **QUIET)
+    assert theirs.loglikelihood_rolling(requests, **QUIET) == pytest.approx(wanted, rel=1e-5)
+    requests = asked("loglikelihood", (text.strip(), CHOICES[1]))
+    (ours, _), (found, _) = (lm.loglikelihood(requests, **QUIET)[0] for lm in (comet, theirs))
+    assert found == pytest.approx(ours, rel=1e-5)
+    requests = asked("generate_until", (text.strip(), {"max_gen_toks": 7}))
+    assert theirs.generate_until(requests, **QUIET) == comet.generate_until(requests, **QUIET)
 
 
 def test_what_a_method_cannot_read_is_an_error(full):

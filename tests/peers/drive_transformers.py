@@ -47,7 +47,7 @@ class ModelTester:
             eos_token_id=2,
         )
         sizes = {"chunk_size": 16, "readout_tokens": 4, "stride": 4, "capacity": 8, "rank": 2}
-        return CometModelConfig(text_config=text, comet=sizes)
+        return CometModelConfig(backbone_config=text, comet=sizes)
 
     def prepare_config_and_inputs_for_common(self):
         shape = [self.batch_size, self.seq_length]

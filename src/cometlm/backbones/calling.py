@@ -76,6 +76,7 @@ class LayerCall:
         attention: the name of the module in the layer that attends.
         window: how far an item sees in its chunk where the backbone says so by a mask alone.
         aside: the layer does not hand the argument `comet` on.
+        kinds: it takes its table once for each of so many kinds of positions, which text has alike.
     """
 
     options: Mapping[str, Any] = field(default_factory=lambda: {"attention_mask": None})
@@ -85,6 +86,7 @@ class LayerCall:
     attention: str = "self_attn"
     window: int | None = None
     aside: bool = False
+    kinds: int = 0
 
     def __call__(self, layer: nn.Module, hidden: Tensor, table: RotaryTable, comet: Any) -> Tensor:
         """The layer's outputs [B, I, D].
@@ -98,6 +100,8 @@ class LayerCall:
         if self.positions is not None:
             *table_parts, given[self.positions] = table
             table = tuple(table_parts)
+        if self.kinds:
+            table = tuple(part.expand(self.kinds, *part.shape) for part in table)
         if self.rotary is not None:
             given[self.rotary] = table[0] if self.alone else table
         if self.aside:

@@ -23,14 +23,15 @@ from transformers import PreTrainedModel
 
 from cometlm.backbones.calling import LayerCall
 from cometlm.backbones.parts import LearnedPositions, Parts
-from cometlm.backbones.rotary import Given, Rotation
+from cometlm.backbones.rotary import AllKinds, Given, Rotation
+from cometlm.backbones.text_half import attending_by, language_model, text_config
 from cometlm.backbones.watching import (
     NAME,
     Attended,
     Called,
     Record,
     UnsupportedBackboneError,
-    implementation,
+    first,
     refusal,
     watch,
 )
@@ -51,12 +52,12 @@ def discover(backbone: PreTrainedModel) -> Parts:
     layers = _layers(backbone)
     sample, record = watch(backbone, layers)
     _check_chain(backbone, layers, record)
-    with implementation(backbone, NAME), torch.no_grad():
+    with attending_by(backbone, NAME), torch.no_grad():
         calls, rotations = _calls(backbone, layers, record)
     scale, positions, embed_norm = _embedding(backbone, record)
     return Parts(
         family=None,
-        config=backbone.config,
+        config=text_config(backbone),
         embed_tokens=backbone.get_input_embeddings(),
         layers=layers,
         calls=calls,
@@ -72,8 +73,8 @@ def discover(backbone: PreTrainedModel) -> Parts:
 
 def _layers(backbone: PreTrainedModel) -> list[nn.Module]:
     """The decoder's layers: the first list of modules that is as long as the config says."""
-    count = int(getattr(backbone.config, "num_hidden_layers", 0) or 0)
-    for module in backbone.modules():
+    count = int(getattr(text_config(backbone), "num_hidden_layers", 0) or 0)
+    for module in language_model(backbone).modules():
         if count and isinstance(module, nn.ModuleList) and len(module) >= count:
             return list(module)[:count]
     raise refusal(backbone, f"no list of its {count or '?'} layers was found in it")
@@ -146,14 +147,17 @@ def _call_of(called: Called, record: Record) -> tuple[LayerCall, Rotation]:
         rotation = replace(rotation, with_positions=True)
     if rotation.module is None and positions is None:  # a table says where a layer's items stand
         rotation = Rotation(None, with_positions=True)
-    call = LayerCall(options=options, rotary=rotary, alone=alone, positions=positions)
+    call = LayerCall(
+        options=options, rotary=rotary, alone=alone, positions=positions, kinds=rotation.kinds
+    )
     return call, rotation
 
 
 def _are_positions(value: Tensor, length: int) -> bool:
-    if value.is_floating_point() or value.shape[-1] != length or value.dim() > 2:
+    if value.is_floating_point() or value.shape[-1] != length or value.dim() > 3:
         return False
-    return bool((value == torch.arange(length, device=value.device)).all())
+    from_zero = value - value[..., :1]  # some count from 1, which no rotation sees
+    return bool((from_zero == torch.arange(length, device=value.device)).all())
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -184,11 +188,14 @@ def _rotation(called: Called) -> Rotation | None:
             return value
         if value.is_floating_point():
             return Given.LIKE
-        return Given.POSITIONS
+        return AllKinds(len(value)) if value.dim() == 3 else Given.POSITIONS
 
     args = tuple(meant(value) for value in called.args)
     kwargs = tuple((name, meant(value)) for name, value in called.kwargs.items())
-    rotation = Rotation(called.module, args, kwargs)
+    made, given = first(called.out), (*args, *dict(kwargs).values())
+    four = isinstance(made, Tensor) and made.dim() == 4
+    kinds = len(made) if four and AllKinds(len(made)) in given else 0
+    rotation = Rotation(called.module, args, kwargs, kinds=kinds)
     try:
         hash(rotation)
     except TypeError:
@@ -227,7 +234,8 @@ def _told(call: LayerCall, called: Called, rotation: Rotation) -> LayerCall:
     for one in (call, replace(call, aside=True)):
         try:
             one.key_value(called.module, hidden, table)
-        except (TypeError, ValueError):  # it does not take the argument, or keeps it to itself
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            # It does not take the argument, or keeps it to itself.
             continue
         return one
     raise UnsupportedBackboneError("cannot be run by itself")
@@ -266,9 +274,10 @@ def _embedding(
     width = hidden.shape[-1]
     scales = [1.0, math.sqrt(width)]
     for name in ("embedding_multiplier", "scale_emb"):
-        scales.append(float(getattr(backbone.config, name, None) or 1.0))
+        scales.append(float(getattr(text_config(backbone), name, None) or 1.0))
     tables: list[LearnedPositions | None] = [None]
-    tables += [found for called in record.others if (found := _learned(called, embed))]
+    found = (_learned(called, embed) for called in record.others)
+    tables += [one for one in found if one and one.rows >= hidden.shape[1]]
     for scale in dict.fromkeys(scales):
         scaled = own.out if scale == 1 else own.out * scale
         for table in tables:

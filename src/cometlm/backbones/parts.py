@@ -26,6 +26,11 @@ class LearnedPositions:
     module: nn.Embedding
     offset: int
 
+    @property
+    def rows(self) -> int:
+        """How many positions it has."""
+        return self.module.num_embeddings - self.offset
+
     def __call__(self, positions: Tensor) -> Tensor:
         """Rows [1 or B, I, D] of positions [1 or B, I]."""
         return rows_of(self.module, positions + self.offset)

@@ -23,6 +23,13 @@ class Given(Enum):
 
 
 @dataclass(frozen=True)
+class AllKinds:
+    """Positions [kinds, 1, length] in time, height and width, which for text are all alike."""
+
+    kinds: int
+
+
+@dataclass(frozen=True)
 class Rotation:
     """Where a layer's rotary table comes from.
 
@@ -31,12 +38,14 @@ class Rotation:
         args: what the module is called with.
         kwargs: the same by name.
         with_positions: the positions themselves are a last part of the table.
+        kinds: the module makes its table for each of so many kinds of positions; one is kept.
     """
 
     module: nn.Module | None
     args: tuple[Any, ...] = (Given.LIKE, Given.POSITIONS)
     kwargs: tuple[tuple[str, Any], ...] = ()
     with_positions: bool = False
+    kinds: int = 0
 
     def table(self, length: int, like: Tensor) -> RotaryTable:
         """The table [length, …], each part of it.
@@ -48,6 +57,8 @@ class Rotation:
         meant = {Given.LIKE: like, Given.POSITIONS: positions}
 
         def filled(value: Any) -> Any:
+            if isinstance(value, AllKinds):
+                return positions.expand(value.kinds, 1, -1)
             return meant[value] if isinstance(value, Given) else value
 
         parts: tuple[Tensor, ...] = ()
@@ -55,6 +66,7 @@ class Rotation:
             args = [filled(value) for value in self.args]
             made = self.module(*args, **{name: filled(value) for name, value in self.kwargs})
             parts = (made,) if isinstance(made, Tensor) else tuple(made)
+            parts = tuple(part[0] for part in parts) if self.kinds else parts
         own = (positions,) if self.with_positions else ()
         return tuple(part[0] for part in (*parts, *own))
 

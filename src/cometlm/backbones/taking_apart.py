@@ -12,7 +12,8 @@ from cometlm.backbones.discovery import discover
 from cometlm.backbones.families import Family, family_of, keep_weights_in_place, layer_type
 from cometlm.backbones.parts import Parts
 from cometlm.backbones.rotary import Given, Rotation
-from cometlm.backbones.watching import refusal
+from cometlm.backbones.text_half import is_multimodal, text_config
+from cometlm.backbones.watching import refusal, watch
 
 
 def take_apart(backbone: PreTrainedModel, capture: bool = False) -> Parts:
@@ -24,15 +25,10 @@ def take_apart(backbone: PreTrainedModel, capture: bool = False) -> Parts:
     Raises:
         ValueError: it has no head, or cannot be given a memory.
     """
-    config: Any = backbone.config
-    text = config.get_text_config(decoder=True)
-    if text is not config and text.model_type != config.model_type:
-        raise refusal(
-            backbone,
-            f"it is multimodal, and only text can be read; load its language model "
-            f"({text.model_type}) by itself",
-        )
+    config: Any = text_config(backbone)
     family = family_of(config)
+    if getattr(backbone.config, "is_encoder_decoder", False):
+        raise refusal(backbone, "it is an encoder-decoder: memory needs a decoder")
     head = backbone.get_output_embeddings()
     if head is None:
         raise ValueError(
@@ -44,6 +40,10 @@ def take_apart(backbone: PreTrainedModel, capture: bool = False) -> Parts:
         return discover(backbone)
     decoder: Any = backbone.get_decoder()
     layers = list(decoder.layers)[: config.num_hidden_layers]
+    sample = None
+    if is_multimodal(backbone):  # a row knows nothing of what stands round its language model
+        keep_weights_in_place(backbone)
+        sample, _ = watch(backbone, layers)
     return Parts(
         family=family,
         config=config,
@@ -53,6 +53,7 @@ def take_apart(backbone: PreTrainedModel, capture: bool = False) -> Parts:
         rotations=[_rotation(decoder.rotary_emb, family, config, i) for i in range(len(layers))],
         norm=decoder.norm,
         lm_head=head,
+        sample=sample,
     )
 
 

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from cometlm.backbones.calling import Capture, told
 from cometlm.backbones.plain_attention import plain_attention
+from cometlm.backbones.text_half import attending_by, text_config
 
 NAME = "cometlm-watching"
 _IDS = (7, 5, 9, 6)  # different ones that are no positions of theirs
@@ -34,11 +35,13 @@ class Sample:
         ids: [1, n].
         logits: [1, n, V].
         outputs: of each layer, [1, n, D].
+        scaled: its logits are not what its head gives, but scaled or capped.
     """
 
     ids: Tensor
     logits: Tensor
     outputs: list[Tensor]
+    scaled: bool = True
 
 
 @dataclass
@@ -131,9 +134,12 @@ def watch(backbone: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[Sampl
         UnsupportedBackboneError: it cannot read them.
     """
     ids, record = _ids(backbone), Record()
-    with _quiet(backbone), _recording(backbone, layers, record), implementation(backbone, NAME):
+    with _quiet(backbone), _recording(backbone, layers, record), attending_by(backbone, NAME):
         logits = _run(backbone, ids)
-    return Sample(ids, logits, [called.left for called in record.layers]), record
+    head = backbone.get_output_embeddings()
+    products = [first(called.out) for called in record.others if called.module is head]
+    scaled = not any(torch.equal(one.to(logits), logits) for one in products)
+    return Sample(ids, logits, [called.left for called in record.layers], scaled), record
 
 
 def refusal(backbone: PreTrainedModel, why: str) -> UnsupportedBackboneError:
@@ -148,7 +154,7 @@ def first(out: Any) -> Any:
 
 
 def _ids(backbone: PreTrainedModel) -> Tensor:
-    ids = torch.tensor([_IDS]) % int(backbone.config.vocab_size)
+    ids = torch.tensor([_IDS]) % int(text_config(backbone).vocab_size)
     embedding = backbone.get_input_embeddings()
     weight = next((p for p in embedding.parameters()), None)
     offloaded = any(hasattr(module, "_hf_hook") for module in backbone.modules())
@@ -181,17 +187,6 @@ def _quiet(backbone: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def implementation(backbone: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let a backbone attend by the function of another name."""
-    before = backbone.config._attn_implementation
-    backbone.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        backbone.config._attn_implementation = before
 
 
 @contextmanager

@@ -22,16 +22,23 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cometlm.extras import lacks, listed, missing, pip_install
 
 Bits = Literal["4bit", "8bit"]
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,14 @@ def read_backbone(
     """
     if quantization_config is not None:  # a None would undo what the source says of itself
         options["quantization_config"] = quantization_config
+    hub = {name: options[name] for name in HUB if name in options}
+    kind = AutoConfig.from_pretrained(source, **hub).model_type
+    plain = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    only_with_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and not plain
+    reader: Any = AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **options)
+        model: PreTrainedModel = reader.from_pretrained(source, **options)
+        return model
     except ImportError as error:
         raise ValueError(f"{source} needs a library that is not here: {error}") from error
 

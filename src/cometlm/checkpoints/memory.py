@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cometlm.checkpoints.adapters import has_adapter, plain_names, refuse_merged
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
-from cometlm.checkpoints.backbones import read_backbone
+from cometlm.checkpoints.backbones import HUB, read_backbone
 from cometlm.checkpoints.lora import CONFIG as LORA_CONFIG
 from cometlm.checkpoints.lora import WEIGHTS as LORA_WEIGHTS
 from cometlm.checkpoints.lora import LoraFile, check_can_save_adapter, save_lora
@@ -47,7 +47,6 @@ WEIGHTS = "model.safetensors"
 LORA = "lora"
 MEMORY_NAME = "model.comet"  # of the module that holds all of its weights
 _PREFIX = f"{MEMORY_NAME}."
-_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # Of how a backbone is read; the memory is a few megabytes, and is read as it is.
 _OF_BACKBONE = (
     "allow_all_kernels", "attn_implementation", "disable_mmap", "experts_implementation",
@@ -62,12 +61,12 @@ _IGNORED = (
 )  # fmt: skip
 _TAKEN = (
     "backbone", "config", "merge", "dtype", "device_map", "quantization_config",
-    "generation_config", "output_loading_info", *_HUB, *_OF_BACKBONE,
+    "generation_config", "output_loading_info", *HUB, *_OF_BACKBONE,
 )  # fmt: skip
 # Fields of a config that are not a checkpoint's to say, but the backbone's or the model's.
 _NOT_KEPT = (
-    "_name_or_path", "architectures", "backbone", "comet", "dtype", "model_type",
-    "quantization_config", "text_config", "tie_word_embeddings", "transformers_version",
+    "_name_or_path", "architectures", "backbone", "backbone_config", "comet", "dtype", "model_type",
+    "quantization_config", "tie_word_embeddings", "transformers_version",
 )  # fmt: skip
 
 
@@ -481,6 +480,6 @@ def _sorted_options(
         for name, value in options.items()
         if name not in _IGNORED and value is not None and value != ""
     }
-    hub = {name: given.pop(name) for name in _HUB if name in given}
+    hub = {name: given.pop(name) for name in HUB if name in given}
     reading = {name: given.pop(name) for name in _OF_BACKBONE if name in given}
     return hub, reading, given

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cometlm.backbones.text_half import attending_by
 from cometlm.checkpoints.adapters import plain_names, refuse_merged
 from cometlm.checkpoints.fingerprint import sample
 from cometlm.checkpoints.memory import MEMORY_NAME, load_model, save_model, upload_model
@@ -163,12 +164,8 @@ class CheckpointMixin:
         weights = self._under_the_backbones_names(
             self.state_dict() if state_dict is None else state_dict
         )
-        name = backbone.config._attn_implementation
-        backbone.config._attn_implementation = "sdpa"  # ours means nothing to others
-        try:
+        with attending_by(backbone, "sdpa"):  # ours means nothing to others
             backbone.save_pretrained(directory, state_dict=weights, **options)
-        finally:
-            backbone.config._attn_implementation = name
 
     def _under_the_backbones_names(self: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of this model that are the backbone's too, as that calls them.
@@ -182,9 +179,13 @@ class CheckpointMixin:
             for ours, theirs in self._places.items()
             if name.startswith(f"{ours}.")
         }
-        wanted = plain_names(self._backbone, self._backbone.state_dict()).values()
-        for name in sorted(set(wanted) - found.keys()):
-            raise ValueError(f"the backbone cannot be saved: its weight {name} is not given")
+        own = self._backbone.state_dict()
+        parts = tuple(f"{theirs}." for theirs in self._places.values())
+        for wrapped, name in sorted(plain_names(self._backbone, own).items()):
+            if not name.startswith(parts):  # of a multimodal one, and no part of this model
+                found[name] = own[wrapped]
+            elif name not in found:
+                raise ValueError(f"the backbone cannot be saved: its weight {name} is not given")
         return found
 
     @classmethod

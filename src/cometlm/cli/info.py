@@ -19,7 +19,7 @@ def info(model: options.Model, loading: options.LoadOptions) -> None:
     per_row = sum(cell.entry_width * loaded.dtype.itemsize for cell in loaded.model.cells)
     state = loaded.config.hidden_size * loaded.dtype.itemsize * len(loaded.model.cells)
     held = sizes.global_slots * state + sizes.temporary_slots * per_row
-    cost = chunk_cost(loaded.config.text_config, sizes)
+    cost = chunk_cost(loaded.config.backbone_config, sizes)
     table = Table(show_header=False, title=describe(loaded), title_justify="left")
     table.add_row("backbone parameters", f"{total:,}")
     table.add_row("new parameters", f"{added:,} ({added / total:.3%})")

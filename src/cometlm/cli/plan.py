@@ -67,7 +67,7 @@ def plan(
     if speed is None:
         loaded, _ = load_quietly(model, merge=False, **loading.given())
         err.print("measuring a cell of each layer on this machine …", highlight=False)
-        config, sizes = loaded.config.text_config, loaded.config.comet_config
+        config, sizes = loaded.config.backbone_config, loaded.config.comet_config
         if trained < 1:  # the memory's gradients alone, and those of what comes in
             loaded.requires_grad_(False)
             loaded.model.comet.requires_grad_(True)

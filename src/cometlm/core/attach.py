@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from cometlm.backbones.text_half import is_multimodal, language_model, text_config
 from cometlm.checkpoints.adapters import base_of
 from cometlm.config import CometConfig, known_sizes, sizes_for
 from cometlm.core.attention import NAME
@@ -23,6 +24,9 @@ def attach(
     **sizes: Any,
 ) -> CometForCausalLM:
     """Give a Hugging Face causal language model a memory. Undo with `detach`.
+
+    Of a model that reads images or sound as well, the language model gets it, and reads text alone
+    until `detach` gives the whole model back; a warning names it.
 
     The layers of a family without a row of its own are looked at while the backbone reads a few
     tokens. 4-bit weights of bitsandbytes keep their layout from now on, also after `detach`.
@@ -47,11 +51,17 @@ def attach(
     if not isinstance(bare, PreTrainedModel):
         raise TypeError(_WANTED.format(f"a {type(bare).__name__}, which is none of transformers'"))
     if config is None:
-        comet = sizes_for(bare.config, sizes)
+        comet = sizes_for(text_config(bare), sizes)
     else:
         comet = config.replace(**known_sizes(sizes))
     attends = bare.config._attn_implementation
     model = CometForCausalLM.attached(backbone, comet, seed)
+    if is_multimodal(bare):
+        warnings.warn(
+            f"{type(bare).__name__} reads more than text: its language model "
+            f"({type(language_model(bare)).__name__}) gets the memory, and reads text alone",
+            stacklevel=2,
+        )
     if attends not in _USUAL:
         warnings.warn(
             f"with a memory the backbone attends by {NAME!r}, not by {attends!r}; detach() sets "

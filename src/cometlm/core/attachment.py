@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cometlm.backbones.families import keep_weights_in_place
+from cometlm.backbones.text_half import attend_by, read_configs, text_config
 from cometlm.backbones.watching import Sample, UnsupportedBackboneError
 from cometlm.checkpoints.adapters import base_of, refuse_offsets, take_adapters
 from cometlm.config import CometConfig, CometModelConfig
@@ -45,7 +46,8 @@ class AttachmentMixin:
         kind: Any = cls
         with torch.random.fork_rng(devices=[]):
             torch.random.manual_seed(seed)  # modules initialise themselves on the CPU
-            model = kind(CometModelConfig.around(bare.config, config), bare)
+            name = str(bare.config.name_or_path or "")
+            model = kind(CometModelConfig.around(text_config(bare), config, name), bare)
         object.__setattr__(model, "_given", backbone)
         return cast("Self", model)
 
@@ -59,7 +61,8 @@ class AttachmentMixin:
         backbone = undo.backbone
         keep_weights_in_place(backbone)
         undo.restore_implementations()  # a config resets those of the configs inside it
-        backbone.config._attn_implementation = attention.NAME
+        for config in read_configs(backbone):
+            attend_by(config, attention.NAME)
         theirs = {id(module): name for name, module in backbone.named_modules()}
         parts = ["lm_head", *(f"model.cells.{i}.layer" for i in range(len(model.model.cells)))]
         own = {"cells", "comet"}
@@ -163,23 +166,25 @@ class Undo:
     """What is changed on a backbone, as it was before."""
 
     backbone: PreTrainedModel
-    attention: str | None
-    experts: str | None
+    implementations: tuple[tuple[Any, str | None, str | None], ...]  # of attention and experts
     requires_grad: dict[str, bool]
     checkpointing: tuple[nn.Module, ...]
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Undo:
         """Note how a backbone is."""
-        config = backbone.config
         flags = {name: p.requires_grad for name, p in backbone.named_parameters()}
-        implementations = (config._attn_implementation, config._experts_implementation)
-        return cls(backbone, *implementations, flags, tuple(checkpointing(backbone)))
+        implementations = tuple(
+            (config, config._attn_implementation, config._experts_implementation)
+            for config in read_configs(backbone)
+        )
+        return cls(backbone, implementations, flags, tuple(checkpointing(backbone)))
 
     def restore_implementations(self) -> None:
         """Set back which functions the backbone calls."""
-        self.backbone.config._attn_implementation = self.attention
-        self.backbone.config._experts_implementation = self.experts
+        for config, attention_name, experts in self.implementations:
+            attend_by(config, attention_name)
+            config._experts_implementation = {"": experts}
 
     def __call__(self) -> None:
         """Set back everything."""

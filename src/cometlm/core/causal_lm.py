@@ -71,7 +71,7 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
     session_type: ClassVar[Callable[..., Any]]
 
     def __init__(self, config: CometModelConfig, backbone: PreTrainedModel | None = None) -> None:
-        """Make a model of a backbone, whose config `config.text_config` is.
+        """Make a model of a backbone, whose config `config.backbone_config` is.
 
         Without a backbone it gets one of random weights, as any transformers model that is made
         of a config.
@@ -79,11 +79,13 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         if backbone is None:
             config, backbone = _random_backbone(config)
         parts = take_apart(backbone)
-        config.comet_config.check_positions(position_limit(backbone.config))
+        config.comet_config.check_positions(position_limit(parts.config))
         undo = Undo.of(backbone)
         super().__init__(config)
         self.model = CometModel(config, parts)
         self.lm_head = parts.lm_head
+        # What a config says of scales and caps may be of another class than the backbone's.
+        self._scales_logits = parts.sample is None or parts.sample.scaled
         self.vocab_size = self._vocabulary = config.vocab_size
         self._hold(undo)
         self.post_init()
@@ -260,7 +262,10 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, n, V] of last hidden states [B, n, D]."""
-        return final_logits(self.lm_head(hidden), self.config.text_config)
+        products: Tensor = self.lm_head(hidden)
+        if not self._scales_logits:
+            return products
+        return final_logits(products, self.config.backbone_config)
 
     def _loss_of_chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """As `_summed_loss`; the logits are kept for no backward pass."""
@@ -302,14 +307,14 @@ def _random_backbone(config: CometModelConfig) -> tuple[CometModelConfig, PreTra
             "backbone a memory"
         )
     config = copy.deepcopy(config)
-    text: Any = config.text_config
+    text: Any = config.backbone_config
     if text is None:
-        raise ValueError("text_config must be the config of a backbone, got None")
+        raise ValueError("backbone_config must be the config of a backbone, got None")
     if text._attn_implementation == NAME:
         text._attn_implementation = None  # of a model that was made of the same config
     backbone: PreTrainedModel = AutoModelForCausalLM.from_config(text)
     backbone.only_copy = True  # type: ignore[assignment]
-    config.text_config = backbone.config
+    config.backbone_config = backbone.config
     return config, backbone
 
 

@@ -22,6 +22,7 @@ from transformers.generation import SuppressTokensLogitsProcessor
 from cometlm.compat import CACHE, takes_either_name
 from cometlm.core.cache import CometCache
 from cometlm.core.fixed_cache import FixedCache
+from cometlm.core.text_batch import text_alone
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -36,14 +37,14 @@ class MemoryGenerationMixin(GenerationMixin):
         """Write, as transformers' `generate()` does, from `past_key_values` (or `cache`) on.
 
         Raises:
-            ValueError: `inputs_embeds` instead of ids; what `forward` refuses.
+            ValueError: `inputs_embeds` or images instead of ids; what `forward` refuses.
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("generate() does not take inputs_embeds: a memory reads token ids")
         if past_key_values is not None:
             kwargs[CACHE] = past_key_values
         inherited: Any = super()
-        return inherited.generate(*args, **kwargs)
+        return inherited.generate(*args, **text_alone(kwargs))
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature is looked at
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from cometlm.core.pretrained_model import CometPreTrainedModel
 from cometlm.core.recompute import Recomputation, read_on, read_recomputed
 from cometlm.core.recorded_chunks import RecordedChunks
 from cometlm.core.state import States, map_tensors
-from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels
+from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels, text_alone
 from cometlm.core.training_plan import TrainingPlan
 from cometlm.core.walk import Grid, through_layers
 from cometlm.core.watch import Watch
@@ -374,12 +374,12 @@ class CometModel(CometPreTrainedModel):
                 chunk_size - 1
             )  # only sessions overlap chunks, and of their own size
         sizes = sizes.replace(**changed)
-        sizes.check_positions(position_limit(self.config.text_config))
+        sizes.check_positions(position_limit(self.config.backbone_config))
         return sizes
 
     def _max_positions(self, cache: CometCache, sizes: CometConfig) -> int:
         longest = cache.max_positions_under(sizes)
-        limit = position_limit(self.config.text_config)
+        limit = position_limit(self.config.backbone_config)
         if limit is not None and longest > limit:
             raise ValueError(
                 f"chunk_size={sizes.chunk_size}, stride={sizes.stride} and capacity="
@@ -611,7 +611,7 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names it.
     """
-    for name, value in options.items():
+    for name, value in text_alone(options).items():
         known = name in _SAID_ELSEWHERE or name in ReadOptions.__annotations__
         if not known and value is not None and value is not False:
             shown = f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else name
@@ -632,8 +632,8 @@ def refuse_flags(config: Any, learning: bool) -> None:
         value = getattr(config, name, usual)
         if value is not None and value != usual:
             raise ValueError(f"config.{name} must be {usual} with a memory, got {value!r}")
-    if learning and getattr(config.text_config, "output_router_logits", False):
+    if learning and getattr(config.backbone_config, "output_router_logits", False):
         raise ValueError(
-            "text_config.output_router_logits must be False, got True: the loss has no part for "
-            "the balance of experts"
+            "backbone_config.output_router_logits must be False, got True: the loss has no part "
+            "for the balance of experts"
         )

@@ -202,7 +202,7 @@ def _layer(
     place = torch.arange(length, device=row.device)
     distance = place[:, None] - place[None, :]
     visible = distance >= 0
-    window = _window(model.config.text_config, index)
+    window = _window(model.config.backbone_config, index)
     if window is not None:  # in the chunk; memory stays visible
         visible = visible & ((distance < window) | (place < memory)[None, :])
     bias = torch.zeros(length, length, dtype=row.dtype, device=row.device)
@@ -210,7 +210,7 @@ def _layer(
     # The table covers the longest possible row, so that length-dependent scalings see one length.
     table = torch.arange(max_positions, device=row.device)[None]
     rotary: Any = model.model.rotary_emb
-    types: Any = getattr(model.config.text_config, "layer_types", None)
+    types: Any = getattr(model.config.backbone_config, "layer_types", None)
     per_type = isinstance(getattr(rotary, "rope_type", None), dict)
     cos, sin = rotary(row, table, types[index]) if per_type else rotary(row, table)
     embeddings = (cos[:, :length], sin[:, :length])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,6 +184,30 @@ def check_shape(ids: Tensor | None) -> Tensor:
             f"{tuple(ids.shape)}"
         )
     return ids
+
+
+# Of what kind each token is, as processors of multimodal models say it: 0 is text.
+_KINDS = ("token_type_ids", "mm_token_type_ids")
+_OF_OTHER_INPUTS = ("pixel_", "image_", "video_", "input_features")
+
+
+def text_alone(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a call without those that say of each token that it is text.
+
+    Raises:
+        ValueError: images or sound.
+    """
+    for name, value in options.items():
+        if name.startswith(_OF_OTHER_INPUTS) and value is not None:
+            raise ValueError(
+                f"{name} cannot be read: with a memory a model reads text alone; detach() gives "
+                "back the one that reads more"
+            )
+    return {
+        name: value
+        for name, value in options.items()
+        if not (name in _KINDS and isinstance(value, Tensor) and not value.any())
+    }
 
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:

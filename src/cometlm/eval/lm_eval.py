@@ -5,8 +5,9 @@ cut off: texts are read piece by piece, and logits are had of a few tokens at a 
 begin alike (few-shot examples, the choices of a question, questions about one document) share a
 reading: what they have in common is read once, and goes on in forks.
 
-`HFLM` given a model with a memory is not that: it asks the config of the backbone how long a text
-may be, cuts prompts to it and scores longer texts in windows, without a word.
+`HFLM` given a model with a memory cuts nothing either, since the model's config says that no text
+is too long; but it has the logits of a whole batch of texts in memory, and reads each from its
+beginning.
 
 Pitfalls:
     - Texts are read one by one in one process: `batch_size` changes nothing.

@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from cometlm.backbones.calling import told
 from cometlm.backbones.plain_attention import attention_weights
+from cometlm.backbones.text_half import attending_by
 from cometlm.core.attention import CellCall, comet_attention
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.core.layout import ChunkLayout
@@ -102,14 +103,11 @@ _SEE: ContextVar[Callable[[nn.Module, LayerAttention], None] | None] = ContextVa
 def watching(model: CometForCausalLM, see: See) -> Iterator[None]:
     """Call `see(layer, attention)` after each layer's attention, in this thread."""
     layers = {id(cell.attention): i for i, cell in enumerate(_cells(model))}
-    config = model._backbone.config
-    name = config._attn_implementation
     token = _SEE.set(lambda module, attention: see(layers[id(module)], attention))
-    config._attn_implementation = NAME
     try:
-        yield
+        with attending_by(model._backbone, NAME):
+            yield
     finally:
-        config._attn_implementation = name
         _SEE.reset(token)
 
 

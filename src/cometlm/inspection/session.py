@@ -50,7 +50,7 @@ class InspectedSession(Session):
         """
         session = super().load(path, model, tokenizer, **options)
         (row,) = session._cache.rows
-        heads = int(model.config.text_config.num_attention_heads)
+        heads = int(model.config.backbone_config.num_attention_heads)
         sizes = model.config.comet_config
         session.history = History.unseen(len(model.model.cells), heads, row, sizes)
         session._log = TokenLog(session.history.end)

@@ -85,7 +85,7 @@ def _within(loader: Loader, nbytes: int) -> CometForCausalLM:
     if is_given or not sizes.temporary_memory:
         return model
     capacity = (nbytes - state) // entry
-    positions = position_limit(model.config.text_config)
+    positions = position_limit(model.config.backbone_config)
     if positions is not None:  # where a chunk with its memory has to fit
         capacity = min(capacity, positions - sizes.row_length + sizes.capacity)
     del model  # two need not fit into memory

@@ -108,7 +108,7 @@ def measured(
     bench.run()  # kernels are built once
     runs = [bench.run() for _ in range(repeats)]
     forward, backward, head = (statistics.median(part) for part in zip(*runs, strict=True))
-    config = model.config.text_config
+    config = model.config.backbone_config
     own = replace(weights, dtype_bytes=model.dtype.itemsize)
     return Costs(
         forward=forward,

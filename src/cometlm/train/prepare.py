@@ -110,13 +110,12 @@ def restore(model: CometForCausalLM, checkpoint: str | Path, whole: bool) -> Non
     Args:
         whole: with its backbone.
     """
-    from transformers import AutoModelForCausalLM
-
+    from cometlm.checkpoints.backbones import read_backbone
     from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS, load_memory
 
     folder = Path(checkpoint)
     load_memory(model, read_weights(folder / WEIGHTS), str(folder))
     load_lora(model, folder / LORA)
     if whole:
-        saved = AutoModelForCausalLM.from_pretrained(folder / BACKBONE, dtype=model.dtype)
+        saved = read_backbone(str(folder / BACKBONE), dtype=model.dtype)
         cast("nn.Module", model._backbone).load_state_dict(saved.state_dict())
