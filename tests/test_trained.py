@@ -76,7 +76,7 @@ def test_it_stays_the_model_that_its_backbone_is(loaded):
     model, tokenizer = loaded
     session = Session(model, tokenizer)
     for prompt, word in (
-        ("Who are you?", "SmolLM"),
+        ("Who are you?", "I"),
         ("What is the capital of France?", "Paris"),
         ("Write a sentence about the sea.", "sea"),
         ("Why is the sky blue?", "light"),

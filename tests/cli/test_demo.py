@@ -34,14 +34,14 @@ def hidden_at(out):
 def test_demo_prints_memory_at_every_tenth(command, tmp_path):
     path = tmp_path / "long.txt"
     path.write_text(TEXT * 16, encoding="utf-8")
-    code, out, _ = command("demo", "--file", str(path), "--tokens", "1000")
+    code, out, _ = command("demo", "--file", str(path), "--tokens", "1000", "--facts", "5")
     assert code == 0
     assert re.search("tokens +tokens/s +memory held +peak memory", out)
     rows = table(out)
     assert [tokens // 100 for tokens, _ in rows] == list(range(1, 11))
     assert len({held for _, held in rows}) == 1
     asked = re.findall(r"\nhidden  (.+) \(after ([\d,]+) tokens\)\nasked   (.+)\nanswer  .*", out)
-    assert len(asked) == 6  # five facts, one to each two hundred tokens, and the number
+    assert len(asked) == 6  # with the number
     places = [int(place.replace(",", "")) for _, place, _ in asked]
     assert places == sorted(places)
     assert "What is the pass key?" in {question for _, _, question in asked}
@@ -60,7 +60,7 @@ def test_demo_hides_a_number_where_it_is_told_to(command, monkeypatch, tmp_path,
     monkeypatch.setattr(
         Session, "reading", lambda s, texts: reading(s, (read.append(t) or t for t in texts))
     )
-    arguments = ("--tokens", "1000", "--facts", "0", "--passkey", "31415", "--depth", depth)
+    arguments = ("--tokens", "1000", "--passkey", "31415", "--depth", depth)
     code, out, _ = command("demo", "--file", str(path), *arguments)
     assert code == 0
     text = "".join(read)
@@ -87,7 +87,7 @@ def test_demo_stops_after_so_many_tokens(command, text_file):
 
 
 def test_demo_of_a_shorter_text_reads_all_of_it(command, text_file):
-    arguments = ("--tokens", "1000", "--facts", "0", "--passkey", "12345", "--depth", "0.9")
+    arguments = ("--tokens", "1000", "--passkey", "12345", "--depth", "0.9")
     code, out, _ = command("demo", "--file", text_file, *arguments)
     assert code == 0
     read = f"{TEXT}\n{PASSKEY.format(key=12345)}\n"  # at its end, since its place is beyond

@@ -36,8 +36,6 @@ from cometlm.text_file import read_blocks
 PASSKEY = "The pass key is {key}. Remember it. {key} is the pass key."
 ASKED = "What is the pass key?"
 _DIGITS = 5  # of the keys that the recipe trains with
-_FACTS = 10
-_TOKENS_OF_FACT = 200  # of the text, at least, to each fact, so that a short one stays what it is
 _PIECE = 2048  # characters between two looks at how far the reading is
 _HEAD = 1 << 16  # bytes of a file that are looked at to know how many tokens it may have
 
@@ -49,11 +47,8 @@ def demo(
     ] = None,
     tokens: Annotated[int, typer.Option(min=10, help="Stop after this many tokens.")] = 300_000,
     facts: Annotated[
-        int | None,
-        typer.Option(
-            min=0, max=MOST, help="Facts to hide beside. Default: 10, fewer in a short text."
-        ),
-    ] = None,
+        int, typer.Option(min=0, max=MOST, help="Facts to hide beside, and to ask for.")
+    ] = 0,
     passkey: Annotated[
         str | None, typer.Option(help="The number to hide, 5 digits. Default: a random one.")
     ] = None,
@@ -63,15 +58,14 @@ def demo(
             min=0.0, max=1.0, help="Where the number is: 0 is the start. Default: anywhere."
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="What reads it.")] = "smollm2",
+    model: Annotated[str, typer.Option(help="What reads it.")] = "smollm2-passkey",
 ) -> None:
-    """Hide a number and some facts in a long text, let a real model read it, and ask for them."""
+    """Hide a number in a long text, let a real model read all of it, and ask for the number."""
     key = passkey or str(random.randrange(10_000, 100_000))
     _check_key(key)
     loaded, tokenizer = load_quietly(model, **loading.given())
     whole = tokens if file is None else min(tokens, _tokens_of(file, tokenizer))
-    count = min(_FACTS, int(whole / _TOKENS_OF_FACT)) if facts is None else facts
-    needles = _needles(tokenizer, key, depth, count, whole)
+    needles = _needles(tokenizer, key, depth, facts, whole)
     out.print(describe(loaded), highlight=False, soft_wrap=True)
     tell_what_it_learned(loaded, out)
     pack_weights(loaded)
