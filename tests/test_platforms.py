@@ -63,7 +63,7 @@ def test_the_demo_runs_on_windows(windows):
     """It prints the peak memory, which Python cannot say there."""
     out = windows[2]
     assert re.search(r"^ *3\d\d .* unknown$", out, re.MULTILINE)
-    assert re.search(r"found in \d+ s$", out.strip())
+    assert re.search(r"found \d of 1: \d+ s to read, \d+ s to ask$", out.strip())
 
 
 # --- not UTF-8 ----------------------------------------------------------------------------------

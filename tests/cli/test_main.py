@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 import cometlm
 from cometlm import Session, load
 from cometlm.cli import console, main
-from cometlm.cli.demo import NEEDLE
+from cometlm.cli.demo import PASSKEY
 from tests import real
 from tests.cli.said import INTERRUPTED, TEXT, count_of, one_line
 
@@ -206,7 +206,7 @@ def test_an_interrupt_says_what_was_read(command, monkeypatch, text_file, verb):
     arguments, text = ["read", "tiny", text_file], TEXT
     if verb == "demo":
         arguments = ["demo", "--file", text_file, "--passkey", "12345", "--depth", "1"]
-        text += NEEDLE.format(key=12345)
+        text += f"\n{PASSKEY.format(key=12345)}\n"
     code, _, err = command(*arguments)
     assert code == INTERRUPTED
     assert "interrupted after" in err
