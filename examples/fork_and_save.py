@@ -13,7 +13,7 @@ from pathlib import Path
 import cometlm
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", default="smollm2")
+parser.add_argument("--model", default="smollm2-passkey")
 options = parser.parse_args()
 greedy = {"max_new_tokens": 16, "do_sample": False}
 

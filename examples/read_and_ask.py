@@ -3,8 +3,8 @@
     python examples/read_and_ask.py                    # Python's own argparse, some 20,000 tokens
     python examples/read_and_ask.py --file book.txt
 
-The memory that ships for SmolLM2 keeps one number that it was told to keep, so expect "48213",
-however long the text is. The bytes of memory stop growing after a few chunks.
+The memory of `smollm2-passkey` keeps one number that it was told to keep, so expect "48213", however
+long the text is. The bytes of memory stop growing after a few chunks.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import argparse
 import cometlm
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", default="smollm2")
+parser.add_argument("--model", default="smollm2-passkey")
 parser.add_argument("--file", default=argparse.__file__)
 options = parser.parse_args()
 
