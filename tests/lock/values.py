@@ -62,7 +62,7 @@ _HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. Ther
 
 def answers(dtype: torch.dtype) -> dict[str, object]:
     """What the shipped SmolLM2 answers after some 1,300 tokens, and what its sessions belong to."""
-    model, tokenizer = cometlm.load("smollm2", device="cpu", dtype=dtype)
+    model, tokenizer = cometlm.load("smollm2-passkey", device="cpu", dtype=dtype)
     said = []
     for place, key in enumerate(KEYS):
         session = cometlm.Session(model, tokenizer)

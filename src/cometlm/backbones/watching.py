@@ -136,10 +136,19 @@ def watch(backbone: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[Sampl
     ids, record = _ids(backbone), Record()
     with _quiet(backbone), _recording(backbone, layers, record), attending_by(backbone, NAME):
         logits = _run(backbone, ids)
-    head = backbone.get_output_embeddings()
-    products = [first(called.out) for called in record.others if called.module is head]
-    scaled = not any(torch.equal(one.to(logits), logits) for one in products)
+    scaled = not _is_the_heads(logits, backbone.get_output_embeddings(), record)
     return Sample(ids, logits, [called.left for called in record.layers], scaled), record
+
+
+def _is_the_heads(logits: Tensor, head: nn.Module | None, record: Record) -> bool:
+    """Whether logits are what the head made of what a module gave, neither of them scaled."""
+    outs = [first(called.out) for called in record.others if called.module is not head]
+    return any(
+        torch.equal(first(called.out).to(logits), logits)
+        and any(isinstance(out, Tensor) and torch.equal(called.args[0], out) for out in outs)
+        for called in record.others
+        if called.module is head and called.args
+    )
 
 
 def refusal(backbone: PreTrainedModel, why: str) -> UnsupportedBackboneError:
