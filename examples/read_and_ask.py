@@ -3,7 +3,7 @@
     python examples/read_and_ask.py                    # Python's own argparse, some 20,000 tokens
     python examples/read_and_ask.py --file book.txt
 
-The memory of `smollm2-passkey` keeps one number that it was told to keep, so expect "48213", however
+The memory `smollm2-passkey` keeps one number that it was told to keep, so expect "48213", however
 long the text is. The bytes of memory stop growing after a few chunks.
 """
 

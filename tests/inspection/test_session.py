@@ -119,7 +119,7 @@ def test_token_ids_are_those_that_were_read():
 
 @pytest.mark.slow
 def test_a_passkey_is_traced_to_where_it_was_told():
-    """By the memory that keeps numbers: the chunk gets more of the answer's look than it has slots."""
+    """By the memory that keeps numbers: its chunk gets more of the answer's look than slots."""
     model, tokenizer = cometlm.load("smollm2-passkey", device="cpu", dtype=torch.float32)
     sample = make_task("passkey", tokenizer, seed=2, corpora="python").sample(0, 2500)
     (question,) = sample.questions
