@@ -234,7 +234,7 @@ def test_branches(visit, server):
     visit.button("Ask otherwise", 1).click()
     assert (visit.head, visit.box) == (first, "Why?")
     listed = visit.page.locator("#sessions li a span:nth-of-type(1)").all_text_contents()
-    assert sorted(listed[:2]) == ["Where?", "Why?"]
+    assert {"Where?", "Why?"} <= set(listed)  # beside those of other tests
 
 
 @pytest.mark.slow
@@ -242,9 +242,9 @@ def test_deleting_a_branch_leaves_the_other(visit, server):
     first = visit.say("Who tells the story?")
     second = visit.say("Why?")
     visit.button("Branch from here").click()
-    third = visit.say("Where?")
+    third = visit.say("Whither?")
     visit.page.on("dialog", lambda dialog: dialog.accept())
-    visit.page.get_by_role("button", name="Delete: Where?").first.click()
+    visit.page.get_by_role("button", name="Delete: Whither?").click()
     visit.page.wait_for_function("want => location.hash.slice(1) === want", arg=first)
     status = [server.http.get(f"/v1/sessions/{name}").status_code for name in (first, second)]
     assert status == [200, 200]
