@@ -197,6 +197,16 @@ def test_two_servers_share_a_store(place):
         two.delete(name, "ann")
 
 
+def test_what_is_written_anew_is_never_taken_from_memory(place):
+    """A conversation keeps its id: another server's next turn would else be lost."""
+    one, two = (SessionStore(folder=folder_of(place), refresh=0.0) for _ in range(2))
+    name = one.ids.new("conv_", "ann")
+    for length in (50, 80):
+        one.put(Kept(name, "ann", "conversation", 5), session_after(length))
+        for server in (one, two):
+            assert_same(server.get(name, "ann")[1], session_after(length))
+
+
 def test_what_another_server_just_used_stays(place):
     """The one that makes room has not looked at the store since."""
     one = SessionStore(folder=folder_of(place))
