@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -51,7 +53,7 @@ _EXPERTS = {
     "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_shared_experts": 1,
     "num_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "expert_ffn_hidden_size": 16, "moe_num_experts": 4, "moe_topk": 2, "ffn_hidden_size": 48,
-    "zero_expert_num": 1,
+    "zero_expert_num": 1, "moe_shared_expert_intermediate_size": 16,
 }  # fmt: skip
 _LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
@@ -62,7 +64,17 @@ _RECURRENT = {
     "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "state_size": 8,
     "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "lru_width": 32, "attention_window_size": 7,
+    "mamba_d_ssm": 64, "mamba_chunk_size": 8, "chunk_size": 8, "attn_layer_indices": [1],
+    "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4,
+    "n_groups": 1, "mamba_ngroups": 1,
 }  # fmt: skip
+# Kinds of layers, by a field that only types with the first kind have; their default config has
+# one kind, though published checkpoints have both.
+_KINDS = {
+    "conv_L_cache": ("conv", "full_attention"),
+    "mamba_d_conv": ("linear_attention", "full_attention"),
+}
+_LISTS_OF_KINDS = ("layer_types", "layers_block_type")
 _REST = {
     "vocab_size": 96, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7,
     "rotary_dim": 4, "encoder_layers": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -84,6 +96,7 @@ _ATTEMPTS: tuple[dict[str, Any], ...] = (
     {"head_dim": None, "num_key_value_heads": 4},
     {"head_dim": None},
     {"head_dim": None, "num_key_value_heads": None, "is_decoder": None},
+    {"num_experts_per_tok": 1},
     dict.fromkeys((*_EXPERTS, *_RECURRENT, "head_dim")),
 )
 
@@ -164,10 +177,12 @@ def configs(model_type: str) -> Iterator[Any]:
         latent = _value(base, "kv_lora_rank") is not _MISSING  # then each head has keys of its own
         smaller = _SMALLER | ({"head_dim": 4, "num_key_value_heads": 4} if latent else {}) | attempt
         wanted = {name: x for name, x in smaller.items() if x is not None}
-        kinds = list(dict.fromkeys(_value(base, "layer_types") or ()))  # each once
+        kinds = _kinds(base)
         depth = max(2, len(kinds))
         wanted |= dict.fromkeys(_DEPTHS, depth)
-        for more in ({"layer_types": (kinds * 2)[:depth]}, {}) if kinds else ({},):
+        lists = [name for name in _LISTS_OF_KINDS if _value(base, name) is not _MISSING]
+        listed = [{name: (kinds * 2)[:depth] for name in lists if kinds}, {}]
+        for more in listed if listed[0] else ({},):
             for unset in (_MISSING, None):  # fields that are None by default may be meant to be
                 fields = {
                     n: x for n, x in wanted.items() if _value(base, n) not in (_MISSING, unset)
@@ -176,6 +191,15 @@ def configs(model_type: str) -> Iterator[Any]:
                     yield AutoConfig.for_model(model_type, **fields, **more)
                 except FAILURES as problem:
                     yield problem
+
+
+def _kinds(base: Any) -> list[str]:
+    """Kinds of a type's layers, each once."""
+    kinds = list(dict.fromkeys(_value(base, "layer_types") or ()))
+    for name, both in _KINDS.items():
+        if _value(base, name) is not _MISSING and len(kinds) < 2 and kinds != ["hybrid"]:
+            return list(both)
+    return kinds
 
 
 _MISSING = object()
@@ -191,6 +215,26 @@ def _value(config: Any, name: str) -> Any:
 
 def first_line(problem: Exception) -> str:
     return " ".join(str(problem).split())[:160] or type(problem).__name__
+
+
+class Wide(TorchFunctionMode):
+    """Where code asks for float32 of a float64 tensor, it stays float64.
+
+    Scans and linear attention are float32 in transformers, whatever the weights are; comparing
+    would show how they round.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of torch."""
+        kind = args[0].dtype if args and isinstance(args[0], Tensor) else None
+        wide = kind == torch.float64
+        if func is Tensor.float and kind in (torch.float64, torch.int64):  # positions are int64
+            return args[0].double()
+        if wide and func in (Tensor.to, Tensor.type):
+            args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        return func(*args, **(kwargs or {}))
 
 
 def outcome(model_type: str, make: Callable[[str], PreTrainedModel] = tiny) -> Outcome:
@@ -210,7 +254,8 @@ def outcome(model_type: str, make: Callable[[str], PreTrainedModel] = tiny) -> O
         said = str(problem).split(" cannot be given a memory: ")[-1]
         return Outcome(model_type, attaches=False, why=said)
     scramble(model.model.comet, 0.5)
-    figures = {**_against_reference(model, ids), **_however_it_is_cut(model, ids)}
+    with Wide() if _carrying(model) else nullcontext():
+        figures = {**_against_reference(model, ids), **_however_it_is_cut(model, ids)}
     remarks = _remarks(model)
     returned = cometlm.detach(model)
     with torch.no_grad():
@@ -259,18 +304,31 @@ def _however_it_is_cut(model: cometlm.CometForCausalLM, ids: Tensor) -> dict[str
     return {"pieces": error(torch.cat(parts), whole), "ragged": ragged}
 
 
+def _carrying(model: Any) -> list[Any]:
+    """Cells of layers that carry a state of their own."""
+    return [cell for cell in model.model.cells if cell.call.cache is not None]
+
+
 def _remarks(model: Any) -> str:
     """What the layers of a type ask for, in words."""
     said, config = [], model.config.backbone_config
     cells = list(model.model.cells)
     if config.model_type in FAMILIES:
         said.append("row")
-    if any(cell.call.rotary is None for cell in cells):
-        some = "" if all(cell.call.rotary is None for cell in cells) else "some layers "
+    attending = [cell for cell in cells if cell.attends]
+    if any(cell.call.rotary is None for cell in attending):
+        some = "" if all(cell.call.rotary is None for cell in attending) else "some layers "
         said.append("learned positions" if model.model.embed_positions else f"{some}no tables")
     types = set(getattr(config, "layer_types", None) or ())
     if "sliding_attention" in types or getattr(config, "sliding_window", None):
         said.append("windows")
+    carrying = _carrying(model)
+    if any(cell.attends for cell in carrying):
+        said.append("layers with a state beside attention")
+    elif carrying:
+        said.append("layers with a state")
+    if any(cell.call.stepwise for cell in carrying):
+        said.append("token by token")
     names = {name for name, _ in model.named_parameters()}
     if any(name.endswith("sinks") for name in names):
         said.append("sinks")

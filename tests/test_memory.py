@@ -168,7 +168,7 @@ def test_adapter_starts_as_the_identity():
 def test_imitate_has_the_mean_and_spread_of_the_embeddings():
     torch.manual_seed(0)
     rows = 20_000
-    comet = Comet(4, 1, CometConfig(readout_tokens=rows))
+    comet = Comet(4, [True], CometConfig(readout_tokens=rows))
     spread, mean = torch.tensor([0.0, 0.1, 1.0, 5.0]), torch.tensor([3.0, -2.0, 0.0, 10.0])
     known = torch.randn(500, 4) * spread + mean
     comet.imitate(known)
@@ -204,7 +204,7 @@ def test_switches_leave_parts_out(global_memory, temporary_memory, gate):
         temporary_memory=temporary_memory,
         gate=gate,
     )
-    comet = Comet(WIDTH, 2, config)
+    comet = Comet(WIDTH, [True] * 2, config)
     assert (comet.readout is not None) == global_memory
     assert (comet.compression is not None) == temporary_memory
     assert len(comet.layers) == 2
@@ -225,7 +225,7 @@ def test_switches_leave_parts_out(global_memory, temporary_memory, gate):
 def test_size_of_the_published_memory():
     """4.63M new parameters on Qwen3-4B (SPEC §5)."""
     with torch.device("meta"):
-        comet = Comet(2560, 36, CometConfig())
+        comet = Comet(2560, [True] * 36, CometConfig())
     assert round(sum(p.numel() for p in comet.parameters()) / 1e6, 2) == 4.63
 
 

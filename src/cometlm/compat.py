@@ -118,6 +118,42 @@ _OTHER = "past_key_values" if CACHE == "cache" else "cache"
 EitherName: Any = type("EitherName", (), {_OTHER: property(lambda self: getattr(self, CACHE))})
 
 
+# --- transformers 5.22: a layer asks a cache for its states, before it looked into `layers` ---
+
+
+class StatesByLayer:
+    """What 5.17 and later read of a cache's layer, from a cache that is asked for states.
+
+    In earlier versions a layer has one state of each kind, which it reads and writes otherwise:
+    models whose layers carry states of their own are refused there.
+    """
+
+    @property
+    def layers(self) -> Any:
+        """Any layer is the one that this cache is for."""
+        cache: Any = self
+        states = (_ByNumber(cache.get_conv_state), _ByNumber(cache.get_recurrent_state))
+        return _ByNumber(lambda *_: _LayerStates(*states))
+
+
+class _ByNumber:
+    """Looked up by a number, and found by a function."""
+
+    def __init__(self, find: Callable[[int, int], Any]) -> None:
+        self._find = find
+
+    def __getitem__(self, number: int) -> Any:
+        return self._find(0, number)
+
+
+class _LayerStates(NamedTuple):
+    """One layer's states, each kind by its number."""
+
+    conv_states: _ByNumber
+    recurrent_states: _ByNumber
+    record_past: bool = False
+
+
 # --- transformers 5.23: `activation_checkpointing_*`, before it was `gradient_checkpointing_*` ---
 
 if hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"):
@@ -245,6 +281,10 @@ def packed_linear() -> PackedLinear | None:
         return made
 
     return PackedLinear(ops._reorder_linear_weight.default, product)
+
+
+# What operations on a tensor's subclass give: plain tensors. Without it, the subclass again.
+PLAIN_RESULTS = getattr(torch._C, "_disabled_torch_function_impl", torch.Tensor.__torch_function__)
 
 
 def backward_pass() -> int | None:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cometlm.backbones.calling import LayerCall
+from cometlm.backbones.calling import LayerCall, RotaryTable
 from cometlm.backbones.parts import LearnedPositions, Parts
+from cometlm.backbones.recurrent_layers import CACHES, TIMES, with_state
 from cometlm.backbones.rotary import AllKinds, Given, Rotation
 from cometlm.backbones.text_half import attending_by, language_model, text_config
 from cometlm.backbones.watching import (
@@ -35,10 +36,8 @@ from cometlm.backbones.watching import (
     refusal,
     watch,
 )
-from cometlm.compat import CACHE
 
 _MASK = "attention_mask"
-_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", CACHE)
 # What the attention interface may be given; anything else that is a tensor is a refusal.
 _KNOWN_TENSORS = ("s_aux", "position_ids")
 
@@ -115,10 +114,17 @@ def _calls(
             parts = {id(part) for part in layer.modules()}
             attended = [one for one in record.attended if id(one.module) in parts]
             call = _with_attention(call, called, attended, record)
-            calls.append(_told(call, called, rotation))
+            table = _table(rotation, called.entered, TIMES)
+            call = with_state(call, layer, called.entered, table)
+            calls.append(call if call.attention is None else _told(call, called, rotation))
         except UnsupportedBackboneError as error:
             raise refusal(backbone, f"{label} {error}") from error
         rotations.append(rotation)
+    if all(call.attention is None for call in calls):
+        raise refusal(
+            backbone,
+            "none of its layers calls transformers' attention interface: nothing reads a memory",
+        )
     return calls, rotations
 
 
@@ -133,7 +139,7 @@ def _call_of(called: Called, record: Record) -> tuple[LayerCall, Rotation]:
     alone, rotation = False, Rotation(None)
     for name, value in rest:
         source = _rotation_of(value, record)
-        if name == _MASK or name in _CACHES:
+        if name == _MASK or name in CACHES:
             options[name] = None
         elif source is not None:
             rotary, alone, rotation = name, isinstance(value, Tensor), source
@@ -207,10 +213,12 @@ def _with_attention(
     call: LayerCall, called: Called, attended: Sequence[Attended], record: Record
 ) -> LayerCall:
     """The call, with what the layer asks of attention."""
+    if not attended:
+        return replace(call, attention=None)
     if len(attended) != 1:
-        how = "never calls" if not attended else f"calls {len(attended)} times"
         raise UnsupportedBackboneError(
-            f"{how} transformers' attention interface, so it has no one set of keys and values"
+            f"calls {len(attended)} times transformers' attention interface, so it has no one set "
+            "of keys and values"
         )
     (one,) = attended
     if one.key.dim() != 4 or one.key.shape[2] != called.left.shape[1]:
@@ -230,8 +238,9 @@ def _with_attention(
 def _told(call: LayerCall, called: Called, rotation: Rotation) -> LayerCall:
     """The call in a form by which the attention function hears of it."""
     hidden = called.entered
-    table = tuple(part[None] for part in rotation.table(hidden.shape[1], hidden))
-    for one in (call, replace(call, aside=True)):
+    table = _table(rotation, hidden)
+    for aside in dict.fromkeys((call.aside, True)):
+        one = replace(call, aside=aside)
         try:
             one.key_value(called.module, hidden, table)
         except (TypeError, ValueError, RuntimeError, IndexError):
@@ -239,6 +248,11 @@ def _told(call: LayerCall, called: Called, rotation: Rotation) -> LayerCall:
             continue
         return one
     raise UnsupportedBackboneError("cannot be run by itself")
+
+
+def _table(rotation: Rotation, hidden: Tensor, times: int = 1) -> RotaryTable:
+    """Rows of a rotary table for items [1, n, D], or for so many times as many."""
+    return tuple(part[None] for part in rotation.table(times * hidden.shape[1], hidden))
 
 
 def _window(mask: Tensor | None, said: int | None, record: Record) -> int | None:

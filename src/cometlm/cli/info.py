@@ -16,8 +16,9 @@ def info(model: options.Model, loading: options.LoadOptions) -> None:
     sizes = loaded.config.comet_config
     added = sum(p.numel() for p in loaded.model.comet.parameters())
     total = loaded._backbone.num_parameters()
-    per_row = sum(cell.entry_width * loaded.dtype.itemsize for cell in loaded.model.cells)
-    state = loaded.config.hidden_size * loaded.dtype.itemsize * len(loaded.model.cells)
+    cells = [loaded.model.cells[i] for i in loaded.model.layers_with_memory]
+    per_row = sum(cell.entry_width * loaded.dtype.itemsize for cell in cells)
+    state = loaded.config.hidden_size * loaded.dtype.itemsize * len(cells)
     held = sizes.global_slots * state + sizes.temporary_slots * per_row
     cost = chunk_cost(loaded.config.backbone_config, sizes)
     table = Table(show_header=False, title=describe(loaded), title_justify="left")

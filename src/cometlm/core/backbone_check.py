@@ -3,18 +3,18 @@
 A backbone without a row is taken apart by what a run of it showed (`backbones.discovery`). Here the
 model reads the same few tokens, as one chunk and without memory, and has to give the backbone's own
 logits; then it reads them in two pieces, which shows layers that carry more from token to token
-than keys and values.
+than keys and values, and a state that is known of.
 """
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cometlm.backbones.recurrent_layers import alike
 from cometlm.backbones.watching import Sample
 
 _ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
@@ -33,7 +33,7 @@ def difference(model: nn.Module, sample: Sample) -> str | None:
         outputs, logits = _read(model, ids)
         pairs = zip([*outputs, logits], [*sample.outputs, sample.logits], strict=True)
         for i, (ours, theirs) in enumerate(pairs):
-            if not _alike(ours, theirs[:, :count]):
+            if not alike(ours, theirs[:, :count]):
                 where = f"layer {i}" if i < len(outputs) else "its head"
                 return f"{where} does something else beside what its layers and its head do"
         apart = _in_pieces(model, ids)
@@ -41,8 +41,8 @@ def difference(model: nn.Module, sample: Sample) -> str | None:
         return f"its layers cannot be run one by one: {error}"
     finally:
         model.train(training)
-    if not _alike(apart, logits):
-        return "its layers carry more from token to token than keys and values"
+    if not alike(apart, logits):
+        return "its layers carry more from token to token than is known of them"
     return None
 
 
@@ -67,11 +67,3 @@ def _in_pieces(model: Any, ids: Tensor) -> Tensor:
         cache = out.past_key_values
         parts.append(out.logits)
     return torch.cat(parts, dim=1)
-
-
-def _alike(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether tensors differ by no more than other kernels, through all layers, may make."""
-    theirs = theirs.to(ours.device)
-    most = max(1e-5, 0.5 * math.sqrt(torch.finfo(theirs.dtype).eps))
-    ours, theirs = ours.double(), theirs.double()
-    return bool((ours - theirs).norm() <= most * theirs.norm())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from cometlm.backbones.calling import KeyValue, LayerCall, RotaryTable
 from cometlm.backbones.families import Family, rotate_keys
+from cometlm.backbones.recurrence import OwnState
 from cometlm.core.attention import CellCall
 from cometlm.core.fixed_layout import FixedLayout
 from cometlm.core.layout import ChunkLayout, take
 from cometlm.core.memory import LayerMemory, LayerMemoryWeights, join_ragged, push
+from cometlm.core.rows_apart import run_apart
 from cometlm.core.state import LayerState, OpenChunk
 from cometlm.device import sent
 
@@ -68,6 +71,8 @@ class Cell(nn.Module):
         Returns:
             Outputs [B, I, D] and the new state.
         """
+        if not self.attends:
+            return self._without_memory(hidden, state, layout, rotary)
 
         def slots(memory: LayerMemory, layout: ChunkLayout) -> KeyValue | None:
             return self._slots(memory, layout, rotary, weights, hidden.dtype)
@@ -79,25 +84,25 @@ class Cell(nn.Module):
         else:
             memory, before, pending = state.open.memory, state.open.chunk, state.open.pending
         call = CellCall(layout, memory, before, self.call.window)
-        out = hidden
+        out, own = hidden, state.own
         if hidden.shape[1]:  # else a chunk ends that is full already and has no readout tokens
-            out = self.call(self.layer, hidden, _of_items(rotary, layout), call)
+            out, own = self._run(hidden, own, call, rotary)
         if call.chunk is None:
             raise ValueError(_OTHER_ATTENTION.format(self.attention.config._attn_implementation))
         pending = self._extend(pending, out, layout, weights)
         if not layout.closes:
-            return out, replace(state, open=OpenChunk(memory, call.chunk, pending))
+            return out, replace(state, open=OpenChunk(memory, call.chunk, pending), own=own)
         assert isinstance(layout, ChunkLayout), "a fixed layout closes no chunk"
         folded = self._fold(state.memory, out, pending, layout, weights)
         after = replace(layout, rows=layout.counts_after(), tables={})
         longest = max(row.items for row in after.rows)
         if longest == 0:
-            return out, LayerState(folded)
+            return out, LayerState(folded, own=own)
         # Rows whose chunk goes on keep their items; the slots of the others are filling from here.
         chunk = KeyValue(*(x[:, :, :longest] for x in call.chunk))
         entries = max(row.compressions for row in after.rows)
         kept = tuple(block[:, :entries] for block in pending)
-        return out, LayerState(folded, OpenChunk(slots(folded, after), chunk, kept))
+        return out, LayerState(folded, OpenChunk(slots(folded, after), chunk, kept), own)
 
     def along(
         self,
@@ -128,6 +133,55 @@ class Cell(nn.Module):
             outs.append(out)
             states.append(state)
         return outs, states
+
+    # --- running the layer ------------------------------------------------------------------
+
+    @property
+    def attends(self) -> bool:
+        """Whether the layer does, and so has a memory."""
+        return self.call.attention is not None
+
+    def _without_memory(
+        self,
+        hidden: Tensor,
+        state: LayerState,
+        layout: ChunkLayout | FixedLayout,
+        rotary: RotaryTable,
+    ) -> tuple[Tensor, LayerState]:
+        """What a layer does that does not attend: text, C and R go through, and it carries on."""
+        if not hidden.shape[1]:
+            return hidden, state
+        out, own = self._run(hidden, state.own, CellCall(layout, None, None), rotary)
+        return out, replace(state, own=own)
+
+    def _run(
+        self, hidden: Tensor, own: OwnState, call: CellCall, rotary: RotaryTable
+    ) -> tuple[Tensor, OwnState]:
+        """The layer's outputs [B, I, D], and the state of its own after the items.
+
+        Filling would disturb such a state, so rows with as many items go together.
+
+        Args:
+            own: the state before.
+            call: told to the attention function, which leaves the chunk's keys and values in it.
+        """
+        layout = call.layout
+        table = _of_items(rotary, layout)
+        if self.call.cache is None or layout.even:
+            return self.call.with_state(self.layer, hidden, table, call, own)
+        return run_apart(call, hidden, own, partial(self._run, rotary=rotary))
+
+    @torch.no_grad()
+    def own_like(self, hidden: Tensor, rotary: RotaryTable) -> OwnState:
+        """A state of the layer's own in shape and dtype; the numbers mean nothing.
+
+        Args:
+            hidden: [B, 1, D], a step's first item.
+        """
+        if self.call.cache is None:
+            return {}
+        table = _between(rotary, 0, 1)
+        return self.call.with_state(self.layer, hidden, table, None, {})[1]
 
     # --- reading memory ---------------------------------------------------------------------
 
@@ -162,7 +216,8 @@ class Cell(nn.Module):
 
     @property
     def attention(self) -> Any:
-        """The layer's module that attends."""
+        """The layer's module that attends, where one does."""
+        assert self.call.attention is not None
         return self.layer.get_submodule(self.call.attention)
 
     @property

@@ -15,7 +15,7 @@ Pitfalls:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cometlm.backbones.calling import KeyValue
+from cometlm.backbones.recurrence import OwnState
 from cometlm.config import CometConfig
 from cometlm.core.cache import CometCache
 from cometlm.core.fixed_layout import FixedLayout
@@ -110,8 +111,11 @@ class FixedCache:
         if self._rows[0].items:
             assert self._buffers is not None
             opened = self._buffers.open_chunks(self._rows[0])
-            pairs = zip(layers, opened, strict=True)
-            layers = tuple(LayerState(layer.memory, chunk) for layer, chunk in pairs)
+            states = zip(layers, opened, self._buffers.own, strict=True)
+            layers = tuple(
+                LayerState(layer.memory, chunk, {name: x.clone() for name, x in own.items()})
+                for layer, chunk, own in states
+            )
         columns = self.get_seq_length()
         return replace(self._cache, layers=layers, rows=self._rows, columns=columns)
 
@@ -134,8 +138,9 @@ class FixedCache:
                 with torch.inference_mode(False), torch.no_grad():
                     self._buffers, self._replays = _Buffers.like(cache, grid), {}
             self._buffers.fill(cache)
-        closed = tuple(LayerState(layer.memory) for layer in cache.layers)
-        self._cache = replace(cache, layers=closed)  # an open chunk is held once, in the buffers
+            closed = tuple(LayerState(layer.memory) for layer in cache.layers)
+            cache = replace(cache, layers=closed)  # the rest is held once, in the buffers
+        self._cache = cache
 
     def _replay_of(self, items: int) -> Callable[[], Tensor]:
         """A step as it is to be run from now on: recorded, or as it is where that fails."""
@@ -167,9 +172,11 @@ class _Buffers:
         max_positions: rows that the rotary tables hold.
         grid: cells and rotary tables; a recorded step reads these very tables.
         ids: [B, 1] the token to read.
-        rows: of each layer, memory and open chunk by position, [B, key-value heads, W, head width].
+        rows: of each layer, memory and open chunk by position, [B, key-value heads, W, head width];
+            None where the layer does not attend.
         pending: of each layer, entries of the open chunk, [B, e, E]; empty without a temporary
             memory.
+        own: of each layer, its own state, by name, [B, …] each.
         position: [1] the next item's.
         memory_width: [1] memory slots.
         compressions: [1] entries.
@@ -179,8 +186,9 @@ class _Buffers:
     max_positions: int
     grid: Grid
     ids: Tensor
-    rows: list[KeyValue]
+    rows: list[KeyValue | None]
     pending: list[Tensor]
+    own: list[OwnState]
     position: Tensor
     memory_width: Tensor
     compressions: Tensor
@@ -190,18 +198,23 @@ class _Buffers:
         """Buffers for all that an open chunk like this one's can come to hold."""
         config, batch = cache.config, len(cache.rows)
         most = config.compression_tokens(config.chunk_size)
-        rows, pending = [], []
+        device = grid.rotary[0][0].device
+        rows: list[KeyValue | None] = []
+        pending = []
         for layer, cell in zip(cache.layers, grid.cells, strict=True):
-            assert layer.open is not None
-            made = (
-                x.new_zeros(batch, x.shape[1], _width(cache), x.shape[3]) for x in layer.open.chunk
-            )
-            rows.append(KeyValue(*made))
-            pending.append(rows[-1].key.new_zeros(batch, most, cell.entry_width))
-        device = rows[0].key.device
+            if layer.open is None:
+                rows.append(None)
+                pending.append(torch.zeros(batch, 0, 0, device=device))
+                continue
+            row = KeyValue(*(_wide(x, _width(cache)) for x in layer.open.chunk))
+            rows.append(row)
+            pending.append(row.key.new_zeros(batch, most, cell.entry_width))
+        own: list[OwnState] = [
+            {name: torch.zeros_like(x) for name, x in layer.own.items()} for layer in cache.layers
+        ]
         zeros = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(3))
         ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        return cls(config, cache.max_positions, grid, ids, rows, pending, *zeros)
+        return cls(config, cache.max_positions, grid, ids, rows, pending, own, *zeros)
 
     def fit(self, cache: CometCache) -> bool:
         """Whether another cache's open chunk fits in."""
@@ -213,6 +226,8 @@ class _Buffers:
         counts = cache.rows[0]
         memory = self._memory_width(counts)
         for buffer, pending, layer in zip(self.rows, self.pending, cache.layers, strict=True):
+            if buffer is None:
+                continue
             assert layer.open is not None
             for whole, read in zip(buffer, layer.open.memory or (), strict=False):
                 whole[:, :, :memory] = read
@@ -220,11 +235,18 @@ class _Buffers:
                 whole[:, :, memory : memory + counts.items] = read[:, :, : counts.items]
             if layer.open.pending:
                 pending[:, : counts.compressions] = torch.cat(layer.open.pending, dim=1)
+        self.keep_own([layer.own for layer in cache.layers])
         self.memory_width.fill_(memory)
         self.position.fill_(memory + counts.items)
         self.compressions.fill_(counts.compressions)
 
-    def open_chunks(self, counts: RowCounts) -> Iterator[OpenChunk]:
+    def keep_own(self, states: Sequence[OwnState]) -> None:
+        """Take over each layer's own state."""
+        for kept, state in zip(self.own, states, strict=True):
+            for name, buffer in kept.items():
+                buffer.copy_(state[name])
+
+    def open_chunks(self, counts: RowCounts) -> Iterator[OpenChunk | None]:
         """What each layer holds, copied.
 
         Args:
@@ -232,6 +254,9 @@ class _Buffers:
         """
         start = self._memory_width(counts)
         for row, entries in zip(self.rows, self.pending, strict=True):
+            if row is None:
+                yield None
+                continue
             memory = KeyValue(*(x[:, :, :start].clone() for x in row)) if start else None
             chunk = KeyValue(*(x[:, :, start : start + counts.items].clone() for x in row))
             held = entries[:, : counts.compressions].clone()
@@ -241,14 +266,20 @@ class _Buffers:
         return (self.config.global_slots if counts.folds else 0) + counts.entries
 
     @property
-    def counters(self) -> tuple[Tensor, ...]:
-        """The numbers that a step moves on."""
-        return self.position, self.compressions
+    def moved(self) -> tuple[Tensor, ...]:
+        """What a step reads and moves on: counters, and layers' own states."""
+        own = (x for state in self.own for x in state.values())
+        return self.position, self.compressions, *own
 
 
 def _width(cache: CometCache) -> int:
     """Positions of a row before its chunk ends, which is where readout tokens come in."""
     return cache.max_positions - cache.config.global_slots
+
+
+def _wide(x: Tensor, width: int) -> Tensor:
+    """Zeros for so many positions of keys or values [B, key-value heads, n, head width]."""
+    return x.new_zeros(*x.shape[:2], width, x.shape[3])
 
 
 def _check(cache: CometCache, model: Writer) -> None:
@@ -271,7 +302,8 @@ def _check(cache: CometCache, model: Writer) -> None:
 def _run(model: Writer, buffers: _Buffers, items: int) -> Tensor:
     """One step in the buffers: logits [B, V]; the same work however far the chunk has come."""
     inner = model.model
-    batch, _, width, _ = buffers.rows[0].key.shape
+    row = next(row for row in buffers.rows if row is not None)
+    batch, _, width, _ = row.key.shape
     place = (buffers.position.clone()[0], buffers.memory_width[0])
     layout = FixedLayout(batch, width, items, *place)
     embedded: Tensor = inner.embedded_text(buffers.ids)
@@ -280,23 +312,28 @@ def _run(model: Writer, buffers: _Buffers, items: int) -> Tensor:
         compression = inner.comet.compression.to(embedded)
         embedded = torch.cat([embedded, compression.expand(batch, 1, -1)], dim=1)
     embedded = inner.placed(embedded, layout)
-    states = tuple(LayerState(open=OpenChunk(None, row)) for row in buffers.rows)
+    states = tuple(
+        LayerState(open=None if row is None else OpenChunk(None, row), own=own)
+        for row, own in zip(buffers.rows, buffers.own, strict=True)
+    )
     hidden, after = through_layers(buffers.grid, embedded, layout, states)
     if items == 2:
         for entries, state in zip(buffers.pending, after, strict=True):
-            assert state.open is not None
+            if state.open is None:
+                continue
             entries.index_copy_(1, buffers.compressions, state.open.pending[-1].to(entries.dtype))
         buffers.compressions += 1
+    buffers.keep_own([state.own for state in after])
     buffers.position += items
     return model.logits(inner.norm(hidden[:, :1]))[:, 0]
 
 
 def _recorded(work: Callable[[], Tensor], buffers: _Buffers) -> Callable[[], Tensor] | None:
     """Work that a device replays; None on a device that records nothing."""
-    before = [counter.clone() for counter in buffers.counters]
+    before = [counter.clone() for counter in buffers.moved]
 
     def reset() -> None:
-        for counter, value in zip(buffers.counters, before, strict=True):
+        for counter, value in zip(buffers.moved, before, strict=True):
             counter.copy_(value)
 
     return Recorder().recorded(work, buffers.ids.device, reset)

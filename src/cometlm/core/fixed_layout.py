@@ -37,6 +37,7 @@ class FixedLayout:
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     uniform: ClassVar[bool] = True
+    even: ClassVar[bool] = True
     closes: ClassVar[bool] = False
 
     @property

@@ -13,7 +13,7 @@ always item s of its open chunk: causality is a comparison of slots, and filling
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -128,6 +128,16 @@ class ChunkLayout:
         """Whether all rows stand at the same place and add the same."""
         same_rows = len({(bool(r.folds), r.entries, r.text, r.items) for r in self.rows}) == 1
         return same_rows and len({(p.text, p.close) for p in self.step}) == 1
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all rows add as many items, so that there is no filling among these."""
+        return len(set(self.items)) == 1
+
+    def of_rows(self, rows: Sequence[int]) -> ChunkLayout:
+        """The same step of these rows only."""
+        counts, step = tuple(self.rows[b] for b in rows), tuple(self.step[b] for b in rows)
+        return replace(self, rows=counts, step=step, tables={})
 
     @property
     def distinct(self) -> range:

@@ -123,16 +123,18 @@ class TemporaryMemory(nn.Module):
 
 
 class LayerMemoryWeights(nn.Module):
-    """All memory weights of one layer; a part is None where its memory is switched off."""
+    """All memory weights of one layer; a part is None where its memory is switched off.
 
-    def __init__(self, width: int, config: CometConfig) -> None:
+    Args:
+        attends: whether the layer does; one that does not has no memory.
+    """
+
+    def __init__(self, width: int, config: CometConfig, attends: bool = True) -> None:
         super().__init__()
-        self.global_memory = (
-            GlobalMemory(width, config.rank, config.gate) if config.global_memory else None
-        )
-        self.temporary_memory = (
-            TemporaryMemory(width, config.rank) if config.temporary_memory else None
-        )
+        has_global = attends and config.global_memory
+        has_temporary = attends and config.temporary_memory
+        self.global_memory = GlobalMemory(width, config.rank, config.gate) if has_global else None
+        self.temporary_memory = TemporaryMemory(width, config.rank) if has_temporary else None
 
 
 class Comet(nn.Module):
@@ -142,9 +144,14 @@ class Comet(nn.Module):
         readout: R [M, D], or None.
         compression: C [1, D], or None.
         layers: one `LayerMemoryWeights` per layer of the backbone.
+
+    Args:
+        width: D of the backbone.
+        attends: of each layer, whether it does.
+        config: sizes.
     """
 
-    def __init__(self, width: int, layers: int, config: CometConfig) -> None:
+    def __init__(self, width: int, attends: Sequence[bool], config: CometConfig) -> None:
         super().__init__()
         self.readout = (
             nn.Parameter(torch.randn(config.readout_tokens, width) * 0.02)
@@ -154,7 +161,7 @@ class Comet(nn.Module):
         self.compression = (
             nn.Parameter(torch.randn(1, width) * 0.02) if config.temporary_memory else None
         )
-        self.layers = nn.ModuleList([LayerMemoryWeights(width, config) for _ in range(layers)])
+        self.layers = nn.ModuleList([LayerMemoryWeights(width, config, one) for one in attends])
 
     def imitate(self, embeddings: Tensor) -> None:
         """Draw R and C like embeddings [V, D] that the backbone knows: same mean and spread."""

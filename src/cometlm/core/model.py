@@ -351,6 +351,11 @@ class CometModel(CometPreTrainedModel):
             )
         return given
 
+    @property
+    def layers_with_memory(self) -> list[int]:
+        """Layers that attend, and so have a memory: all of most backbones."""
+        return [i for i, cell in enumerate(self.cells) if cast("Cell", cell).attends]
+
     # --- one call ---------------------------------------------------------------------------
 
     def sizes_of_call(
@@ -568,7 +573,8 @@ def checkpointing(module: nn.Module) -> Iterator[nn.Module]:
 
 def _new_comet(parts: Parts, sizes: CometConfig) -> Comet:
     """Fresh memory weights, each where its layer lives, in the backbone's dtype."""
-    comet = Comet(parts.config.hidden_size, len(parts.layers), sizes)
+    attends = [call.attention is not None for call in parts.calls]
+    comet = Comet(parts.config.hidden_size, attends, sizes)
     home = device_of(parts.embed_tokens)
     if home.type != "meta":  # else there are no weights yet
         sample = torch.arange(min(4096, parts.config.vocab_size), device=home)

@@ -4,7 +4,8 @@ Ground truth for the tests (SPEC §2, §3, §4), and the path that benchmarks ca
 backbone's layers on whole rows [G | T | text and C | R] under an explicit mask, one sample at a
 time, and shares no code with the fast path but the memory's weights, how text is embedded, and
 plain attention where a backbone has softcaps or sinks (which a test compares with transformers').
-A backbone without a row runs by its own forward.
+A backbone without a row runs by its own forward; what in it carries a state from item to item runs
+on all items since the beginning, chunk after chunk, and never on memory slots.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def reference_hidden(
     """Last hidden states [N, D] of one sample's ids [N]. Every chunk is closed, the last too."""
     config = model.config.comet_config.replace(**budget)
     layers = len(model.model.cells)
+    given: list[Tensor | None] = [None] * layers  # to what carries a state of its own, so far
     states: list[Tensor | None] = [None] * layers
     fifos: list[Tensor | None] = [None] * layers
     outputs = []
@@ -49,7 +51,7 @@ def reference_hidden(
         chunk, text, compression, readout = _items(model, ids, config)
         slots = [_slots(model, i, states[i], fifos[i], chunk) for i in range(layers)]
         if model.model.cells[0].family is None:
-            outs, last = _through_backbone(model, ids, slots, chunk, text)
+            outs, last = _through_backbone(model, ids, slots, chunk, text, given)
         else:
             outs = _through_layers(model, slots, chunk, config.row_length)
             last = model.model.norm(outs[-1][text])
@@ -135,17 +137,25 @@ def _through_backbone(
     slots: Sequence[Tensor],
     chunk: Tensor,
     text: Sequence[int],
+    given: list[Tensor | None],
 ) -> tuple[list[Tensor], Tensor]:
     """The same, by the backbone's own forward, for those whose layers nothing is said of.
 
     It runs on the whole row. In front of each layer, that layer's memory is put in its place and
     the mask opened for it; compression and readout tokens come in at layer 0.
 
+    Args:
+        given: of each layer, the items [I, W] of earlier chunks that entered what carries a state;
+            this chunk's are put behind them.
+
     Returns:
         Each layer's outputs [I, D], and the last hidden states [n, D] of the text.
     """
     backbone: Any = model._backbone
-    memory, length = len(slots[0]), len(slots[0]) + len(chunk)
+    memory = max(map(len, slots))
+    length = memory + len(chunk)
+    # A layer that does not attend has none, but its rows are as long as the others'.
+    slots = [x if len(x) else chunk.new_zeros(memory, chunk.shape[1]) for x in slots]
     at_text = [memory + i for i in text]
     added = chunk.clone()
     added[text] = 0  # the backbone embeds its text itself
@@ -169,11 +179,32 @@ def _through_backbone(
     def after(layer: Any, args: Any, out: Any) -> None:
         outs.append((out if isinstance(out, Tensor) else out[0])[0][memory:])
 
+    def carry(i: int, module: Any, args: Any, kwargs: Any) -> Any:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        first = next(iter(bound.arguments))
+        items, old = bound.arguments[first][0][memory:], given[i]
+        given[i] = both = items if old is None else torch.cat([old, items])
+        bound.arguments[first] = both[None]
+        for holder in (bound.arguments, bound.kwargs):
+            if "attention_mask" in holder:
+                holder["attention_mask"] = None
+        return bound.args, bound.kwargs
+
+    def cut(module: Any, args: Any, out: Any) -> Any:
+        new = (out if isinstance(out, Tensor) else out[0])[:, -len(chunk) :]
+        row = torch.cat([new.new_zeros(1, memory, new.shape[2]), new], dim=1)
+        return row if isinstance(out, Tensor) else (row, *out[1:])
+
     with ExitStack() as stack:
         for i, cell in enumerate(model.model.cells):
             layer: Any = cell.layer
+            name: Any = cell.call.recurrent
             hook = partial(before, i)
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if name is not None:
+                keeper, enter = layer.get_submodule(name), partial(carry, i)
+                stack.callback(keeper.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(keeper.register_forward_hook(cut).remove)
             stack.callback(layer.register_forward_hook(after).remove)
         out = backbone.base_model(inputs_embeds=row[None], use_cache=False)
     return outs, out[0][0][at_text]

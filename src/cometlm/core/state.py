@@ -1,4 +1,4 @@
-"""What a layer carries from step to step, as a value: its memory and its open chunk."""
+"""What a layer carries from step to step, as a value: its memory, its open chunk, its own state."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cometlm.backbones.calling import KeyValue
+from cometlm.backbones.recurrence import OwnState
 from cometlm.config import CometConfig
 from cometlm.core.layout import RowCounts
 from cometlm.core.memory import LayerMemory
@@ -38,15 +39,24 @@ class OpenChunk:
 
 @dataclass(frozen=True)
 class LayerState:
-    """Everything one layer carries: its memory, and its open chunk if there is one."""
+    """Everything one layer carries.
+
+    Attributes:
+        memory: what it remembers of closed chunks.
+        open: the open chunk, if there is one.
+        own: the state that the layer itself carries from item to item, by name, [B, …] each:
+            of all layers but convolutions, scans and linear attention, nothing.
+    """
 
     memory: LayerMemory = field(default_factory=LayerMemory)
     open: OpenChunk | None = None
+    own: OwnState = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
-        return self.memory.nbytes + (0 if self.open is None else self.open.nbytes)
+        own = sum(x.nbytes for x in self.own.values())
+        return self.memory.nbytes + own + (0 if self.open is None else self.open.nbytes)
 
     def select(
         self, rows: Sequence[int], counts: Sequence[RowCounts], config: CometConfig
@@ -63,9 +73,10 @@ class LayerState:
         state = _rows_of(state, rows) if folded and state is not None else None
         blocks = _clip([_rows_of(block, rows) for block in self.memory.entries], entries)
         memory = LayerMemory(state, blocks)
+        own = {name: _rows_of(x, rows) for name, x in self.own.items()}
         items = max(row.items for row in counts)
         if self.open is None or items == 0:
-            return LayerState(memory)
+            return LayerState(memory, own=own)
         slots = entries + (config.global_slots if folded else 0)
         read = self.open.memory
         if read is not None:
@@ -73,7 +84,7 @@ class LayerState:
         chunk = KeyValue(*(_rows_of(x, rows)[:, :, :items] for x in self.open.chunk))
         compressions = max(row.compressions for row in counts)
         pending = _clip([_rows_of(block, rows) for block in self.open.pending], compressions)
-        return LayerState(memory, OpenChunk(read, chunk, pending))
+        return LayerState(memory, OpenChunk(read, chunk, pending), own)
 
 
 def join_layers(layers: Sequence[LayerState]) -> LayerState:
@@ -87,15 +98,16 @@ def join_layers(layers: Sequence[LayerState]) -> LayerState:
     memory = LayerMemory(
         _stacked([memory.state for memory in memories], 1), () if entries is None else (entries,)
     )
+    own = _joined_states([layer.own for layer in layers])
     chunks = [layer.open for layer in layers if layer.open is not None]
     if not chunks:
-        return LayerState(memory)
+        return LayerState(memory, own=own)
     assert len(chunks) == len(layers), "a row with an open chunk goes with others of them"
     read = _stacked_pairs([chunk.memory for chunk in chunks])
     chunk = _stacked_pairs([chunk.chunk for chunk in chunks])
     assert chunk is not None
     pending = _stacked([_whole(one.pending) for one in chunks], 1)
-    return LayerState(memory, OpenChunk(read, chunk, () if pending is None else (pending,)))
+    return LayerState(memory, OpenChunk(read, chunk, () if pending is None else (pending,)), own)
 
 
 States = tuple[LayerState, ...]
@@ -128,11 +140,12 @@ def map_tensors(states: States, change: Callable[[Tensor], Tensor]) -> States:
     def one(old: LayerState) -> LayerState:
         state = None if old.memory.state is None else change(old.memory.state)
         memory = LayerMemory(state, tuple(map(change, old.memory.entries)))
+        own = {name: change(x) for name, x in old.own.items()}
         if old.open is None:
-            return LayerState(memory)
+            return LayerState(memory, own=own)
         chunk = KeyValue(change(old.open.chunk.key), change(old.open.chunk.value))
         pending = tuple(map(change, old.open.pending))
-        return LayerState(memory, OpenChunk(pair(old.open.memory), chunk, pending))
+        return LayerState(memory, OpenChunk(pair(old.open.memory), chunk, pending), own)
 
     return tuple(map(one, states))
 
@@ -161,6 +174,15 @@ def _stacked_pairs(pairs: Sequence[KeyValue | None]) -> KeyValue | None:
     keys = _stacked([None if pair is None else pair.key for pair in pairs], 2)
     values = _stacked([None if pair is None else pair.value for pair in pairs], 2)
     return None if keys is None or values is None else KeyValue(keys, values)
+
+
+def _joined_states(rows: Sequence[OwnState]) -> OwnState:
+    """Own states [1, …] of rows as those of a batch; zeros are those of a row without any."""
+    some = next((row for row in rows if row), {})
+    return {
+        name: torch.cat([row[name] if row else torch.zeros_like(x) for row in rows])
+        for name, x in some.items()
+    }
 
 
 def _stacked(rows: Sequence[Tensor | None], dim: int) -> Tensor | None:

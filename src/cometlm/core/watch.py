@@ -61,33 +61,36 @@ class _Sums:
     Attributes:
         sums: on the CPU, or on their way there.
         event: says when they are there; None: they are.
-        layers: how many.
+        layers: which layer each is of.
         chunk: which chunk, from 0 on.
     """
 
     sums: Tensor
     event: torch.Event | None
-    layers: int
+    layers: tuple[int, ...]
     chunk: int
 
     @classmethod
     def of(cls, states: States, layout: ChunkLayout) -> _Sums | None:
         """Sum what this chunk wrote: one pass, in which nothing of the memory's size is made."""
         parts: list[Tensor] = []
-        for state in states:
-            written = (state.memory.state, *state.memory.entries[-1:])
-            parts.extend(x.detach().sum(dtype=torch.float32) for x in written if x is not None)
+        layers: list[int] = []
+        for i, state in enumerate(states):
+            written = (state.memory.state, *state.memory.entries[-1:], *state.own.values())
+            found = [x.detach().sum(dtype=torch.float32) for x in written if x is not None]
+            parts += found
+            layers += [i] * len(found)
         if not parts:
             return None
         sums = torch.stack([part.to(parts[0].device) for part in parts])
         chunk = max(row.folds for row in layout.rows)
         if sums.device.type == "cpu":
-            return cls(sums, None, len(states), chunk)
+            return cls(sums, None, tuple(layers), chunk)
         event = torch.Event(sums.device)
         there = torch.empty(sums.shape, dtype=sums.dtype, device="cpu", pin_memory=True)
         there.copy_(sums, non_blocking=True)
         event.record(torch.accelerator.current_stream(sums.device))
-        return cls(there, event, len(states), chunk)
+        return cls(there, event, tuple(layers), chunk)
 
     def check(self) -> None:
         """Look at them; waits for them alone.
@@ -97,10 +100,9 @@ class _Sums:
         """
         if self.event is not None:
             self.event.synchronize()
-        per_layer = len(self.sums) // self.layers
-        for i, total in enumerate(self.sums.tolist()):
+        for layer, total in zip(self.layers, self.sums.tolist(), strict=True):
             if not math.isfinite(total):
                 raise FloatingPointError(
-                    f"the memory of layer {i // per_layer} is not finite (NaN or infinite) after "
+                    f"the memory of layer {layer} is not finite (NaN or infinite) after "
                     f"chunk {self.chunk}; the cache given to this call is unharmed"
                 )

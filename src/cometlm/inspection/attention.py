@@ -101,8 +101,12 @@ _SEE: ContextVar[Callable[[nn.Module, LayerAttention], None] | None] = ContextVa
 
 @contextmanager
 def watching(model: CometForCausalLM, see: See) -> Iterator[None]:
-    """Call `see(layer, attention)` after each layer's attention, in this thread."""
-    layers = {id(cell.attention): i for i, cell in enumerate(_cells(model))}
+    """Call `see(layer, attention)` after each layer's attention, in this thread.
+
+    Layers that do not attend are not counted.
+    """
+    attending = [cell for cell in _cells(model) if cell.attends]
+    layers = {id(cell.attention): i for i, cell in enumerate(attending)}
     token = _SEE.set(lambda module, attention: see(layers[id(module)], attention))
     try:
         with attending_by(model._backbone, NAME):

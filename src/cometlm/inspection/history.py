@@ -7,7 +7,8 @@ later ones. An entry of temporary memory was compressed from some tokens of one 
 The shares say where content came in, not where it was first read: a readout token sees the memory
 too, and can write again what an earlier chunk said.
 
-Legend: L layers, M global slots, H heads, T passages, P parts of the row (`attention.PARTS`).
+Legend: L layers that attend, M global slots, H heads, T passages, P parts of the row
+(`attention.PARTS`).
 """
 
 from __future__ import annotations

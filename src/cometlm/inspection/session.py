@@ -35,7 +35,8 @@ class InspectedSession(Session):
 
     def __init__(self, model: CometForCausalLM, tokenizer: Any = None) -> None:
         super().__init__(model, tokenizer)
-        self.history = History.empty(len(model.model.cells), model.config.comet_config.global_slots)
+        layers = len(model.model.layers_with_memory)
+        self.history = History.empty(layers, model.config.comet_config.global_slots)
         self.latest: SeenChunk | None = None
         self._log = TokenLog()
 
@@ -52,7 +53,8 @@ class InspectedSession(Session):
         (row,) = session._cache.rows
         heads = int(model.config.backbone_config.num_attention_heads)
         sizes = model.config.comet_config
-        session.history = History.unseen(len(model.model.cells), heads, row, sizes)
+        layers = len(model.model.layers_with_memory)
+        session.history = History.unseen(layers, heads, row, sizes)
         session._log = TokenLog(session.history.end)
         return session
 
@@ -151,11 +153,11 @@ class InspectedSession(Session):
     def _gates(self, before: States, candidates: Sequence[Tensor]) -> Tensor:
         """Share of the old state that each slot has kept [L, M]."""
         if not self.model.config.comet_config.global_memory:
-            return torch.zeros(len(before), 0)
+            return torch.zeros(len(self.model.model.layers_with_memory), 0)
         gates = []
-        for i, (layer, candidate) in enumerate(zip(before, candidates, strict=True)):
+        for i, candidate in zip(self.model.model.layers_with_memory, candidates, strict=True):
             weights: Any = self.model.model.comet.layers[i]
-            old = layer.memory.state
+            old = before[i].memory.state
             kept = torch.zeros(1, candidate.shape[1], 1)
             if old is not None:
                 kept = weights.global_memory.share_kept(old, candidate).float().cpu()

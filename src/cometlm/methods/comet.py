@@ -94,12 +94,15 @@ def _within(loader: Loader, nbytes: int) -> CometForCausalLM:
 
 @torch.no_grad()
 def _bytes_of_memory(model: CometForCausalLM) -> tuple[int, int]:
-    """Bytes of global memory and of one slot of temporary memory, found by reading one token."""
+    """Bytes of global memory, with layers' own states, and of one slot of temporary memory.
+
+    They are found by reading one token.
+    """
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     out = model.model(ids, use_cache=True, chunk_lengths=[[1]], close_last=True, hidden_to_keep=1)
-    memory = [layer.memory for layer in out.past_key_values.layers]
-    state = sum(layer.state.nbytes for layer in memory if layer.state is not None)
-    return state, sum(layer.nbytes for layer in memory) - state
+    cache = out.past_key_values
+    entry = sum(block.nbytes for layer in cache.layers for block in layer.memory.entries)
+    return cache.nbytes - entry, entry
 
 
 class CometReader(Reader):

@@ -22,10 +22,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from cometlm.backbones.recurrence import OwnState
 from cometlm.config import CometConfig
 from cometlm.core.cell import Cell
 from cometlm.core.layout import ChunkLayout
-from cometlm.core.memory import LayerMemory, LayerMemoryWeights
+from cometlm.core.memory import LayerMemory
 from cometlm.core.state import LayerState, States
 from cometlm.core.walk import walk_by_layer
 from cometlm.parallel.blocks import balanced
@@ -57,13 +58,17 @@ class Wave:
     left: Neighbour | None
     ties: list[Tensor] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._grid = self.model.grid(self.first.max_positions)
+        self._own: dict[int, OwnState] = {}
+
     def incoming(self) -> Iterator[LayerState]:
         """Each layer's memory before the block, when its turn comes."""
         assert self.left is not None
         for i in range(len(self.model.cells)):
             got = receive(self.left, self.specs(i), memory_at(i, self.block.start))
             self.ties.extend(got)
-            yield self.state_of(got)
+            yield self.state_of(i, got)
 
     def outgoing(self, right: Neighbour | None) -> Callable[[LayerState], LayerState]:
         """What sends each layer's memory on, one after the other."""
@@ -84,29 +89,42 @@ class Wave:
         """What travels of a layer's memory."""
         memory = after.memory
         tensors = [] if memory.state is None else [memory.state]
-        return [*tensors, torch.cat(memory.entries, dim=1)] if memory.entries else tensors
+        tensors += [torch.cat(memory.entries, dim=1)] if memory.entries else []
+        return tensors + list(after.own.values())
 
-    def state_of(self, tensors: Sequence[Tensor]) -> LayerState:
-        """A layer's memory of what has travelled."""
-        parts = list(tensors)
-        state = parts.pop(0) if self.sizes.global_memory else None
-        return LayerState(LayerMemory(state, tuple(parts)))
+    def state_of(self, i: int, tensors: Sequence[Tensor]) -> LayerState:
+        """Layer i's memory of what has travelled."""
+        parts, names = list(tensors), list(self.own_like(i))
+        own = dict(zip(names, parts[len(parts) - len(names) :], strict=True))
+        parts = parts[: len(parts) - len(names)]
+        state = parts.pop(0) if self._grid.weights[i].global_memory is not None else None
+        return LayerState(LayerMemory(state, tuple(parts)), own=own)
+
+    def own_like(self, i: int) -> OwnState:
+        """A state of layer i's own, in shape and dtype."""
+        if i not in self._own:
+            width, rotary = int(self.model.config.hidden_size), self._grid.rotary[i]
+            place, cell = rotary[0].device, self._grid.cells[i]
+            item = torch.zeros(len(self.first.rows), 1, width, device=place, dtype=self.model.dtype)
+            self._own[i] = cell.own_like(item, rotary)
+        return self._own[i]
 
     def specs(self, i: int) -> list[TensorSpec]:
         """What travels of layer i's memory before the block."""
-        cell = cast("Cell", self.model.cells[i])
+        cell, weights = self._grid.cells[i], self._grid.weights[i]
         first, sizes = self.first, self.sizes
         batch, width = len(first.rows), int(self.model.config.hidden_size)
-        memory = cast("LayerMemoryWeights", self.model.comet.layers[i]).global_memory
+        memory = weights.global_memory
         specs = []
         if memory is not None:
             norm = memory.norm.weight
             specs.append(TensorSpec((batch, sizes.readout_tokens, width), norm.dtype, norm.device))
-        if first.temporary_width:
+        if first.temporary_width and weights.temporary_memory is not None:
             shape = (batch, first.temporary_width, cell.entry_width)
             place = next(cell.parameters()).device
             specs.append(TensorSpec(shape, self.model.dtype, place))
-        return specs
+        own = self.own_like(i).values()
+        return specs + [TensorSpec(tuple(x.shape), x.dtype, x.device) for x in own]
 
 
 class Pipeline:
@@ -151,6 +169,12 @@ class Pipeline:
             raise ValueError(
                 "an observer's probes are passes that not every rank makes, which sharded weights "
                 "need: train it without shard_weights"
+            )
+        if sharded and any(cell.call.cache is not None for cell in _cells(model)):
+            raise ValueError(
+                "layers with a state of their own (convolutions, scans, linear attention) cannot "
+                "be sharded where ranks share a sample: train without shard_weights, or without "
+                "chunk_parallel"
             )
         self.flush()  # what the last call sent is there, or this says who is lost
         layouts = list(call.layouts())
@@ -222,6 +246,10 @@ class Pipeline:
             )
         following = places[self.place + 1] if self.place + 1 < self.ranks else range(0)
         return places[self.place], len(following) > 0
+
+
+def _cells(model: CometModel) -> Sequence[Cell]:
+    return cast("Sequence[Cell]", model.cells)
 
 
 def memory_at(layer: int, chunk: int) -> str:

@@ -97,7 +97,7 @@ class SharedSession(Session):
                 tensors = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in specs]
             for tensor in tensors:
                 dist.broadcast(tensor, dist.get_global_rank(self._group, owner), self._group)
-            states.append(wave.state_of(tensors))
+            states.append(wave.state_of(i, tensors))
         self._right.flush()
         return tuple(states)
 

@@ -143,7 +143,8 @@ class _Bench:
         self.states: Sequence[LayerState] = cache.layers
         width = (1, self.layout.items[0], model.config.hidden_size)
         self.hidden = torch.randn(width, generator=rng).to(model.device, model.dtype)
-        self.memory_bytes = sum(x.nbytes for x in tensors_of(self.states[:1]))
+        self.first = model.model.layers_with_memory[0]
+        self.memory_bytes = sum(x.nbytes for x in tensors_of((self.states[self.first],)))
         self.text = ids[:, : sizes.chunk_size]
         self.labelled = sizes.chunk_size if labelled is None else labelled
 
@@ -158,7 +159,7 @@ class _Bench:
         return forward / count, backward / count, self._timed(self._head)[1]
 
     def kept_bytes(self) -> float:
-        """What autograd keeps of the first cell, weights left out."""
+        """What autograd keeps of the first cell with a memory, weights left out."""
         kept: dict[int, int] = {}
         own = {p.data_ptr() for p in self.model.parameters()}
 
@@ -168,7 +169,7 @@ class _Bench:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            out = self._cell(0)
+            out = self._cell(self.first)
         del out
         return float(sum(kept.values()))
 

@@ -1,7 +1,8 @@
 """The session file: safetensors with one JSON document as metadata, and nothing that runs.
 
-Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemory` holds them, and
-`open` [n], the token ids of the open chunk, its overlap among them. The document (metadata key
+Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemory` holds them,
+`own.{layer}.{name}` as `LayerState` holds a layer's own state, and `open` [n], the token ids of the
+open chunk, its overlap among them. The document (metadata key
 `cometlm`) says the rest: chunks folded, the end of the text that is not tokenised yet, which
 weights and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
 and lengths against the file before anything is allocated; what it cannot know is checked here,
@@ -17,7 +18,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +35,6 @@ from cometlm.checkpoints.source import kind_of
 from cometlm.config import CometConfig
 from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.core.cell import Cell
 from cometlm.core.layout import RowCounts
 from cometlm.core.memory import LayerMemory
 from cometlm.core.state import LayerState
@@ -112,6 +112,7 @@ def save(
             tensors[f"state.{i}"] = layer.memory.state
         if layer.memory.entries:
             tensors[f"entries.{i}"] = torch.cat(layer.memory.entries, dim=1)
+        tensors |= {f"own.{i}.{name}": x for name, x in layer.own.items()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {_KEY: json.dumps(document)}
     if notes is not None:
@@ -352,14 +353,19 @@ def _wanted(model: CometForCausalLM, row: RowCounts) -> dict[str, tuple[tuple[in
     wanted: dict[str, tuple[tuple[int, ...], str]] = {"open": ((-1,), "I64")}
     if row.folds == 0:
         return wanted
-    for i, cell in enumerate(model.model.cells):
-        memory: Any = model.model.comet.layers[i]
-        if sizes.global_memory:
+    grid = model.model.grid(sizes.row_length)
+    item = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
+    for i, (cell, weights, rotary) in enumerate(
+        zip(grid.cells, grid.weights, grid.rotary, strict=True)
+    ):
+        if weights.global_memory is not None:
             shape = (1, sizes.readout_tokens, model.config.hidden_size)
-            wanted[f"state.{i}"] = (shape, _NAMES[memory.global_memory.norm.weight.dtype])
-        if sizes.temporary_memory:
-            shape = (1, row.entries, cast("Cell", cell).entry_width)
-            wanted[f"entries.{i}"] = (shape, _NAMES[model.dtype])
+            wanted[f"state.{i}"] = (shape, _NAMES[weights.global_memory.norm.weight.dtype])
+        if weights.temporary_memory is not None:
+            wanted[f"entries.{i}"] = ((1, row.entries, cell.entry_width), _NAMES[model.dtype])
+        own = cell.own_like(item.to(device_of(cell)), rotary)
+        for name, like in own.items():
+            wanted[f"own.{i}.{name}"] = (tuple(like.shape), _NAMES[like.dtype])
     return wanted
 
 
@@ -391,8 +397,11 @@ def _layer(file: Any, model: CometForCausalLM, i: int, wanted: Mapping[str, Any]
         # In memory of its own: products round by how a tensor is aligned, in a file by its header.
         return file.get_tensor(name).clone().to(device)
 
-    entries = tensor(f"entries.{i}")
-    return LayerState(LayerMemory(tensor(f"state.{i}"), () if entries is None else (entries,)))
+    entries, of_own = tensor(f"entries.{i}"), f"own.{i}."
+    memory = LayerMemory(tensor(f"state.{i}"), () if entries is None else (entries,))
+    names = [name for name in wanted if name.startswith(of_own)]
+    own = {name.removeprefix(of_own): x for name in names if (x := tensor(name)) is not None}
+    return LayerState(memory, own=own)
 
 
 def _check(path: object, document: Any) -> None:
