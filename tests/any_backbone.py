@@ -30,6 +30,7 @@ from tests.tiny import SMALL, error, random_ids, scramble
 
 MODEL_TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {"cometlm"})  # transformers' own
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
+END = "<!-- end -->\n"
 COUNT = 43  # tokens: three chunks and a rest
 _MOST_WEIGHTS = 4_000_000
 # What configs and models raise at sizes that they were not made for.
@@ -129,26 +130,40 @@ def tiny(model_type: str) -> PreTrainedModel:
     Raises:
         CannotBuildError: says why.
     """
-    why = "it has no config"
     text = _text_half(model_type)
     if text is not None:
         raise CannotBuildError(f"multimodal; its text half is `{text}`")
-    for config in configs(model_type):
+    return built(AutoModelForCausalLM, configs(model_type), _MOST_WEIGHTS)
+
+
+def built(auto: Any, candidates: Iterator[Any], most: int) -> PreTrainedModel:
+    """A random model in float64, of the first config that makes one that runs.
+
+    Args:
+        auto: transformers' class that makes models of configs.
+        candidates: configs, or why one cannot be made.
+        most: weights that it may have.
+
+    Raises:
+        CannotBuildError: says why the last could not be used.
+    """
+    why = "it has no config"
+    for config in candidates:
         if isinstance(config, Exception):
             why = first_line(config)
             continue
         try:
             config._experts_implementation = "eager"  # the grouped kernels have no float64
             with torch.device("meta"):
-                weights = AutoModelForCausalLM.from_config(config).num_parameters()
-            if weights > _MOST_WEIGHTS:
+                weights = auto.from_config(config).num_parameters()
+            if weights > most:
                 why = f"{weights / 1e6:.0f} million weights are left of it"
                 continue
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config).double().eval()
+            model: PreTrainedModel = auto.from_config(config).double().eval()
             scramble(model, 0.3)
             with torch.no_grad():
-                model(torch.tensor([[5, 6, 7, 8]]), use_cache=False)
+                model(input_ids=torch.tensor([[5, 6, 7, 8]]), use_cache=False)
         except FAILURES as problem:
             why = first_line(problem)
             continue
@@ -343,17 +358,32 @@ def _remarks(model: Any) -> str:
 
 def tables(found: list[Outcome]) -> str:
     """The two tables of the page."""
+    return two_tables(
+        found,
+        "Of {all} model types, **{fit} attach**:",
+        "The other {rest} do not, could not be built tiny, or read images too (above); `attach` "
+        "names the layer and the reason:",
+    )
+
+
+def two_tables(found: list[Outcome], fitting: str, others: str) -> str:
+    """Which attach, and why the others do not.
+
+    Args:
+        fitting: stands above the one table, with `{all}`, `{fit}` and `{rest}` for counts.
+        others: stands above the other.
+    """
     fit = [one for one in found if one.attaches]
     rest = [one for one in found if not one.attaches]
+    counts = {"all": len(found), "fit": len(fit), "rest": len(rest)}
     lines = [
-        f"Of {len(found)} model types, **{len(fit)} attach**:",
+        fitting.format(**counts),
         "",
         "| model type | what its layers ask for |",
         "|---|---|",
         *(f"| `{one.model_type}` | {one.remarks} |" for one in fit),
         "",
-        f"The other {len(rest)} do not, could not be built tiny, or read images too (above); "
-        "`attach` names the layer and the reason:",
+        others.format(**counts),
         "",
         "| model type | why |",
         "|---|---|",
@@ -362,22 +392,37 @@ def tables(found: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-MARK = "<!-- made by python -m tests.any_backbone -->\n"
+BEGIN = "<!-- made by python -m tests.any_backbone -->\n"
 
 
-def main() -> None:
-    """Write the page's tables."""
+def walk(
+    types: list[str],
+    look: Callable[[str], Outcome],
+    table: Callable[[list[Outcome]], str],
+    begin: str,
+) -> None:
+    """Look at the types that the command line names, or at all, and write their table.
+
+    Args:
+        begin: the line of the page after which it stands; it goes on to `END`.
+    """
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     found = []
-    for model_type in sys.argv[1:] or MODEL_TYPES:
-        one = outcome(model_type)
+    for model_type in sys.argv[1:] or types:
+        one = look(model_type)
         print(model_type, one.attaches, one.why, *one.figures, one.remarks, flush=True)
         found.append(one)
     if not sys.argv[1:]:
-        text = PAGE.read_text(encoding="utf-8").split(MARK)[0]
-        PAGE.write_text(text + MARK + "\n" + tables(found), encoding="utf-8")
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+        after = rest.partition(END)[2]
+        PAGE.write_text(f"{before}{begin}\n{table(found)}\n{END}{after}", encoding="utf-8")
+
+
+def written(begin: str) -> str:
+    """What stands on the page for what `walk` would write."""
+    return PAGE.read_text(encoding="utf-8").partition(begin)[2].partition(END)[0]
 
 
 if __name__ == "__main__":
-    main()
+    walk(MODEL_TYPES, outcome, tables, BEGIN)

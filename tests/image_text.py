@@ -6,23 +6,17 @@ it for language models: types are transformers' own, and configs are shrunk by t
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests import any_backbone
-from tests.any_backbone import FAILURES, PAGE, CannotBuildError, Outcome, first_line
-from tests.tiny import scramble
+from tests.any_backbone import FAILURES, CannotBuildError, Outcome
 
 MODEL_TYPES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 BEGIN = "<!-- made by python -m tests.image_text -->\n"
-END = "<!-- end -->\n"
 _MOST_WEIGHTS = 20_000_000
 
 # Fields of towers for images and sound, which are built and not run.
@@ -44,28 +38,7 @@ def tiny(model_type: str) -> PreTrainedModel:
     Raises:
         CannotBuildError: says why.
     """
-    why = "it has no config"
-    for config in _configs(model_type):
-        if isinstance(config, Exception):
-            why = first_line(config)
-            continue
-        try:
-            config._experts_implementation = "eager"  # the grouped kernels have no float64
-            with torch.device("meta"):
-                weights = AutoModelForImageTextToText.from_config(config).num_parameters()
-            if weights > _MOST_WEIGHTS:
-                why = f"{weights / 1e6:.0f} million weights are left of it"
-                continue
-            torch.manual_seed(0)
-            model = AutoModelForImageTextToText.from_config(config).double().eval()
-            scramble(model, 0.3)
-            with torch.no_grad():
-                model(input_ids=torch.tensor([[5, 6, 7, 8]]), use_cache=False)
-        except FAILURES as problem:
-            why = first_line(problem)
-            continue
-        return model
-    raise CannotBuildError(why)
+    return any_backbone.built(AutoModelForImageTextToText, _configs(model_type), _MOST_WEIGHTS)
 
 
 def _configs(model_type: str) -> Iterator[Any]:
@@ -122,40 +95,13 @@ def outcome(model_type: str) -> Outcome:
 
 def table(found: list[Outcome]) -> str:
     """The table of the page."""
-    fit = [one for one in found if one.attaches]
-    rest = [one for one in found if not one.attaches]
-    lines = [
-        f"Of {len(found)} types of image-text models, the language models of **{len(fit)}** get a "
-        "memory:",
-        "",
-        "| model type | what its layers ask for |",
-        "|---|---|",
-        *(f"| `{one.model_type}` | {one.remarks} |" for one in fit),
-        "",
-        f"Those of the other {len(rest)} do not, or the model could not be built tiny or reads no "
-        "text without an image:",
-        "",
-        "| model type | why |",
-        "|---|---|",
-        *(f"| `{one.model_type}` | {one.why.replace('|', '/')} |" for one in rest),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    """Write the page's table."""
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    found = []
-    for model_type in sys.argv[1:] or MODEL_TYPES:
-        one = outcome(model_type)
-        print(model_type, one.attaches, one.why, *one.figures, one.remarks, flush=True)
-        found.append(one)
-    if not sys.argv[1:]:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}", encoding="utf-8")
+    return any_backbone.two_tables(
+        found,
+        "Of {all} types of image-text models, the language models of **{fit}** get a memory:",
+        "Those of the other {rest} do not, or the model could not be built tiny or reads no text "
+        "without an image:",
+    )
 
 
 if __name__ == "__main__":
-    main()
+    any_backbone.walk(MODEL_TYPES, outcome, table, BEGIN)

@@ -16,7 +16,7 @@ from cometlm.backbones.watching import UnsupportedBackboneError
 from cometlm.core.recompute import Recomputation
 from cometlm.core.reference import reference_logits
 from cometlm.core.training_plan import TrainingPlan
-from tests.any_backbone import MARK, MODEL_TYPES, PAGE, outcome, tables, tiny
+from tests.any_backbone import BEGIN, MODEL_TYPES, outcome, tables, tiny, written
 from tests.tiny import SMALL, error, random_ids, refused, scramble
 
 LIMITS = {"logits": 1e-6, "gradients": 1e-5, "pieces": 1e-6, "ragged": 1e-6, "detached": 0.0}
@@ -78,7 +78,7 @@ def test_the_whole_registry():
         check(one)
     assert len(fit) >= AT_LEAST
     if transformers.__version__.startswith("5.24."):
-        assert tables(found).strip() == PAGE.read_text(encoding="utf-8").split(MARK)[1].strip()
+        assert tables(found).strip() == written(BEGIN).strip()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from transformers import AutoModelForImageTextToText
 
 import cometlm
 from cometlm import Session
-from tests.any_backbone import PAGE
-from tests.image_text import BEGIN, END, MODEL_TYPES, outcome, table, tiny
+from tests.any_backbone import written
+from tests.image_text import BEGIN, MODEL_TYPES, outcome, table, tiny
 from tests.test_any_backbone import check
 from tests.tiny import SMALL, error, random_ids, refused, scramble
 
@@ -52,8 +52,7 @@ def test_the_whole_registry():
         check(one)
     assert len(fit) >= AT_LEAST
     if transformers.__version__.startswith("5.24."):
-        written = PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
-        assert table(found).strip() == written.strip()
+        assert table(found).strip() == written(BEGIN).strip()
 
 
 def test_the_class_that_gets_the_memory_is_named():
