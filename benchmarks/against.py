@@ -1,12 +1,14 @@
 """Is this tree as fast as another commit? Reading and decoding, in pairs of processes.
 
-    python benchmarks/against.py REVISION [--model smollm2] [--pairs 4] [--tokens 4000] [--new 80]
+    python benchmarks/against.py REVISION [--transformers 5.23.0] [--model smollm2] [--pairs 4]
+                                 [--tokens 4000] [--new 80]
 
-Each pair runs the other commit's sources and these, one after the other, in this environment;
+Each pair runs the other commit's sources and these, one after the other, in this environment, or
+the other commit beside another transformers, which pip fetches into a folder for the while;
 which comes first changes from pair to pair, since a machine's speed drifts, and of some rounds
 the fastest counts, since a machine has other things to do. What is printed, and
-written to out/against.json, is how many times as fast these are: the median of the pairs' ratios,
-and all of them. 1.00 is alike. Weights are packed where a tree can. With one thread
+written to out/against.json, is what share of the other's time these take: the median of the pairs'
+ratios, and all of them. 1.00 is alike. Weights are packed where a tree can. With one thread
 (OMP_NUM_THREADS=1) the process's own time counts, which other work on the machine disturbs less.
 """
 
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from common import argument_parser, machine, write
 
@@ -54,6 +57,7 @@ def main() -> None:
     """Measure and print."""
     parser = argument_parser(__doc__)
     parser.add_argument("revision", help="a commit or a tag to compare with")
+    parser.add_argument("--transformers", metavar="VERSION", help="for the other commit")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4000, help="that are read")
@@ -61,42 +65,61 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="of which the fastest counts")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        other = Path(folder) / "tree"
-        git("worktree", "add", "--detach", str(other), args.revision)
+        tree, packages = Path(folder) / "tree", Path(folder) / "packages"
+        if args.transformers:
+            install(f"transformers=={args.transformers}", packages)
+        git("worktree", "add", "--detach", str(tree), args.revision)
         try:
+            other = Tree(tree, packages)
             pairs = [measured_pair(other, args, number) for number in range(args.pairs)]
         finally:
-            git("worktree", "remove", "--force", str(other))
+            git("worktree", "remove", "--force", str(tree))
     ratios = {
-        name: sorted(theirs[name] / ours[name] for theirs, ours in pairs)
+        name: sorted(ours[name] / theirs[name] for theirs, ours in pairs)
         for name in ("reading", "decoding")
     }
     for name, values in ratios.items():
         shown = " ".join(f"{value:.3f}" for value in values)
         print(
-            f"{name:<9}{statistics.median(values):.3f} times as fast as {args.revision}  ({shown})"
+            f"{name:<9}takes {statistics.median(values):.3f} of {args.revision}'s time  ({shown})"
         )
     result = {"revision": args.revision, "ratios": ratios, "seconds": pairs, "machine": machine()}
     write("against", result)
 
 
+class Tree(NamedTuple):
+    """Sources, and packages that go before the environment's."""
+
+    path: Path
+    packages: Path | None = None
+
+
 def measured_pair(
-    other: Path, args: argparse.Namespace, number: int
+    other: Tree, args: argparse.Namespace, number: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of the other sources and of these."""
-    trees = [other, ROOT]
+    trees = [other, Tree(ROOT)]
     found = {tree: measured(tree, args) for tree in (trees if number % 2 else trees[::-1])}
-    return found[other], found[ROOT]
+    return found[trees[0]], found[trees[1]]
 
 
-def measured(tree: Path, args: argparse.Namespace) -> dict[str, float]:
+def measured(tree: Tree, args: argparse.Namespace) -> dict[str, float]:
     """Seconds of one tree's sources, in a process of its own."""
     sizes = map(str, (args.tokens, args.new, args.rounds))
     command = [sys.executable, "-c", MEASURE, args.model, *sizes]
-    environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
-    done = subprocess.run(command, env=environment, cwd=tree, stdout=subprocess.PIPE, check=True)
+    places = [tree.path / "src", *([tree.packages] if tree.packages else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
+    done = subprocess.run(
+        command, env=environment, cwd=tree.path, stdout=subprocess.PIPE, check=True
+    )
     seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return seconds
+
+
+def install(package: str, folder: Path) -> None:
+    """Fetch one package, without what it depends on, into a folder."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--target", str(folder), package], check=True)
 
 
 def git(*arguments: str) -> None:
