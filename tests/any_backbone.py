@@ -243,12 +243,13 @@ class Wide(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call a function of torch."""
-        kind = args[0].dtype if args and isinstance(args[0], Tensor) else None
-        wide = kind == torch.float64
-        if func is Tensor.float and kind in (torch.float64, torch.int64):  # positions are int64
-            return args[0].double()
+        wide = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args)
+        if wide and func is Tensor.float:
+            return args[0]
         if wide and func in (Tensor.to, Tensor.type):
             args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        if wide and func is Tensor.matmul:  # rotary tables: some are kept in float32
+            args = tuple(x.double() for x in args)
         return func(*args, **(kwargs or {}))
 
 

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from cometlm.tasks.base import Question, Sample, Split
-from cometlm.tasks.names import ADJECTIVES, FAMILIES, PEOPLE, THINGS, TOWNS
+from cometlm.tasks.names import ADJECTIVES, FAMILIES, PEOPLE, THINGS, TOWNS, invented
 from cometlm.tasks.scoring import NOT_SAID, exact_found_f1
 from cometlm.tasks.story import (
     StoryTask,
@@ -190,8 +190,9 @@ class Facts(StoryTask):
         return value
 
     def _name(self, rng: random.Random, about: About) -> Name:
-        first, second = _WORDS[about]
-        return rng.choice(first[self.split]), rng.choice(second[self.split])
+        if about == "person":
+            return _word(rng, PEOPLE, self.split), _word(rng, FAMILIES, self.split)
+        return rng.choice(ADJECTIVES[self.split]), rng.choice(THINGS[self.split])
 
     def _twin(self, rng: random.Random, about: About, name: Name, taken: set[str]) -> Name:
         """A new name that differs from this one in a word."""
@@ -286,32 +287,48 @@ def _forms(value: str) -> tuple[str, ...]:
 
 # --- what is said -------------------------------------------------------------------------------
 
-_WORDS = {"person": (PEOPLE, FAMILIES), "thing": (ADJECTIVES, THINGS)}
 # fmt: off
 _MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September",
     "October", "November", "December",
 )
 # fmt: on
-_YEARS = {"train": (1700, 1899), "test": (1900, 1999)}
-_MONEY = {"train": "{} euros", "test": "{} dollars"}
-_LETTERS = {"train": "ABCDEFGHJKLM", "test": "NPQRSTUVWXYZ"}
+# What is the same in all training samples is learned and not read: a currency, a century.
+_YEARS = {"train": (*range(1400, 1900), *range(2000, 2100)), "test": range(1900, 2000)}
+_MONEY = {
+    "train": ("euros", "pounds", "francs", "crowns", "pesos", "rupees", "florins", "roubles"),
+    "test": ("dollars",),
+}
+_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+_LATE = "NPQRSTUVWXYZ"  # both letters of a code in the split for tests
+_INVENTED = 0.4  # share of names of people and towns in training that are made up
 
 
 def _date(rng: random.Random, split: Split) -> str:
-    return f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.randint(*_YEARS[split])}"
+    return f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.choice(_YEARS[split])}"
 
 
 def _price(rng: random.Random, split: Split) -> str:
-    return _MONEY[split].format(rng.randint(11, 9999))
+    number = rng.randint(11, 9999)
+    return f"{number} {_MONEY[split][0] if split == 'test' else rng.choice(_MONEY[split])}"
 
 
 def _code(rng: random.Random, split: Split) -> str:
-    return f"{''.join(rng.choices(_LETTERS[split], k=2))}-{rng.randint(1000, 9999)}"
+    letters = rng.choices(_LATE if split == "test" else _LETTERS, k=2)
+    if split == "train" and set(letters) <= set(_LATE):
+        letters[rng.randrange(2)] = rng.choice("ABCDEFGHJKLM")
+    return f"{''.join(letters)}-{rng.randint(1000, 9999)}"
 
 
 def _place(rng: random.Random, split: Split) -> str:
-    return rng.choice(TOWNS[split])
+    return _word(rng, TOWNS, split)
+
+
+def _word(rng: random.Random, pool: dict[Split, tuple[str, ...]], split: Split) -> str:
+    """A name of a person or a town."""
+    if split == "train" and rng.random() < _INVENTED:
+        return invented(rng)
+    return rng.choice(pool[split])
 
 
 _DRAWN: dict[str, Callable[[random.Random, Split], str]] = {
