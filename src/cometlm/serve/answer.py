@@ -33,7 +33,7 @@ class Order:
         stops: ids that end an answer.
         stop: strings that do.
         count: how many answers.
-        shown: see `Transcript`.
+        shown, last: see `Transcript`.
     """
 
     start: Session
@@ -46,6 +46,7 @@ class Order:
     stop: Sequence[str] = ()
     count: int = 1
     shown: Collection[int] = ()
+    last: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class _Choice:
 
     def __init__(self, index: int, order: Order, writer: Writer) -> None:
         self.index, self.writer = index, writer
-        self.transcript = Transcript(order.start.tokenizer, order.stop, order.shown)
+        self.transcript = Transcript(order.start.tokenizer, order.stop, order.shown, order.last)
         self._stops, self._told = order.stops, 0
 
     def take(self) -> str:
