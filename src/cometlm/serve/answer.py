@@ -223,10 +223,12 @@ class Progress:
     Attributes:
         tokens: of the session, so far.
         session: it, once the document is read; None: it goes on.
+        bytes_read: of the document, about.
     """
 
     tokens: int
     session: Session | None = None
+    bytes_read: int = 0
 
 
 def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None]) -> Work:
@@ -236,12 +238,17 @@ def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None
         ApiError: it is no text in UTF-8, or empty.
     """
     session, told = start.fork(), time.monotonic()
+    before, most = start.stats().tokens, 0
     try:
         for steps in (session.reading(document), session.finish()):
             for stats in steps:
                 if time.monotonic() - told > _SAY_EVERY:
                     told = time.monotonic()
-                    emit(Progress(stats.tokens))
+                    # Text is taken in windows, and run in chunks: of what is taken, what was run.
+                    taken = max(1, session.stats().tokens - before)
+                    share = max(0, stats.tokens - before) / taken
+                    most = max(most, int(document.tell() * share))
+                    emit(Progress(stats.tokens, bytes_read=most))
                 yield ()
     except ValueError as error:
         raise ApiError(str(error), param="file") from error
