@@ -18,7 +18,7 @@ from typing import Any
 
 from common import OUT, argument_parser, machine, write
 from serving_parts import beside, load, together, turns
-from serving_parts.servers import ours, theirs
+from serving_parts.servers import ours, running, theirs
 
 WHAT = ("turns", "together", "load", "beside")
 
@@ -44,7 +44,7 @@ def _parsed() -> argparse.Namespace:
 def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     store, log = folder / "store", folder / "log"
     options = ["--dtype", "float32", "--max-running", "16"] if args.what == "load" else []
-    with ours(args.model, store, log, options) as server:
+    with running(ours(args.model, store, log, options)) as server:
         if args.what == "turns":
             measured = turns.measure(server, args.turns or 200)
             return measured | {"bytes of a session's file": _sizes(store)}
@@ -53,7 +53,7 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if args.what == "load":
             return load.measure(server, args.clients, args.minutes)
         beside.save_backbone(args.model, folder / "backbone")
-        with theirs(folder / "backbone", log) as other:
+        with running(theirs(folder / "backbone", log)) as other:
             both = {"cometlm serve": server, "transformers serve": other}
             return beside.measure(both, args.turns or 100, OUT / "serving-beside.png")
 
