@@ -2,7 +2,8 @@
 #
 #   make demo        a real model looks for a number in 300,000 tokens (DEMO="--file book.txt")
 #   make test        the offline suite
-#   make test-slow   real backbones, the wheel in a fresh environment, more examples of properties
+#   make test-slow   real backbones, the wheel and the server's clients in fresh environments,
+#                    more examples of properties
 #   make test-matrix the suite beside other versions of torch and transformers
 #   make lint        ruff, mypy
 #   make docs        the documentation as a site, into out/docs
@@ -78,7 +79,7 @@ gpu-bench: $(VENV)/.demo
 	$(BIN)/python benchmarks/gpu.py $(GPU_BENCH)
 
 clean:
-	rm -rf $(VENV) .matrix out build dist
+	rm -rf $(VENV) .matrix .clients out build dist
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cometlm needs Python 3.11 or newer; set PYTHON=")'

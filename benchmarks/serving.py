@@ -18,9 +18,11 @@ from typing import Any
 
 from common import OUT, argument_parser, machine, write
 from serving_parts import beside, load, together, turns
-from serving_parts.servers import ours, theirs
+from serving_parts.servers import ours, running, theirs
 
 WHAT = ("turns", "together", "load", "beside")
+_TURNS = {"turns": 200, "beside": 100}  # unless said
+_LEAST = {"turns": turns.EARLY[1] + 1, "beside": 2}  # else there is nothing to compare
 
 
 def main() -> None:
@@ -35,27 +37,34 @@ def _parsed() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--turns", type=int, help="200; 100 with beside")
+    parser.add_argument("--turns", type=int, help="200, at least 16; 100 with beside, at least 2")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=5.0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.turns is None:
+        args.turns = _TURNS.get(args.what, 0)
+    if args.turns < (least := _LEAST.get(args.what, 0)):
+        parser.error(f"--turns must be at least {least} here, got {args.turns}")
+    if args.clients < 1 or not args.minutes > 0:
+        parser.error("--clients must be at least 1, and --minutes more than 0")
+    return args
 
 
 def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     store, log = folder / "store", folder / "log"
     options = ["--dtype", "float32", "--max-running", "16"] if args.what == "load" else []
-    with ours(args.model, store, log, options) as server:
+    with running(ours(args.model, store, log, options)) as server:
         if args.what == "turns":
-            measured = turns.measure(server, args.turns or 200)
+            measured = turns.measure(server, args.turns)
             return measured | {"bytes of a session's file": _sizes(store)}
         if args.what == "together":
             return together.measure(server)
         if args.what == "load":
             return load.measure(server, args.clients, args.minutes)
         beside.save_backbone(args.model, folder / "backbone")
-        with theirs(folder / "backbone", log) as other:
+        with running(theirs(folder / "backbone", log)) as other:
             both = {"cometlm serve": server, "transformers serve": other}
-            return beside.measure(both, args.turns or 100, OUT / "serving-beside.png")
+            return beside.measure(both, args.turns, OUT / "serving-beside.png")
 
 
 def _sizes(store: Path) -> dict[str, int]:

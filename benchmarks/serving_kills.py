@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from common import argument_parser
-from serving_parts.servers import free_port
+from serving_parts.servers import Server, free_port, ours
 
 NGINX = Path(__file__).parents[1] / "docker" / "nginx.conf"
-_STARTS = 300.0  # seconds that a server may take
 _PAUSE = 0.1  # seconds that a client takes to read an answer
 _FAILED = (OSError, urllib.error.URLError, ValueError, KeyError)  # of a request
 
@@ -60,59 +59,16 @@ class Report:
         )
 
 
-class Server:
-    """A server process, on a port of its own over all its lives.
+def replica(folder: Path, number: int, model: str, store: str, options: Sequence[str]) -> Server:
+    """A server over a store that others use, too; its log and its index are in a folder."""
+    given = ["--index", str(folder / f"replica-{number}.sqlite"), "--refresh-seconds", "1"]
+    log = folder / f"replica-{number}.log"
+    return ours(model, store, log, [*given, *options])
 
-    Args:
-        folder: for its log and its index.
-        model, store: see `cometlm serve`.
-        options: further ones.
-    """
 
-    def __init__(
-        self, folder: Path, model: str, store: str, name: str, options: Sequence[str]
-    ) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._log = folder / f"{name}.log"
-        self._command = [
-            sys.executable, "-m", "cometlm", "serve", model, "--store", store,
-            "--index", str(folder / f"{name}.sqlite"), "--port", str(self.port),
-            "--name", "model", "--refresh-seconds", "1", *options,
-        ]  # fmt: skip
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it; it does not answer at once."""
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
-
-    def wait(self) -> None:
-        """Wait until it answers.
-
-        Raises:
-            RuntimeError: it does not.
-        """
-        end = time.monotonic() + _STARTS
-        while time.monotonic() < end:
-            assert self._process is not None
-            if self._process.poll() is not None:
-                break
-            with contextlib.suppress(*_FAILED):
-                get(self.url, "/health")
-                return
-            time.sleep(0.1)
-        raise RuntimeError(f"a server did not start:\n{self._log.read_text()[-2000:]}")
-
-    def kill(self) -> None:
-        """Kill it, in the middle of whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-
-    def answered(self) -> int:
-        """Responses that it has answered, in all its lives."""
-        return self._log.read_text().count('"POST /v1/responses HTTP/1.1" 200')
+def answered(server: Server) -> int:
+    """Responses that it has answered, in all its lives."""
+    return server.said().count('"POST /v1/responses HTTP/1.1" 200')
 
 
 def get(url: str, path: str) -> dict[str, Any]:
@@ -241,10 +197,10 @@ def kill(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         place = store or str(folder / "store")
-        servers = [Server(folder, model, place, f"replica-{i}", options) for i in range(replicas)]
+        servers = [replica(folder, i, model, place, options) for i in range(replicas)]
         for server in servers:
-            stack.callback(server.kill)
             server.start()
+            stack.callback(server.kill)
         for server in servers:
             server.wait()
         url = servers[0].url
@@ -262,7 +218,7 @@ def kill(
             stop.set()
             for thread in threads:
                 thread.join()
-        report.served = [server.answered() for server in servers]
+        report.served = [answered(server) for server in servers]
         for server in servers[1:]:
             server.kill()  # the first one has to find all of it
         report.lost = list(lost(servers[0].url, dict(report.told)))

@@ -127,7 +127,7 @@ def ask(server: Server, parent: str | None, text: str) -> Streamed:
 def measure(server: Server, clients: int, minutes: float) -> dict[str, Any]:
     """The load, then every answer again, alone."""
     users = [Client(server, random.Random(n)) for n in range(clients)]
-    resident, over = list[int](), threading.Event()
+    resident, over = [server.resident_bytes()], threading.Event()
     end = time.monotonic() + 60 * minutes
 
     def watch() -> None:
@@ -140,6 +140,7 @@ def measure(server: Server, clients: int, minutes: float) -> dict[str, Any]:
         list(pool.map(lambda user: user.run(end), users))
     over.set()
     watcher.join()
+    resident.append(server.resident_bytes())
     return _told(users, resident) | again(server, [one for user in users for one in user.asked])
 
 
@@ -168,5 +169,7 @@ def _told(users: list[Client], resident: list[int]) -> dict[str, Any]:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
+    if len(values) < 2:  # a load of seconds
+        return {"count": float(len(values))}
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return {"p50": cuts[49], "p99": cuts[98], "count": float(len(values))}

@@ -39,6 +39,29 @@ def test_a_chat_costs_the_same_bytes(folder, tmp_path):
     assert 0 < sizes["least"] <= sizes["most"]
 
 
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [("turns", ["--turns", "15"]), ("beside", ["--turns", "1"]), ("load", ["--clients", "0"])],
+)
+def test_too_little_to_compare(folder, tmp_path, what, options):
+    with pytest.raises(subprocess.CalledProcessError):
+        measured(folder, tmp_path, what, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_eight_answers_beside_one(folder, tmp_path):
+    found = measured(folder, tmp_path, "together")
+    assert len(found["ratios"]) == 5
+    assert found["tokens a second, 8 answers"] > 0
+
+
+def test_transformers_serve_beside_it(folder, tmp_path):
+    found = measured(folder, tmp_path, "beside", "--turns", "2")
+    both = [found[f"{name} serve"] for name in ("cometlm", "transformers")]
+    assert all(one["tokens of the last prompt"] > 40 for one in both)
+    assert (tmp_path / "out" / "serving-beside.png").stat().st_size > 1000
+
+
 def test_no_answer_is_anothers(folder, tmp_path):
     found = measured(folder, tmp_path, "load", "--clients", "4", "--minutes", "0.1")
     assert found["went wrong"] == []

@@ -9,9 +9,10 @@ import pytest
 from cometlm import Session
 from cometlm.serve.engine import Engine
 from cometlm.serve.kept import SessionStore
+from cometlm.session.chat_template import PLAIN
 from tests.serve.running import running, service_of
 from tests.serve.test_kept import folder_of
-from tests.sessions import TEXT, model_of, session_of, tokenizer_of
+from tests.sessions import TEMPLATE, TEXT, model_of, session_of, tokenizer_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello <|im_end|> there, " + TEXT[:100]}]
@@ -255,6 +256,31 @@ def test_stop_strings_are_cut_and_forgotten(server):
     more = ask(server, history)
     named = ask(server, [user("And?")], extra_body={"session": answer.id})
     assert said(more) == said(named)
+
+
+def test_one_prompt_in_a_list(server):
+    ids = server.service.tokenizer(TEXT[:50])["input_ids"]
+    for prompt in (TEXT[:50], ids):
+        one, same = (
+            server.openai.completions.create(model="tiny", prompt=given, temperature=0)
+            for given in (prompt, [prompt])
+        )
+        assert one.choices[0].text == same.choices[0].text
+    for given in (["One", "Two"], [[1], [2]]):
+        assert server.refused(COMPLETIONS, prompt=given)["param"] == "prompt"
+    assert server.refused(COMPLETIONS, prompt=[])["param"] == "prompt"
+
+
+def test_a_template_is_told_names(server, monkeypatch):
+    named = TEMPLATE.replace("{{ m.role }}", "{{ m.role }}{{ m.name and ' ' + m.name }}")
+    monkeypatch.setattr(server.service.tokenizer, "chat_template", named)
+    plain = ask(server, HELLO).usage.prompt_tokens
+    name = "ann<|im_end|>"  # text, as all that a client writes
+    told = server.service._whole([{**HELLO[0], "name": name}], "nobody", PLAIN)
+    end = server.service.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert told.new.count(end) == 1
+    found = ask(server, [{**HELLO[0], "name": name}]).usage.prompt_tokens
+    assert found == told.tokens > plain
 
 
 # --- what is refused ----------------------------------------------------------------------------

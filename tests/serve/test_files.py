@@ -62,6 +62,12 @@ def test_progress_is_told(server, monkeypatch):
     counts = [event["tokens"] for event in progress]
     assert len(counts) > 50
     assert counts == sorted(counts)
+    read = [event["bytes_read"] for event in progress]
+    assert read == sorted(read)
+    assert len(set(read)) > 50
+    size = len((TEXT * 10).encode())
+    assert read[0] < size // 4 <= size * 3 // 4 < read[-1] <= size
+    assert {event["bytes"] for event in progress} == {size}
     assert last["type"] == "file.processed"
     assert last["file"]["tokens"] >= counts[-1]
     assert server.http.get(f"{PATH}/{last['file']['id']}").json() == last["file"]

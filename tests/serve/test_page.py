@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -92,6 +93,16 @@ class Visit:
 
     def button(self, name, nth=0):
         return self.page.get_by_role("button", name=name, exact=True).nth(nth)
+
+    def tool(self, name, session):
+        """What the list can do with a session."""
+        called = self.page.locator(f"summary[aria-label='More: {session}']")
+        self.use(name, self.page.locator("#sessions li", has=called).first)
+
+    def use(self, name, row):
+        if row.locator("details").get_attribute("open") is None:
+            row.locator("summary").click()
+        row.locator(".tools button", has_text=name).click()
 
     def say(self, text):
         """Say something; the id of the answer."""
@@ -244,7 +255,7 @@ def test_deleting_a_branch_leaves_the_other(visit, server):
     visit.button("Branch from here").click()
     third = visit.say("Whither?")
     visit.page.on("dialog", lambda dialog: dialog.accept())
-    visit.page.get_by_role("button", name="Delete: Whither?").click()
+    visit.tool("Delete", "Whither?")
     visit.page.wait_for_function("want => location.hash.slice(1) === want", arg=first)
     status = [server.http.get(f"/v1/sessions/{name}").status_code for name in (first, second)]
     assert status == [200, 200]
@@ -256,14 +267,26 @@ def test_a_file_is_read_and_watched(chromium, monkeypatch):
     monkeypatch.setattr(answer, "_SAY_EVERY", 0.0)
     with running() as server, visiting(chromium, server) as visit:
         visit.page.evaluate("""() => {
-            window.seen = [];
-            const look = () => seen.push(document.querySelector('.file span')?.textContent);
+            Object.assign(window, {seen: [], values: [], announced: []});
+            const look = () => {
+                seen.push(document.querySelector('.file span')?.textContent);
+                announced.push(document.getElementById('said').textContent);
+                const bar = document.querySelector('progress');
+                if (bar?.hasAttribute('value')) values.push(bar.value);
+            };
             new MutationObserver(look).observe(
                 document.body, {subtree: true, childList: true, characterData: true});
         }""")
         visit.give(("log.txt", TEXT * 5))
         seen = visit.page.evaluate("[...new Set(seen)].filter((one) => /tokens read/.test(one))")
         assert len(seen) > 3
+        shares = [int(re.fullmatch(r"(\d+)% of .*, .* tokens? read.*", one)[1]) for one in seen]
+        assert shares == sorted(shares)
+        assert shares[0] < 25 < 75 < shares[-1] <= 100
+        values = visit.page.evaluate("values")
+        assert len(set(values)) > 3
+        assert values == sorted(values)
+        assert "50% of log.txt read" in " ".join(visit.page.evaluate("announced"))
         file = server.http.get(f"/v1/files/{visit.head}").json()
         visit.see(f"{file['tokens']:,} tokens in all")
         asked = visit.say("Who wrote?")
@@ -271,6 +294,80 @@ def test_a_file_is_read_and_watched(chromium, monkeypatch):
         visit.give(("one.txt", "One. " * 30), ("two.txt", "Two. " * 30))
         visit.see("two.txt")
         assert visit.page.locator(".file strong").all_text_contents()[:2] == ["log.txt", "one.txt"]
+
+
+@pytest.mark.slow
+def test_a_copy_stays_when_its_original_goes(visit, server):
+    """It stands beside the original, with the same words; each is gone on from by itself."""
+    first = visit.say("Who is the cook?")
+    second = visit.say("Since when?")
+    said = visit.said("answered")
+    visit.tool("Copy", "Since when?")
+    visit.page.wait_for_function("() => location.hash.startsWith('#sess_')")
+    copied = visit.head
+    visit.see("Branch 2 of 2")
+    assert visit.said("answered") == said
+    assert visit.page.locator(f"#sessions a[href='#{second}']").count() == 1
+    assert server.http.get(f"/v1/sessions/{copied}").json()["parent"] == second
+    visit.page.goto(f"{server.url}/#{second}")
+    visit.see("Branch 1 of 2")
+    visit.page.on("dialog", lambda dialog: dialog.accept())
+    link = visit.page.locator(f"a[href='#{second}']")
+    visit.use("Delete", visit.page.locator("#sessions li", has=link))
+    visit.page.wait_for_function("want => location.hash.slice(1) === want", arg=first)
+    assert visit.page.evaluate("document.activeElement.id") == "new"  # its row is gone
+    visit.page.goto(f"{server.url}/#{copied}")
+    visit.page.locator("#log", has_text="Since when?").wait_for()
+    more = server.openai.responses.retrieve(visit.say("Why?"))
+    assert more.previous_response_id == copied
+
+
+@pytest.mark.slow
+def test_another_browser_learns_a_copy_from_the_server(chromium, visit, server):
+    visit.say("Who is the smith?")
+    visit.tool("Copy", "Who is the smith?")
+    visit.page.wait_for_function("() => location.hash.startsWith('#sess_')")
+    with visiting(chromium, server) as other:
+        other.page.goto(f"{server.url}/#{visit.head}")
+        other.page.locator("#log", has_text="Who is the smith?").wait_for()
+        assert other.said("answered") == visit.said("answered")
+
+
+@pytest.mark.slow
+def test_a_session_is_taken_home_and_opened_again(visit, server, tmp_path):
+    name = visit.say("Who is the miller?")
+    with visit.page.expect_download() as waiting:
+        visit.tool("Download", "Who is the miller?")
+    file = tmp_path / waiting.value.suggested_filename
+    assert file.name == f"{name}.safetensors"
+    waiting.value.save_as(file)
+    assert file.read_bytes() == server.http.get(f"/v1/sessions/{name}/content").content
+    visit.page.set_input_files("#session-file", file)
+    visit.page.wait_for_function("() => location.hash.startsWith('#sess_')")
+    visit.see(f"{file.name} (Said by another program")
+    about = [server.http.get(f"/v1/sessions/{one}").json() for one in (name, visit.head)]
+    assert about[0]["tokens"] == about[1]["tokens"]
+    brought = visit.head
+    more = server.openai.responses.retrieve(visit.say("Why?"))
+    assert more.previous_response_id == brought
+
+
+@pytest.mark.slow
+def test_a_session_file_that_is_dropped(visit, server):
+    name = visit.say("Who is the baker?")
+    content = server.http.get(f"/v1/sessions/{name}/content").content
+    drop = """([bytes, name]) => {
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([new Uint8Array(bytes)], name));
+        document.dispatchEvent(new DragEvent('drop', {dataTransfer, cancelable: true}));
+    }"""
+    visit.page.evaluate(drop, [list(content), "mine.safetensors"])
+    visit.page.wait_for_function("() => location.hash.startsWith('#sess_')")
+    opened = visit.head
+    visit.page.evaluate(drop, [[1, 2, 3], "broken.safetensors"])
+    visit.page.locator("#trouble", has_text="no session file").wait_for()
+    assert visit.head == opened
+    assert visit.page.locator("#bring").is_enabled()
 
 
 @pytest.mark.slow
@@ -411,6 +508,7 @@ def test_accessibility(chromium, server, axe, scheme):
         visit.say("Why?")
         visit.button("Branch from here").click()
         visit.say("Where?")
+        visit.page.locator("#sessions summary").first.click()
         look()
         visit.page.route("**/v1/responses", lambda route: route.abort())
         visit.page.fill("#box", "Hello?")
@@ -435,6 +533,17 @@ def test_with_the_keyboard_on_a_phone(chromium, server):
         assert visit.page.locator("#sidebar").is_hidden()
         visit.page.get_by_role("button", name="Sessions").press("Enter")
         assert visit.page.locator("#sidebar").is_visible()
+        more = visit.page.locator("#sessions summary").first
+        more.press("Enter")
+        visit.page.keyboard.press("Tab")
+        assert visit.page.evaluate("document.activeElement.innerText") == "Copy"
+        visit.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        visit.page.wait_for_load_state("networkidle")
+        assert visit.page.evaluate("document.activeElement.innerText") == "Copy"  # in a new list
+        visit.page.keyboard.press("Enter")
+        visit.page.wait_for_function("() => location.hash.startsWith('#sess_')")
+        assert visit.page.locator("#sidebar").is_hidden()
+        visit.page.get_by_role("button", name="Sessions").press("Enter")
         visit.page.keyboard.press("Escape")
         assert visit.page.locator("#sidebar").is_hidden()
         wide = "document.documentElement.scrollWidth"

@@ -136,6 +136,37 @@ def test_a_stream_with_tools(server, saying):
     assert [call.function.name for call in final.tool_calls] == ["weather", "weather"]
 
 
+def test_one_call_at_most(server, saying):
+    """The answer ends behind its first call, and so does the session."""
+    saying("I look.\n" + CALL + "\n" + CALL + "\nAnd then")
+    only = {"tools": TOOLS, "parallel_tool_calls": False}
+    answer = ask(server, [user("Weather?")], **only)
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.finish_reason) == ("I look.", "tool_calls")
+    assert [json.loads(call.function.arguments) for call in choice.message.tool_calls] == [PLACE]
+    kept = server.service.store.get(answer.id, "")[1].stats().tokens
+    assert kept == answer.usage.total_tokens + len(ids_of("<|im_end|>\n"))
+    chunks = list(ask(server, [user("Weather?")], stream=True, **only))
+    assert sum(len(chunk.choices[0].delta.tool_calls or ()) for chunk in chunks) == 1
+    response = respond(server, "Weather?", tools=FLAT, parallel_tool_calls=False)
+    assert [item.type for item in response.output] == ["message", "function_call"]
+    assert not response.parallel_tool_calls
+    saying("I know: rain.")
+    assert ask(server, [user("Weather?")], **only).choices[0].message.content == "I know: rain."
+
+
+def ids_of(text):
+    return tokenizer_of("llama")(text, add_special_tokens=False)["input_ids"]
+
+
+def test_one_call_of_a_model_that_shows_no_end():
+    template = TOOL_TEMPLATE.replace("tool_call>", "call>") + "[TOOL_CALLS]"
+    service = Service(model_of("llama"), tokenizer_with(template), "tiny", SessionStore())
+    with running(service) as server:
+        given = {"messages": [user("Weather?")], "tools": TOOLS, "parallel_tool_calls": False}
+        assert server.refused(CHAT, **given)["param"] == "parallel_tool_calls"
+
+
 def test_what_is_no_call_is_text(server, saying):
     for text in ("<tool_call>\nweather\n</tool_call>", '<tool_call>{"name": "weather", "argu', "<"):
         saying(text)
@@ -172,7 +203,6 @@ def options_with(tools):
     [
         ("tool_choice", {"tools": TOOLS, "tool_choice": "required"}),
         ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "function"}}),
-        ("parallel_tool_calls", {"tools": TOOLS, "parallel_tool_calls": False}),
         ("strict", {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}),
         ("tools", {"tools": [{"type": "custom", "custom": {"name": "f"}}]}),
     ],

@@ -33,7 +33,7 @@ class Order:
         stops: ids that end an answer.
         stop: strings that do.
         count: how many answers.
-        shown: see `Transcript`.
+        shown, last: see `Transcript`.
     """
 
     start: Session
@@ -46,6 +46,7 @@ class Order:
     stop: Sequence[str] = ()
     count: int = 1
     shown: Collection[int] = ()
+    last: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class _Choice:
 
     def __init__(self, index: int, order: Order, writer: Writer) -> None:
         self.index, self.writer = index, writer
-        self.transcript = Transcript(order.start.tokenizer, order.stop, order.shown)
+        self.transcript = Transcript(order.start.tokenizer, order.stop, order.shown, order.last)
         self._stops, self._told = order.stops, 0
 
     def take(self) -> str:
@@ -222,10 +223,12 @@ class Progress:
     Attributes:
         tokens: of the session, so far.
         session: it, once the document is read; None: it goes on.
+        bytes_read: of the document, about.
     """
 
     tokens: int
     session: Session | None = None
+    bytes_read: int = 0
 
 
 def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None]) -> Work:
@@ -235,12 +238,17 @@ def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None
         ApiError: it is no text in UTF-8, or empty.
     """
     session, told = start.fork(), time.monotonic()
+    before, most = start.stats().tokens, 0
     try:
         for steps in (session.reading(document), session.finish()):
             for stats in steps:
                 if time.monotonic() - told > _SAY_EVERY:
                     told = time.monotonic()
-                    emit(Progress(stats.tokens))
+                    # Text is taken in windows, and run in chunks: of what is taken, what was run.
+                    taken = max(1, session.stats().tokens - before)
+                    share = max(0, stats.tokens - before) / taken
+                    most = max(most, int(document.tell() * share))
+                    emit(Progress(stats.tokens, bytes_read=most))
                 yield ()
     except ValueError as error:
         raise ApiError(str(error), param="file") from error

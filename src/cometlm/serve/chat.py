@@ -46,6 +46,7 @@ async def chat_completions(body: ChatBody, request: Request, service: Serving, o
         start=start,
         variables=body.chat_template_kwargs,
         tools=body.tools_given,
+        only_one_call=body.only_one_call,
     )
     reply = _Reply(service, body, owner, prompt, "chat", request)
     return await reply.send(service.run(prompt, writing, owner))

@@ -82,7 +82,8 @@ async def _reading(
     async for event in run.events():
         assert isinstance(event, Progress)
         if event.session is None:
-            yield {"type": "file.progress", "id": kept.id, "tokens": event.tokens}
+            said = {"tokens": event.tokens, "bytes_read": event.bytes_read, "bytes": about["bytes"]}
+            yield {"type": "file.progress", "id": kept.id, **said}
             continue
         done = {**about, "tokens": event.tokens}
         await service.put(replace(kept, document=done), event.session)

@@ -43,6 +43,8 @@ def _item(item: dict[str, Any], where: str) -> dict[str, Any]:
 def _message(said: dict[str, Any], where: str) -> dict[str, Any]:
     if said.get("role") == "tool" or said.get("tool_calls"):
         raise unsupported(where, "send calls of tools and what they gave as items of their own")
+    if said.get("name") is not None:
+        raise unsupported(f"{where}.name", "items have no names; messages of chats do")
     check_message(said, where)
     return {"role": said["role"], "content": _parts(said["role"], said["content"])}
 

@@ -46,7 +46,13 @@ async def create(body: ResponseBody, request: Request, service: Serving, owner: 
     messages = messages_of([*waiting, *items])
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
-    prompt = await service.chat(messages, owner, start=found.start, tools=body.tools_given)
+    prompt = await service.chat(
+        messages,
+        owner,
+        start=found.start,
+        tools=body.tools_given,
+        only_one_call=body.only_one_call,
+    )
     sampling = sampling_of(body.temperature, body.top_p, None)
     writing = Writing(sampling, most, keeps=body.store is not False)
     reply = _Reply(service, body, owner, prompt, items, most, found.thread, request)
@@ -199,7 +205,7 @@ class _Reply:
             "metadata": body.metadata or {},
             "model": self._service.name,
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": not body.only_one_call,
             "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": None, "summary": None},
             "store": body.store is not False,

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cometlm.serve.errors import ApiError, unknown_field, unsupported
 from cometlm.serve.service import Service, Writing
@@ -194,10 +201,6 @@ class WithTools(Body):
                 "tool_choice",
                 "must be none or auto: nothing here can make the model call a tool",
             )
-        if tools and given.get("parallel_tool_calls") is False:
-            raise unsupported(
-                "parallel_tool_calls", "nothing here can keep the model from calling several tools"
-            )
         return given
 
     @property
@@ -206,6 +209,11 @@ class WithTools(Body):
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.to_chat() for tool in self.tools]
+
+    @property
+    def only_one_call(self) -> bool:
+        """Whether an answer may have one call at most."""
+        return self.parallel_tool_calls is False
 
 
 class ChatBody(Sampled, WithTools):
@@ -261,6 +269,16 @@ class CompletionBody(Sampled):
 
     prompt: str | list[int]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, given: Any) -> Any:
+        """The only one of a list of prompts, which some clients send in any case."""
+        if not isinstance(given, list) or not given or not isinstance(given[0], str | list):
+            return given
+        if len(given) > 1:
+            raise unsupported("prompt", f"one prompt is answered at a time, got {len(given)}")
+        return given[0]
 
     @property
     def likely(self) -> int | None:
@@ -373,7 +391,7 @@ def checked(model: type[_Model], given: Any, where: str) -> _Model:
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_MORE = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}  # beside role and content
+_MORE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}  # beside role, name and content
 
 
 def check_messages(messages: list[dict[str, Any]], param: str) -> None:
@@ -393,7 +411,7 @@ def check_message(message: dict[str, Any], where: str) -> None:
         raise ApiError(
             f"{where}.role must be one of {', '.join(_ROLES)}, got {role!r:.80}", param=where
         )
-    known = ("role", "content", *_MORE.get(role, ()))
+    known = ("role", "name", "content", *_MORE.get(role, ()))
     for name, value in message.items():
         if name not in known and value not in (None, [], {}, ""):
             raise unsupported(f"{where}.{name}", "this field is not supported; leave it out")

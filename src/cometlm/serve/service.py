@@ -103,6 +103,7 @@ class Prompt:
         base: trail of what `start` has read, if it is known.
         conversation: a whole one that the client sent; None: it sent what is new.
         calling: how calls of tools are found in answers; None: they are not looked for.
+        last: see `Order`.
         tools: digest of the tools that the model was told of, by this or before (`digest_of`).
     """
 
@@ -114,6 +115,7 @@ class Prompt:
     base: Trail | None
     conversation: Conversation | None = None
     calling: Calling | None = None
+    last: Sequence[str] = ()
     tools: str | None = None
 
     @property
@@ -294,6 +296,7 @@ class Service:
         start: Start | None = None,
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        only_one_call: bool = False,
     ) -> Prompt:
         """The prompt of a chat.
 
@@ -303,9 +306,10 @@ class Service:
             start: what to go on from.
             variables: of the chat template.
             tools: that may be called, in the form of OpenAI's chats.
+            only_one_call: an answer ends behind its first call.
 
         Raises:
-            ApiError: messages that the template refuses.
+            ApiError: messages that the template refuses; calls whose end cannot be seen.
         """
         options = ChatOptions(tools or None, dict(variables or {}))
 
@@ -319,8 +323,15 @@ class Service:
             calling = Calling(self.tokenizer, tools) if tools else None
         except ValueError as error:
             raise unsupported("tools", str(error)) from error
+        last: tuple[str, ...] = ()
+        if calling is not None and only_one_call:
+            if calling.end is None:
+                raise unsupported(
+                    "parallel_tool_calls", "nothing shows where a call of this model ends"
+                )
+            last = (calling.end,)
         try:
-            return replace(await asyncio.to_thread(made), calling=calling)
+            return replace(await asyncio.to_thread(made), calling=calling, last=last)
         except ToolsError as error:
             raise unsupported("tools", str(error)) from error
         except ValueError as error:
@@ -441,6 +452,7 @@ class Service:
             stop=writing.stop,
             count=writing.count,
             shown=() if prompt.calling is None else prompt.calling.shown,
+            last=prompt.last,
         )
         loop = asyncio.get_running_loop()
 

@@ -53,11 +53,13 @@ class _Form:
         markers: what a call begins with.
         find: what an answer says beside its calls, and these; no calls if it holds none.
         bare: an answer that begins with a brace may be one, too.
+        end: what every call ends with; None: nothing of its own.
     """
 
     markers: tuple[str, ...]
     find: Callable[[str, Collection[str]], tuple[str, list[ToolCall]]]
     bare: bool = False
+    end: str | None = None
 
 
 def _hermes(text: str, names: Collection[str]) -> tuple[str, list[ToolCall]]:
@@ -106,7 +108,7 @@ def _llama(text: str, names: Collection[str]) -> tuple[str, list[ToolCall]]:
 
 # The first whose sign stands in a chat template.
 _FORMS: dict[str, _Form] = {
-    "<tool_call>": _Form(("<tool_call>",), _hermes),
+    "<tool_call>": _Form(("<tool_call>",), _hermes, end="</tool_call>"),
     "[TOOL_CALLS]": _Form(("[TOOL_CALLS]",), _mistral),
     "<|python_tag|>": _Form(("<|python_tag|>",), _llama, bare=True),
     '"parameters"': _Form((), _llama, bare=True),
@@ -144,6 +146,11 @@ class Calling:
         self.shown = frozenset(
             tokenizer.convert_tokens_to_ids(token) for token in _SHOWN if token in special
         )
+
+    @property
+    def end(self) -> str | None:
+        """What every call ends with; None: nothing of its own."""
+        return None if self.form is None else self.form.end
 
     def find(self, text: str, ids: Sequence[int], prompt: str) -> tuple[str, list[ToolCall]]:
         """What an answer says beside its calls, and these.

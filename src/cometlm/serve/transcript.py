@@ -18,20 +18,25 @@ class Transcript:
         tokenizer: of the model.
         stop: strings that end the answer; they are no part of it.
         shown: ids of special tokens that are part of the text; others are not.
+        last: strings that end the answer, and are the end of it.
 
     Attributes:
         text: what was given out so far.
-        is_stopped: a stop string came, the first that was whole; more tokens are not taken.
+        is_stopped: one of these strings came; more tokens are not taken.
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str] = (), shown: Collection[int] = ()
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        shown: Collection[int] = (),
+        last: Sequence[str] = (),
     ) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._stop, self._last = tokenizer, tuple(stop), tuple(last)
         self._shown = frozenset(shown)
         self._ids: list[int] = []
         self._begin, self._read = 0, 0  # tokens before `_read` are text; those before `_begin` far
-        self._held = ""  # may be the beginning of a stop string
+        self._held = ""  # may be the beginning of a string that ends the answer
         self.text = ""
         self.is_stopped = False
 
@@ -68,19 +73,21 @@ class Transcript:
         return self._ids[:count] + PlainText.of(self._tokenizer).encode(rest)
 
     def _give_out(self, text: str) -> str:
-        """What of the text held back and this one can be in no stop string."""
+        """What of the text held back and this one can be in no string that ends the answer."""
         held = self._held + text
-        found = [at for at in map(held.find, self._stop) if at >= 0]
-        if found:
+        ends = [(at, at) for at in map(held.find, self._stop) if at >= 0]
+        ends += [(at, at + len(one)) for one in self._last if (at := held.find(one)) >= 0]
+        if ends:
             self.is_stopped = True
-            held, self._held = held[: min(found)], ""
+            held, self._held = held[: min(ends)[1]], ""
         else:
-            most = max(map(len, self._stop), default=0)
+            awaited = (*self._stop, *self._last)
+            most = max(map(len, awaited), default=0)
             waits = next(
                 (
                     begin
                     for begin in range(max(0, len(held) - most + 1), len(held))
-                    if any(stop.startswith(held[begin:]) for stop in self._stop)
+                    if any(one.startswith(held[begin:]) for one in awaited)
                 ),
                 len(held),
             )

@@ -41,6 +41,18 @@ export async function get(path, options) {
   return (await request(path, options)).json();
 }
 
+/** Let the browser save what is at a path, under the name that the server gives it. */
+export async function download(path) {
+  const answer = await request(path);
+  const file = await answer.blob().catch(() => {
+    throw new Failure("The connection to the server broke off, so nothing was saved.", { code: "offline" });
+  });
+  const name = /filename="([^"]+)"/.exec(answer.headers.get("Content-Disposition"))?.[1] ?? "session.safetensors";
+  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(file), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // the browser may still be reading it
+}
+
 /** The events of a stream. A `Failure` if one of them tells of an error, or the stream breaks off. */
 export async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();

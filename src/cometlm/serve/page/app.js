@@ -1,8 +1,8 @@
 // The page: which conversation is shown, what is being written or read, and the list of sessions.
 
-import { brokenOff, events, failure, Failure, get, hasKey, request, setKey } from "./api.js";
+import { brokenOff, download, events, failure, Failure, get, hasKey, request, setKey } from "./api.js";
 import * as texts from "./texts.js";
-import { age, button, bytes, count, el, fileWords, line, title, turnView } from "./view.js";
+import { age, button, bytes, count, el, fileWords, line, percent, title, turnView } from "./view.js";
 
 const PAGE = 50; // sessions that are asked for at once
 const MOST_LEARNED = 20; // turns of other browsers that are fetched at once
@@ -26,9 +26,14 @@ let showing = 0; // counts calls of `show`: only the last one may draw
 /** Whether an id is of a turn. Conversations and places in prompts point at turns, and are none. */
 const isTurn = (id) => typeof id === "string" && !/^(conv_|mark-)/.test(id);
 
+/** Whether an id is of a copy: it stands beside the turn that it was made of, with the same words. */
+const isCopy = (id) => id.startsWith("sess_") && Boolean(sessions.get(id)?.parent);
+
 function parentOf(id) {
-  const parent = turns.has(id) ? turns.get(id).parent : sessions.get(id)?.parent;
-  return isTurn(parent) ? parent : null;
+  if (turns.has(id)) return turns.get(id).parent;
+  const parent = sessions.get(id)?.parent;
+  if (!isTurn(parent)) return null;
+  return isCopy(id) ? parentOf(parent) : parent;
 }
 
 /** Ids that went on from a turn, the oldest first. */
@@ -91,10 +96,26 @@ async function learn(id) {
     remember(turn);
   } else {
     const session = await sessionOf(id);
+    if (id.startsWith("sess_") && session.parent) return learnCopy(id, session);
     const words = "Said by another program: its words are not kept here, but you can go on from it.";
     Object.assign(turn, { parent: session.parent, ask: null, answer: null });
     turn.title = session.title ? `${session.title} (${words})` : words;
   }
+  return turn;
+}
+
+/** A copy, which says what the turn says that it was made of, as long as that can be learned. */
+async function learnCopy(id, { parent, created_at, title }) {
+  let copied = { parent: null, ask: null, answer: null, created: 0 };
+  copied.title = title ?? "A copy of a turn that is kept no longer.";
+  try {
+    copied = await learn(parent);
+  } catch (error) {
+    if (error.status !== 404) throw error;
+  }
+  const created = Math.max(created_at, copied.created); // the server counts whole seconds
+  const turn = { ...copied, id, created };
+  if (copied.id) remember(turn);
   return turn;
 }
 
@@ -325,14 +346,16 @@ async function say(text) {
   }
 }
 
-/** Read files, each behind the one before it. */
-async function readAll(files) {
+/** Take files: sessions are opened, and texts read, each behind the one before it. */
+async function takeAll(files) {
   if (work) {
     trouble(stillAtWork());
     return;
   }
+  const isSession = (file) => file.name.endsWith(".safetensors");
+  for (const file of files.filter(isSession)) if (!(await bring(file))) return;
   let parent = head;
-  for (const file of files) {
+  for (const file of files.filter((one) => !isSession(one))) {
     parent = await readOne(file, parent);
     if (parent === null) return;
   }
@@ -354,9 +377,13 @@ async function readOne(file, parent) {
     const answer = await request("v1/files", { method: "POST", form, signal: mine.abort.signal });
     for await (const event of events(answer)) {
       if (event.type === "file.progress") {
-        about.read = event.tokens;
+        const share = event.bytes_read / event.bytes;
+        const quarter = Math.floor(4 * share);
+        if (quarter > Math.floor(4 * (about.share ?? 0))) announce(`${percent(share)} of ${file.name} read`);
+        Object.assign(about, { read: event.tokens, share });
         turn.rate = pace(event.tokens);
         mine.view.about.textContent = fileWords(turn);
+        mine.view.progress.value = share;
         if (mineIsHere(mine)) $("tokens").textContent = count(event.tokens, "token");
       } else if (event.type === "file.processed") {
         const { id, tokens } = event.file;
@@ -365,6 +392,7 @@ async function readOne(file, parent) {
     }
     if (turn.id === null) throw brokenOff();
     delete about.read;
+    delete about.share;
     done(turn);
     announce(`${file.name} was read`);
     return turn.id;
@@ -419,11 +447,26 @@ function showList() {
   const shown = [...sessions.keys()].filter(isTurn);
   const parents = new Set(shown.map(parentOf));
   const ends = shown.filter((id) => !parents.has(id)).map((id) => sessions.get(id));
-  $("sessions").replaceChildren(...ends.map(row));
+  fill($("sessions"), ends.map(row));
   $("older").hidden = !hasMore;
   const taken = [...sessions.values()].reduce((sum, session) => sum + session.bytes, 0);
   const kept = `${count(shown.length, "turn")}${hasMore ? " and more" : ""} kept, ${bytes(taken)} in use`;
   $("total").textContent = sessions.size ? kept : "Nothing is kept yet.";
+}
+
+/** Change rows of a list; what was open stays open, and the focus where it was. */
+function fill(list, items) {
+  const opened = list.querySelector("details[open]")?.closest("li").dataset.id;
+  for (const item of items) item.querySelector("details").open = item.dataset.id === opened;
+  const isSame = items.length === list.children.length && items.every((item, i) => item.isEqualNode(list.children[i]));
+  if (isSame) return; // somebody may be about to click
+  const focused = document.activeElement.closest("#sessions li");
+  const controls = (item) => [...item.querySelectorAll("a, summary, button")];
+  const place = focused ? controls(focused).indexOf(document.activeElement) : -1;
+  list.replaceChildren(...items);
+  if (!focused) return;
+  const same = items.find((item) => item.dataset.id === focused.dataset.id);
+  (same ? controls(same)[place] : $("new")).focus();
 }
 
 function row(session) {
@@ -443,14 +486,80 @@ function row(session) {
     el("span", { className: "note" }, `${count(session.tokens ?? 0, "token")} · ${bytes(session.bytes)} · `, age(session.created_at)),
   );
   if (session.id === head) link.ariaCurrent = "page";
-  const remove = button("✕", () => drop(session.id, name), { ariaLabel: `Delete: ${last ?? name}`, title: "Delete" });
-  return el("li", {}, link, remove);
+  const item = el("li", {}, link, tools(session.id, name, last ?? name));
+  item.dataset.id = session.id;
+  return item;
+}
+
+/** What can be done with a session of the list, behind a button that shows it. */
+function tools(id, name, called) {
+  const tool = (text, does, title) => button(text, does, { ariaLabel: `${text}: ${called}`, title });
+  return el(
+    "details",
+    { name: "tools" },
+    el("summary", { ariaLabel: `More: ${called}`, title: "More" }, "⋯"),
+    el(
+      "div",
+      { className: "tools" },
+      tool("Copy", () => copy(id, called), "A branch that stays when this one is deleted"),
+      tool("Download", () => takeHome(id, called), "Its memory as a file, without what was said"),
+      tool("Delete", () => drop(id, name), "Delete it and the turns that only it has"),
+    ),
+  );
 }
 
 function nameOf(id) {
   if (turns.has(id)) return title(turns.get(id));
   const told = sessions.get(id)?.title;
   return told ? line(told) : null;
+}
+
+/** Keep a session under another id, too, and go on from that one. */
+async function copy(id, called) {
+  try {
+    const made = await get(`v1/sessions/${encodeURIComponent(id)}/fork`, { method: "POST" });
+    sessions = new Map([[made.id, made], ...sessions]);
+    open(made.id);
+    hideSidebar();
+    announce(`A copy of ${called} is open`);
+  } catch (error) {
+    trouble(error);
+  }
+  refresh();
+}
+
+/** Save a session's file. */
+async function takeHome(id, called) {
+  announce(`Saving ${called}`);
+  try {
+    await download(`v1/sessions/${encodeURIComponent(id)}/content`);
+    announce(`${called} is saved`);
+  } catch (error) {
+    trouble(error);
+  }
+}
+
+/** Open a session file; whether it could be. */
+async function bring(file) {
+  const form = new FormData();
+  form.set("file", file);
+  $("bring").disabled = true;
+  announce(`Opening ${file.name}`);
+  try {
+    const made = await get("v1/sessions", { method: "POST", form });
+    sessions = new Map([[made.id, made], ...sessions]);
+    trouble(null);
+    open(made.id);
+    hideSidebar();
+    announce(`${file.name} is open`);
+    return true;
+  } catch (error) {
+    trouble(error);
+    return false;
+  } finally {
+    $("bring").disabled = false;
+    refresh();
+  }
 }
 
 /** Delete a branch: its last turn, and those before it that no other branch has. */
@@ -574,8 +683,14 @@ document.addEventListener("keydown", (event) => {
 $("stop").addEventListener("click", () => work?.abort.abort());
 $("choose").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", () => {
-  readAll([...$("file").files]);
+  takeAll([...$("file").files]);
   $("file").value = "";
+});
+$("bring").addEventListener("click", () => $("session-file").click());
+$("session-file").addEventListener("change", () => {
+  const [file] = $("session-file").files;
+  if (file) bring(file);
+  $("session-file").value = "";
 });
 
 const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
@@ -589,7 +704,7 @@ document.addEventListener("drop", (event) => {
   $("drop").hidden = true;
   if (!hasFiles(event)) return;
   event.preventDefault();
-  readAll([...event.dataTransfer.files]);
+  takeAll([...event.dataTransfer.files]);
 });
 
 document.querySelector(".skip").addEventListener("click", (event) => {
@@ -601,8 +716,11 @@ $("new").addEventListener("click", (event) => {
   open(null);
   box.focus();
 });
+function hideSidebar() {
+  if ($("sidebar").matches(":popover-open")) $("sidebar").hidePopover(); // on narrow screens
+}
 $("sidebar").addEventListener("click", (event) => {
-  if (event.target.closest("a") && $("sidebar").matches(":popover-open")) $("sidebar").hidePopover();
+  if (event.target.closest("a")) hideSidebar();
 });
 $("older").addEventListener("click", () => refresh(true));
 addEventListener("popstate", () => { if (here() !== head) show(here()); });

@@ -65,10 +65,11 @@ export function turnView(turn, model, { ofAsk = [], ofAnswer = [], notes = [] } 
     const about = el("span", {}, fileWords(turn));
     const bar = el("div", { className: "tools" }, ...ofAnswer);
     const box = el("section", { className: "file" }, el("h2", {}, "File"), el("p", {}, name, " ", about));
-    if (turn.status === "working") box.append(el("progress", { ariaLabel: `Reading ${turn.file.name}` }));
+    const progress = turn.status === "working" ? el("progress", { ariaLabel: `Reading ${turn.file.name}` }) : null;
+    if (progress) box.append(progress);
     box.append(bar);
     article.append(box, ...notes);
-    return { article, about, bar };
+    return { article, about, progress, bar };
   }
   const [asked] = said("You", "asked", turn.ask ?? "", ...ofAsk);
   const [answered, answer, bar] = said(model, "answered", turn.answer ?? "", ...ofAnswer);
@@ -78,11 +79,14 @@ export function turnView(turn, model, { ofAsk = [], ofAnswer = [], notes = [] } 
   return { article, answer, bar };
 }
 
+/** A share as a whole percentage, which is 100 only of all of it. */
+export const percent = (share) => `${Math.min(100, Math.floor(100 * share))}%`;
+
 /** How much of a file was read. */
 export function fileWords({ file, tokens, status, rate }) {
   const size = file.bytes === undefined ? "" : `${bytes(file.bytes)}, `;
   if (status !== "working") return `${size}${count(tokens ?? 0, "token")} in all`;
   if (!file.read) return `${size}being sent`;
   const speed = rate ? `, ${count(rate, "token")} a second` : "";
-  return `${size}${count(file.read, "token")} read${speed}`;
+  return `${percent(file.share)} of ${size}${count(file.read, "token")} read${speed}`;
 }
