@@ -22,6 +22,7 @@ from cometlm.serve.http import Owner, Serving, error_response
 from cometlm.serve.keys import Keys
 from cometlm.serve.page import PATHS
 from cometlm.serve.page import router as page
+from cometlm.serve.schema import ErrorBody
 from cometlm.serve.service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -58,7 +59,12 @@ def create_app(
         await asyncio.to_thread(service.stop, grace)
 
     app = FastAPI(
-        title="cometlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="cometlm",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={"default": {"model": ErrorBody, "description": "An error."}},
     )
     app.state.service = service
     # The last one stands in front.
