@@ -50,7 +50,8 @@ BODIES = [
     }),
     (RESPONSES, {
         "input": "Hi", "instructions": "Be brief.", "max_output_tokens": 2, "temperature": 0.5,
-        "top_p": 0.9, "stream": True, "store": True, "metadata": {"a": "b"}, "include": [],
+        "top_p": 0.9, "stream": True, "store": True, "metadata": {"a": "b"},
+        "include": ["message.output_text.logprobs"], "top_logprobs": 2,
         "text": {"format": {"type": "text"}}, "tools": [{"type": "function", **TOOL}],
         "previous_response_id": None, "conversation": {"id": "conv_1"},
     }),

@@ -21,6 +21,7 @@ Metadata = Annotated[
 _NO_VARIABLES = signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
     "documents"
 }
+_LOGPROBS = "message.output_text.logprobs"  # what a response may include
 _DEEPEST = 64  # levels of a body; what handles it calls itself
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -320,12 +321,10 @@ class ResponseBody(WithTools):
 
     NEUTRAL = {
         "background": (False,),
-        "include": ([],),
         "prompt": (),
         "reasoning": ({},),
         "service_tier": ("auto", "default"),
         "stream_options": ({}, {"include_obfuscation": False}),
-        "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
 
@@ -343,7 +342,25 @@ class ResponseBody(WithTools):
     store: bool | None = None
     metadata: Metadata | None = None
     text: TextFormat | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     user: str | None = None
+
+    @model_validator(mode="after")
+    def _check_include(self) -> Self:
+        for name in self.include or ():
+            if name != _LOGPROBS:
+                raise unsupported("include", f"{name!r:.80} is not supported, only {_LOGPROBS}")
+        if self.top_logprobs and not self.include:
+            raise ApiError(
+                f"top_logprobs is for include: [{_LOGPROBS!r}] only", param="top_logprobs"
+            )
+        return self
+
+    @property
+    def likely(self) -> int | None:
+        """See `Sampled`."""
+        return (self.top_logprobs or 0) if self.include else None
 
     @property
     def conversation_id(self) -> str | None:
