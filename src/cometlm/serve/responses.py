@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from cometlm.serve.pages import PageQuery, page_of
 from cometlm.serve.schema import ResponseBody, sampling_of
 from cometlm.serve.service import Prompt, Run, Service, Writing
 from cometlm.serve.start import find_start
-from cometlm.serve.thread import Thread, change
+from cometlm.serve.thread import Thread, change, turn
 from cometlm.session.writer import Likely
 
 router = APIRouter()
@@ -32,6 +33,19 @@ _KIND, _PREFIX = "response", "resp_"
 async def create(body: ResponseBody, request: Request, service: Serving, owner: Owner) -> Any:
     """Answer, and keep the answer."""
     service.check_model(body.model)
+    with contextlib.ExitStack() as stack:
+        if body.conversation_id is not None:
+            stack.enter_context(turn(body.conversation_id, owner))
+        reply, run = await _begun(body, request, service, owner)
+        if body.stream:
+            return event_stream(reply.events(run, stack.pop_all()))
+        (answer,) = await unless_gone(request, run.answers())
+        return await reply.keep(answer)
+
+
+async def _begun(
+    body: ResponseBody, request: Request, service: Service, owner: str
+) -> tuple[_Reply, Run]:
     items = items_of(body.input)
     most = service.most_tokens(
         body.max_output_tokens, service.limits.usual_tokens, "max_output_tokens"
@@ -52,11 +66,7 @@ async def create(body: ResponseBody, request: Request, service: Serving, owner: 
     sampling = sampling_of(body.temperature, body.top_p, None, body.likely)
     writing = Writing(sampling, most, keeps=body.store is not False)
     reply = _Reply(service, body, owner, prompt, items, most, found.thread, request)
-    run = service.run(prompt, writing, owner)
-    if body.stream:
-        return event_stream(reply.events(run))
-    (answer,) = await unless_gone(request, run.answers())
-    return await reply.keep(answer)
+    return reply, service.run(prompt, writing, owner)
 
 
 @router.get("/v1/responses/{name}")
@@ -135,8 +145,15 @@ class _Reply:
             answer.session,
         )
 
-    async def events(self, run: Run) -> AsyncIterator[str]:
-        """The response as a stream of typed events."""
+    async def events(
+        self, run: Run, until: contextlib.AbstractContextManager[Any]
+    ) -> AsyncIterator[str]:
+        """The response as a stream of typed events; `until` is left at its end."""
+        with until:
+            async for event in self._events(run):
+                yield event
+
+    async def _events(self, run: Run) -> AsyncIterator[str]:
         yield self.event("response.created", response=self._response())
         yield self.event("response.in_progress", response=self._response())
         message, answer = _MessageEvents(self), None

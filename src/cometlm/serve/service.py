@@ -549,14 +549,15 @@ class Service:
         except OSError as error:
             raise as_api_error(error) from error
 
-    def store_now(self, kept: Kept, session: Session) -> None:
-        """What `put` does, in this thread.
+    def store_now(self, kept: Kept, session: Session, replacing: str | None = None) -> None:
+        """What `put` does, in this thread; `replacing`: see `SessionStore.put`.
 
         Raises:
             OSError: the store cannot take it.
         """
         tokens = session.stats().tokens
-        self.store.put(replace(kept, expires=self.store.expiry(), tokens=tokens), session)
+        lasting = replace(kept, expires=self.store.expiry(), tokens=tokens)
+        self.store.put(lasting, session, replacing)
 
     def stop(self, grace: float = 0.0) -> None:
         """Take no more requests, and end."""
