@@ -261,6 +261,8 @@ class ChatBody(Sampled, WithTools):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -344,6 +346,8 @@ class ResponseBody(WithTools):
     text: TextFormat | None = None
     include: list[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     user: str | None = None
 
     @model_validator(mode="after")
