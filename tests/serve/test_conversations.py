@@ -1,13 +1,19 @@
 """Conversations, and which of the names that a request gives it goes on from."""
 
+import contextlib
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
 from cometlm.serve import thread
+from cometlm.serve.folder import Folder
 from cometlm.serve.kept import SessionStore
+from cometlm.serve.service import Limits
 from tests.serve.running import running, service_of
+from tests.serve.test_chat import wait_for
 from tests.serve.test_kept import folder_of
 from tests.sessions import TEXT, session_of
 
@@ -118,7 +124,7 @@ def test_what_was_read_long_ago_is_not_listed(server, monkeypatch):
 
 
 def test_two_at_once():
-    """The second to end is told; what the first said stays."""
+    """One of them answers; the others are told, and may ask again."""
     with running(service_of()) as server:
         made = server.openai.conversations.create()
         answers = []
@@ -138,6 +144,79 @@ def test_two_at_once():
         assert len(done) + len(lost) == 3
         assert all(error["code"] == "conversation_locked" for error in lost)
         assert len(texts(server, made.id)) == 2 * len(done)
+
+
+@pytest.mark.parametrize("end", ["told", "hung up"])
+def test_a_second_one_is_refused_at_once(end):
+    """Before it is worked on; when the first has ended, however that was, it may be asked."""
+    service = service_of(limits=Limits(most_tokens=10**6))
+    with running(service) as server:
+        made = server.openai.conversations.create()
+        more = {"input": "And?", "conversation": made.id, "max_output_tokens": 2}
+        first = {"model": "tiny", "input": "Hi", "conversation": made.id, "stream": True}
+        first["max_output_tokens"] = 60 if end == "told" else 10**6
+        with server.http.stream("POST", "/v1/responses", json=first) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            error = server.refused("/v1/responses", 409, **more)
+            assert (error["param"], error["code"]) == ("conversation", "conversation_locked")
+            assert service.engine.load.waiting == 0
+            if end == "told":
+                assert "response.incomplete" in "\n".join(lines)
+        wait_for(lambda: server.post("/v1/responses", **more).status_code == 200)
+        assert len(texts(server, made.id)) == (4 if end == "told" else 2)
+        other = server.openai.conversations.create()
+        assert server.post("/v1/responses", **{**more, "conversation": other.id}).is_success
+        wrong = {**more, "max_output_tokens": 10**7}
+        assert [server.post("/v1/responses", **wrong).status_code for _ in "ab"] == [400, 400]
+
+
+def test_two_servers_at_once(tmp_path, monkeypatch):
+    """What one puts in while the other is at it is not lost."""
+    monkeypatch.setattr(thread, "_locks", [contextlib.nullcontext()])  # as in two processes
+    write = Folder.write
+
+    def slowly(*arguments):
+        time.sleep(0.01)
+        return write(*arguments)
+
+    monkeypatch.setattr(Folder, "write", slowly)
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(running(service_of(store=SessionStore(folder=folder_of(tmp_path)))))
+            for _ in range(2)
+        ]
+        made = servers[0].openai.conversations.create()
+
+        def add(i):
+            body = {"items": [user(f"Item {i}")]}
+            return servers[i % 2].http.post(f"{PATH}/{made.id}/items", json=body).status_code
+
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(add, range(12))) == {200}
+        assert sorted(texts(servers[0], made.id)) == sorted(f"Item {i}" for i in range(12))
+
+
+def test_answers_of_two_servers_at_once(tmp_path):
+    """The one that ends second is told so, and what the first said stays."""
+    stores = [SessionStore(folder=folder_of(tmp_path)) for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(running(service_of(store=store))) for store in stores]
+        made = servers[0].openai.conversations.create()
+        first = {"model": "tiny", "input": "Hi", "conversation": made.id, "stream": True}
+        first["max_output_tokens"] = 200
+        with servers[0].http.stream("POST", "/v1/responses", json=first) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            thread._answering.clear()  # as in two processes
+            body = {"input": "And?", "conversation": made.id, "max_output_tokens": 2}
+            second = servers[1].post("/v1/responses", **body)
+            assert second.status_code == 200
+            rest = "\n".join(lines)
+        assert "response.failed" in rest
+        assert "conversation_locked" in rest
+        assert texts(servers[0], made.id)[0] == "And?"
+        assert len(texts(servers[1], made.id)) == 2
 
 
 @pytest.mark.parametrize(

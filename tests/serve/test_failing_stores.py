@@ -82,6 +82,32 @@ def test_a_store_that_fails(failure, in_memory):
     assert {one.id for one in again.all_of("")} == {first["id"], more.json()["id"]}
 
 
+def test_a_conversation_in_a_store_that_fails(failure):
+    """It stays as it was, whatever was to be changed in it."""
+    store = SessionStore(folder=folder_of(failure.path))
+    with running(service_of(store=store)) as server:
+        path = "/v1/conversations"
+        talk = server.http.post(path, json={}).json()["id"]
+        assert server.post("/v1/responses", input="Hello", conversation=talk, **OWN).is_success
+        before = server.http.get(f"{path}/{talk}/items").json()
+        failure.begin()
+        item = {"role": "user", "content": "And?"}
+        answers = [
+            server.post("/v1/responses", input="And?", conversation=talk, **OWN),
+            server.http.post(f"{path}/{talk}/items", json={"items": [item]}),
+            server.http.post(f"{path}/{talk}", json={"metadata": {"a": "b"}}),
+        ]
+        if failure.kind != "full":  # there it makes room
+            answers.append(server.http.delete(f"{path}/{talk}"))
+        for answer in answers:
+            assert answer.status_code == 503, answer.text
+            assert answer.json()["error"]["code"] == "store"
+        failure.end()
+        assert server.http.get(f"{path}/{talk}/items").json() == before
+        assert server.http.get(f"{path}/{talk}").json()["metadata"] == {}
+        assert server.post("/v1/responses", input="So?", conversation=talk, **OWN).is_success
+
+
 def test_a_store_that_goes_while_it_answers(tmp_path, monkeypatch):
     """The answer was written, and cannot be kept: its client is told so."""
     store = SessionStore(folder=folder_of(tmp_path / "store"))

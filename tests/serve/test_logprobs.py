@@ -58,6 +58,51 @@ def test_a_stream_says_the_same(server, stop):
     assert (len(told) < 9) == stop
 
 
+INCLUDE = {"include": ["message.output_text.logprobs"], "top_logprobs": 3, "temperature": 0}
+RESPONSES = "/v1/responses"
+
+
+def without_bytes(told):
+    return {name: value for name, value in told.items() if name not in ("bytes", "top_logprobs")}
+
+
+def test_responses_say_what_chats_say(server):
+    options = {"logprobs": True, "top_logprobs": 3}
+    want = ask(server, HELLO, **options).choices[0].logprobs.model_dump()["content"]
+    assert len(want) == 9
+    body = {"input": HELLO, "max_output_tokens": 9}
+    made = server.post(RESPONSES, **body, **INCLUDE).json()
+    (part,) = made["output"][0]["content"]
+    assert part["logprobs"] == want
+    assert made["top_logprobs"] == 3
+    typed = server.openai.responses.create(model="tiny", **body, **INCLUDE)
+    assert [one.model_dump() for one in typed.output[0].content[0].logprobs] == want
+    kept = server.http.get(f"{RESPONSES}/{made['id']}").json()
+    assert kept["output"][0]["content"] == [{**part, "logprobs": []}]  # told once
+    chosen = server.post(RESPONSES, **body, **{**INCLUDE, "top_logprobs": 0}).json()
+    told = chosen["output"][0]["content"][0]["logprobs"]
+    assert told == [{**one, "top_logprobs": []} for one in want]
+    plain = server.post(RESPONSES, **body, temperature=0).json()
+    assert plain["output"][0]["content"] == [{**part, "logprobs": []}]
+
+
+def test_the_events_of_a_response_say_them(server):
+    body = {"input": HELLO, "max_output_tokens": 9, **INCLUDE}
+    whole = server.post(RESPONSES, **body).json()["output"][0]["content"][0]
+    events = list(server.openai.responses.create(model="tiny", stream=True, **body))
+    want = [
+        {**without_bytes(one), "top_logprobs": [without_bytes(top) for top in one["top_logprobs"]]}
+        for one in whole["logprobs"]
+    ]
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert "".join(event.delta for event in deltas) == whole["text"]
+    assert [one.to_dict() for event in deltas for one in event.logprobs] == want
+    (done,) = (event for event in events if event.type == "response.output_text.done")
+    assert [one.to_dict() for one in done.logprobs] == want
+    said = events[-1].response.output[0].content[0]
+    assert [one.to_dict() for one in said.logprobs] == whole["logprobs"]
+
+
 def test_completions(server):
     options = {"prompt": TEXT[:50], "max_tokens": 6, "temperature": 0, "logprobs": 2}
     answer = server.post(COMPLETIONS, **options).json()["choices"][0]
@@ -79,6 +124,12 @@ def test_what_is_too_much(server):
     for options in ({"logprobs": True, "top_logprobs": 21}, {"top_logprobs": 2}):
         assert server.refused(CHAT, messages=HELLO, **options)["param"] == "top_logprobs"
     assert server.refused(COMPLETIONS, prompt="Hi", logprobs=6)["param"] == "logprobs"
+    for options in ({**INCLUDE, "top_logprobs": 21}, {"top_logprobs": 2}):
+        assert server.refused(RESPONSES, input="Hi", **options)["param"] == "top_logprobs"
+    for name in ("reasoning.encrypted_content", "file_search_call.results", "x"):
+        error = server.refused(RESPONSES, input="Hi", include=[*INCLUDE["include"], name])
+        assert (error["param"], error["code"]) == ("include", "unsupported")
+        assert name in error["message"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "like gemma"])

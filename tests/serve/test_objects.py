@@ -10,7 +10,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cometlm.serve.objects import objects_at
+from cometlm.checkpoints.atomic_write import write_whole
+from cometlm.serve.objects import ChangedError, objects_at
 from tests.tiny import refused
 
 
@@ -141,3 +142,34 @@ def test_a_folder_that_is_read_only_can_be_read(tmp_path):
         assert get(objects, "a") == b"data"
         with pytest.raises(PermissionError):
             objects.remove("a")
+
+
+def test_changes_of_several_servers(tmp_path):
+    """None of them is lost, though each reads, waits and writes."""
+    put(objects_at(tmp_path), "count", b"0")
+
+    def count(times):
+        objects = objects_at(tmp_path)
+        for _ in range(times):
+            with objects.changing("count") as version:
+                now = int(get(objects, "count"))
+                time.sleep(0.001)
+                data = b"%d" % (now + 1)
+                objects.write("count", lambda path, data=data: write_whole(path, data), version)
+
+    threads = [threading.Thread(target=count, args=(15,)) for _ in range(4)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert get(objects_at(tmp_path), "count") == b"60"
+    assert [one.name for one in objects_at(tmp_path).all()] == ["count"]
+
+
+def test_a_change_that_takes_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("cometlm.serve.objects._PATIENCE", 0.05)
+    one, two = objects_at(tmp_path), objects_at(tmp_path)
+    with one.changing("a"), pytest.raises(ChangedError), two.changing("a"):
+        pass
+    with two.changing("a"):
+        pass

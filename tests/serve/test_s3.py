@@ -1,16 +1,19 @@
 """The store in S3, as moto serves it. Needs `pip install s3fs "moto[server]"`."""
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from cometlm.serve import thread
 from cometlm.serve.folder import Folder
 from cometlm.serve.kept import SessionStore
-from cometlm.serve.objects import objects_at
+from cometlm.serve.objects import ChangedError, objects_at
 from tests.serve.running import running, service_of
 from tests.serve.test_kept import gone, put, session_after
 from tests.sessions import assert_same, model_of, tokenizer_of
@@ -82,11 +85,51 @@ def test_a_secret_is_drawn_once(bucket):
         drawn.add(objects.create("secret", bytes([i])))
 
     threads = [threading.Thread(target=draw, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
     assert len(drawn) == 1
+
+
+def test_an_object_that_another_server_changed_is_not_replaced(bucket):
+    one, two = objects_at(bucket[0]), objects_at(bucket[0])
+
+    def put(objects, data, version=None):
+        objects.write("a", lambda path: path.write_bytes(data), version)
+
+    put(one, b"first")
+    with one.changing("a") as version:
+        put(one, b"second", version)
+    with one.changing("a") as stale:
+        with two.changing("a") as version:
+            put(two, b"third", version)
+        with pytest.raises(ChangedError):
+            put(one, b"fourth", stale)
+    assert one.read("a", lambda path: path.read_bytes()) == b"third"
+
+
+def test_two_servers_change_a_conversation(bucket, monkeypatch):
+    """Each item that was taken is there; others were refused with a word that says why."""
+    monkeypatch.setattr(thread, "_locks", [contextlib.nullcontext()])  # as in two processes
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(running(service_of(store=store_at(bucket[0])))) for _ in range(2)
+        ]
+        made = servers[0].openai.conversations.create()
+        path = f"/v1/conversations/{made.id}/items"
+
+        def add(i):
+            items = [{"role": "user", "content": f"Item {i}"}]
+            answer = servers[i % 2].http.post(path, json={"items": items})
+            assert answer.is_success or answer.json()["error"]["code"] == "conversation_locked"
+            return f"Item {i}" if answer.is_success else None
+
+        with ThreadPoolExecutor(4) as pool:
+            taken = {text for text in pool.map(add, range(12)) if text}
+        listed = servers[0].http.get(path).json()["data"]
+        assert taken
+        assert {item["content"][0]["text"] for item in listed} == taken
 
 
 def test_the_least_recently_used_of_all_servers_go(bucket):

@@ -306,6 +306,25 @@ def test_a_stream_of_a_response_with_tools(server, saying, front):
     assert json.loads(final.output[-1].arguments) == PLACE
 
 
+@pytest.mark.parametrize("front", ["", "I will look.\n"])
+def test_logprobs_of_a_response_with_a_call(server, saying, front):
+    """A call has no text, so nothing is said of its tokens unless there is text in front of it."""
+    saying(front + CALL)
+    options = {"tools": FLAT, "include": ["message.output_text.logprobs"]}
+    whole = respond(server, "Weather?", **options).output
+    events = list(respond(server, "Weather?", stream=True, **options))
+    kinds = ["message", "function_call"] if front else ["function_call"]
+    assert [item.type for item in whole] == kinds
+    assert [item.type for item in events[-1].response.output] == kinds
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert "".join(delta.delta for delta in deltas).rstrip() == front.rstrip()
+    told = [one.token for delta in deltas for one in delta.logprobs]
+    assert (len(told) > 0) == (front != "")
+    if front:
+        assert told == [one.token for one in whole[0].content[0].logprobs]
+        assert "".join(told).startswith(front.rstrip())
+
+
 # --- forms --------------------------------------------------------------------------------------
 
 HERMES, MISTRAL = TOOL_TEMPLATE, "[TOOL_CALLS]{{ tools }}"

@@ -97,6 +97,22 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Requests that may wait.", rich_help_panel=_LIMITS)
     ] = 256,
+    max_requests_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests (POST) of each key; without keys, of everybody together. Default: any.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
+    max_tokens_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens that the model reads or writes for each key. Default: any.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
     max_body_mib: Annotated[
         int, typer.Option(min=1, help="MiB of a request.", rich_help_panel=_LIMITS)
     ] = 64,
@@ -126,6 +142,7 @@ def serve(
     from cometlm.serve.folder import Folder
     from cometlm.serve.kept import SessionStore
     from cometlm.serve.keys import Keys
+    from cometlm.serve.rates import Rates
     from cometlm.serve.service import Service
 
     is_local = host in LOOPBACK
@@ -149,7 +166,13 @@ def serve(
     )
     called = name or Path(model).name or model
     service = Service(
-        loaded, tokenizer, called, sessions, most_running=max_running, most_waiting=max_waiting
+        loaded,
+        tokenizer,
+        called,
+        sessions,
+        rates=Rates(max_requests_per_minute, max_tokens_per_minute),
+        most_running=max_running,
+        most_waiting=max_waiting,
     )
     app = create_app(
         service,

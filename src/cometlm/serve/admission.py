@@ -1,8 +1,8 @@
-"""What stands in front of every request: keys and sizes, before anything of a body is taken."""
+"""What stands in front of every request, before anything of a body is taken: keys, rates, sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from cometlm.serve.errors import ApiError
 from cometlm.serve.http import OWNER, error_response
 from cometlm.serve.keys import Keys
+from cometlm.serve.rates import Rates
 
 UPLOADS = ("/v1/files", "/v1/sessions")
 OPEN = ("/health",)  # without a key
@@ -62,6 +63,41 @@ def _is_of_another_site(scope: Any) -> bool:
     """Whether a browser says that another site's page sends something; links may lead here."""
     site = dict(scope["headers"]).get(b"sec-fetch-site", b"none")
     return scope["method"] not in ("GET", "HEAD") and site not in (b"none", b"same-origin")
+
+
+class RateLimit:
+    """ASGI middleware that refuses what a key may not ask for yet, and says what it has left.
+
+    Requests that look at something or delete it are neither counted nor refused.
+
+    Args:
+        app: what it stands in front of, behind the `KeyCheck`.
+        rates: what keys may ask for.
+        refused: told the code of each error.
+    """
+
+    def __init__(self, app: Any, rates: Rates, refused: Callable[[str | None], None]) -> None:
+        self._app, self._rates, self._refused = app, rates, refused
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or not."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            left = self._rates.admit(scope[OWNER])
+        except ApiError as error:
+            self._refused(error.code)
+            await error_response(error)(scope, receive, send)
+            return
+        headers = [(name.encode(), value.encode()) for name, value in left.items()]
+
+        async def telling(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
+
+        await self._app(scope, receive, telling)
 
 
 class BodyLimit:

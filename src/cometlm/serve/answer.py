@@ -106,6 +106,13 @@ class Mark:
     session: Session
 
 
+@dataclass(frozen=True)
+class Used:
+    """Tokens that were read, or one for each answer that is written."""
+
+    tokens: int
+
+
 class _Choice:
     """One of several answers while it is written."""
 
@@ -141,10 +148,11 @@ class _Choice:
         return self.writer.likely[: kept - (kept > 0 and ids[kept - 1] in self._stops)]
 
 
-def answering(order: Order, emit: Callable[[Piece | Answer | Mark], None]) -> Work:
+def answering(order: Order, emit: Callable[[Piece | Answer | Mark | Used], None]) -> Work:
     """The work of an `engine.Job`: pieces of text while they are written, then whole answers.
 
-    Of a long prompt it also gives marks.
+    Of a long prompt it also gives marks. What it reads is known to whoever ordered it, and is not
+    told as used.
     """
     session = order.start.fork()
     yield from _read(session, order, emit)
@@ -169,6 +177,7 @@ def answering(order: Order, emit: Callable[[Piece | Answer | Mark], None]) -> Wo
     ]
     going = choices
     while going:
+        emit(Used(len(going)))
         for choice in going:
             piece = choice.piece(choice.take())
             if piece is not None:
@@ -231,7 +240,7 @@ class Progress:
     bytes_read: int = 0
 
 
-def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None]) -> Work:
+def reading(start: Session, document: IO[bytes], emit: Callable[[Progress | Used], None]) -> Work:
     """The work of an `engine.Job` that reads a document into a session of its own.
 
     Raises:
@@ -239,9 +248,12 @@ def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None
     """
     session, told = start.fork(), time.monotonic()
     before, most = start.stats().tokens, 0
+    counted = before
     try:
         for steps in (session.reading(document), session.finish()):
             for stats in steps:
+                emit(Used(stats.tokens - counted))
+                counted = stats.tokens
                 if time.monotonic() - told > _SAY_EVERY:
                     told = time.monotonic()
                     # Text is taken in windows, and run in chunks: of what is taken, what was run.
@@ -254,12 +266,15 @@ def reading(start: Session, document: IO[bytes], emit: Callable[[Progress], None
         raise ApiError(str(error), param="file") from error
     if session.stats() == start.stats():
         raise ApiError("file: it is empty", param="file")
-    emit(Progress(session.stats().tokens, session))
+    tokens = session.stats().tokens
+    emit(Used(tokens - counted))  # what was known only at its end
+    emit(Progress(tokens, session))
 
 
-def settling(start: Session, emit: Callable[[Progress], None]) -> Work:
+def settling(start: Session, emit: Callable[[Progress | Used], None]) -> Work:
     """The work of an `engine.Job` that runs what a session holds unread: the end of its text."""
     session = start.fork()
+    emit(Used(session.open_tokens))
     yield from _chunks(session.finish())
     emit(Progress(session.stats().tokens, session))
 

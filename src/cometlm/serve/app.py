@@ -16,12 +16,13 @@ from starlette.exceptions import HTTPException
 from cometlm import __version__
 from cometlm.serve import chat, conversations, files, responses, sessions
 from cometlm.serve.access_log import AccessLog
-from cometlm.serve.admission import OPEN, BodyLimit, KeyCheck
+from cometlm.serve.admission import OPEN, BodyLimit, KeyCheck, RateLimit
 from cometlm.serve.errors import INVALID, ApiError, unknown_field
 from cometlm.serve.http import Owner, Serving, error_response
 from cometlm.serve.keys import Keys
 from cometlm.serve.page import PATHS
 from cometlm.serve.page import router as page
+from cometlm.serve.schema import ErrorBody
 from cometlm.serve.service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -58,11 +59,21 @@ def create_app(
         await asyncio.to_thread(service.stop, grace)
 
     app = FastAPI(
-        title="cometlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="cometlm",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={"default": {"model": ErrorBody, "description": "An error."}},
     )
     app.state.service = service
     # The last one stands in front.
     app.add_middleware(BodyLimit, most=most_bytes, most_of_file=most_file_bytes)
+    app.add_middleware(
+        RateLimit,
+        rates=service.rates,
+        refused=lambda code: service.metrics.failed.labels(code).inc(),
+    )
     open_paths = (*OPEN, *PATHS) if with_page else OPEN
     app.add_middleware(KeyCheck, keys=keys, open_paths=open_paths)
     if hosts is not None:

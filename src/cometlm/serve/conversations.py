@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -74,8 +73,7 @@ async def update(name: str, body: MetadataBody, service: Serving, owner: Owner) 
 @router.delete(f"{_PATH}/{{name}}")
 async def delete(name: str, service: Serving, owner: Owner) -> Any:
     """Keep a conversation no longer; its responses stay."""
-    await _found(service, name, owner)
-    await asyncio.to_thread(service.store.delete, name, owner)
+    await thread.delete(service, name, owner)
     return {"id": name, "object": "conversation.deleted", "deleted": True}
 
 

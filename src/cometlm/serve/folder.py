@@ -7,6 +7,7 @@ can be made from the objects again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import secrets
@@ -143,16 +144,36 @@ class Folder:
                 if kept is not None:
                     yield kept, found
 
-    def write(self, kept: Kept, session: Session) -> int:
-        """Keep a session; bytes of its file.
+    @contextlib.contextmanager
+    def changing(self, name: str) -> Iterator[str | None]:
+        """While a session is read, and written anew under its id; see `Objects`.
 
         Raises:
+            ChangedError: another server is at it.
+            OSError: the folder cannot be changed now.
+        """
+        self.check()
+        with self._objects.changing(name) as version:
+            yield version
+
+    def write(self, kept: Kept, session: Session, replacing: str | None = None) -> int:
+        """Keep a session; bytes of its file.
+
+        Args:
+            kept: what is known of it.
+            session: it.
+            replacing: the version that `changing` gave.
+
+        Raises:
+            ChangedError: another server has replaced that.
             OSError: it cannot be written; then nothing is there.
         """
         notes = kept.to_notes()
         self.check()  # else it would be put where nobody finds it once the folder is back
         return self._objects.write(
-            kept.id, lambda path: session.save(path, notes=notes, made_by=self._made_by)
+            kept.id,
+            lambda path: session.save(path, notes=notes, made_by=self._made_by),
+            replacing,
         )
 
     def read(self, name: str) -> tuple[Kept, Session]:

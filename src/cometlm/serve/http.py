@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from cometlm.serve.errors import ApiError, as_api_error, unknown_field
+from cometlm.serve.schema import check_text
 from cometlm.serve.service import Service
 
 T = TypeVar("T")
@@ -38,13 +39,16 @@ Owner = Annotated[str, Depends(owner_of)]
 
 
 async def check_form(request: Request, fields: Collection[str]) -> None:
-    """Refuse other fields of a form than these.
+    """Refuse other fields of a form than these, and what is no text: a form may choose its charset.
 
     Raises:
         ApiError: names one.
     """
-    for name in (await request.form()).keys() - set(fields):
-        raise unknown_field(name)
+    for name, value in (await request.form()).multi_items():
+        for text in (name, value if isinstance(value, str) else value.filename or ""):
+            check_text(text)
+        if name not in fields:
+            raise unknown_field(name)
 
 
 def error_response(error: BaseException) -> JSONResponse:

@@ -30,7 +30,7 @@ def items_of(given: str | Sequence[dict[str, Any]], param: str = "input") -> lis
 
 def _item(item: dict[str, Any], where: str) -> dict[str, Any]:
     kind = item.get("type", "message")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise unsupported(
             where,
             f"items of type {kind!r:.40} are not supported, only {', '.join(_READERS)}",

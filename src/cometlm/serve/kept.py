@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cometlm.serve.folder import CHANGING, TURN, Folder, Kept
@@ -118,17 +118,37 @@ class SessionStore:
         """When a session expires that is kept now."""
         return None if self._lifetime is None else time.time() + self._lifetime
 
-    def put(self, kept: Kept, session: Session) -> None:
-        """Keep a session. When this returns, it is there, whole; nobody changes it any more.
+    @contextlib.contextmanager
+    def changing(self, name: str) -> Iterator[str | None]:
+        """While a session is got, and put anew under its id: for one server at a time.
+
+        Gives the version that `put` replaces.
 
         Raises:
+            ChangedError: another server is at it.
+            OSError: the store cannot be changed now.
+        """
+        with self._folder.changing(name) if self._folder else contextlib.nullcontext() as version:
+            yield version
+
+    def put(self, kept: Kept, session: Session, replacing: str | None = None) -> None:
+        """Keep a session. When this returns, it is there, whole; nobody changes it any more.
+
+        Args:
+            kept: what is known of it.
+            session: it.
+            replacing: of kinds that change, the version that `changing` gave.
+
+        Raises:
+            ChangedError: another server has replaced that.
             FullError: it alone is larger than the budget.
             OSError: its file cannot be written; it is not kept then.
         """
         nbytes = _nbytes(kept, session)
         size, budget = nbytes, self._memory.budget
         if self._folder is not None:
-            size, budget = self._folder.write(kept, session), self._folder_budget
+            size = self._folder.write(kept, session, replacing)
+            budget = self._folder_budget
         if size > budget:
             self._forget(kept.id)
             raise FullError(f"a session of {size} bytes is larger than the whole store")

@@ -1,9 +1,9 @@
-"""How likely tokens were, as OpenAI's chats and completions say it: natural logarithms."""
+"""How likely tokens were, as OpenAI's chats, completions and responses say it, in nats."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -18,16 +18,23 @@ _UNFINISHED = "\ufffd"
 
 def chat_logprobs(tokenizer: Any, likely: Sequence[Likely]) -> dict[str, Any]:
     """Of the tokens of a chat's answer."""
-    return {
-        "content": [
-            {
-                **_told(tokenizer, one.token, one.logprob),
-                "top_logprobs": [_told(tokenizer, *top) for top in one.top],
-            }
-            for one in likely
-        ],
-        "refusal": None,
-    }
+    return {"content": [_with_top(tokenizer, one) for one in likely], "refusal": None}
+
+
+def response_logprobs(tokenizer: Any, likely: Sequence[Likely]) -> list[dict[str, Any]]:
+    """Of the tokens of a response's text."""
+    return [_with_top(tokenizer, one) for one in likely]
+
+
+def event_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What events of a response's stream say of `response_logprobs`: no bytes."""
+    return [
+        {
+            **_without_bytes(one),
+            "top_logprobs": [_without_bytes(top) for top in one["top_logprobs"]],
+        }
+        for one in logprobs
+    ]
 
 
 def completion_logprobs(tokenizer: Any, likely: Sequence[Likely], begin: int) -> dict[str, Any]:
@@ -59,6 +66,15 @@ def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
     if found := _BYTE.fullmatch(piece):
         return [int(found[1], 16)]
     return [_LETTERS[c] for c in piece] if all(c in _LETTERS for c in piece) else None
+
+
+def _with_top(tokenizer: Any, one: Likely) -> dict[str, Any]:
+    top = [_told(tokenizer, *other) for other in one.top]
+    return {**_told(tokenizer, one.token, one.logprob), "top_logprobs": top}
+
+
+def _without_bytes(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in told.items() if name != "bytes"}
 
 
 def _told(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:

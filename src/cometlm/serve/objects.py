@@ -14,11 +14,14 @@ import os
 import secrets
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
+
+from filelock import FileLock, Timeout
 
 from cometlm.checkpoints.atomic_write import write_whole
 
@@ -28,6 +31,10 @@ SUFFIX = ".safetensors"
 _LEFT_BEHIND = 3600  # seconds after which what is half there is of a killed process
 # Whose puts appear whole. Elsewhere an object is written under another name, and moved.
 _SINGLE_PUT = {"abfs", "adl", "az", "gcs", "gs", "memory", "s3", "s3a"}
+_VERSIONED = {"s3", "s3a"}  # where a put may name the version that it replaces
+_MOST_PUT = 5 << 30  # bytes that S3 takes at once
+_LOCKS = 64  # files, which the objects of a folder share
+_PATIENCE = 10.0  # seconds that one server waits for another to write an object
 _MODIFIED = ("LastModified", "mtime", "last_modified", "modified", "updated", "created")
 
 
@@ -46,6 +53,10 @@ class Found:
     used: float
 
 
+class ChangedError(OSError):
+    """Another server changed an object, or is at it."""
+
+
 class Objects(Protocol):
     """A place; all of it raises `OSError` where the place cannot be used."""
 
@@ -55,8 +66,17 @@ class Objects(Protocol):
     def exists(self, key: str) -> bool:
         """Whether such an object is there."""
 
-    def write(self, name: str, save: Callable[[Path], None]) -> int:
-        """Put what `save` writes to a file; its size."""
+    def write(self, name: str, save: Callable[[Path], None], replacing: str | None = None) -> int:
+        """Put what `save` writes to a file; its size.
+
+        Where a version is named that `changing` gave, `ChangedError` if it is there no longer.
+        """
+
+    def changing(self, name: str) -> contextlib.AbstractContextManager[str | None]:
+        """While an object is read, and written anew as a whole: for one server at a time.
+
+        Others wait, or fail when they write what this gives as `replacing`: its version now.
+        """
 
     def read(self, name: str, load: Callable[[Path], T]) -> T:
         """What `load` makes of a file; `FileNotFoundError` where there is none."""
@@ -121,11 +141,27 @@ class FolderObjects:
         """See `Objects`."""
         return (self._folder / key).exists()
 
-    def write(self, name: str, save: Callable[[Path], None]) -> int:
+    def write(self, name: str, save: Callable[[Path], None], replacing: str | None = None) -> int:
         """See `Objects`; `save` has to write a file that appears whole."""
         path = self._path(name)
         save(path)
         return path.stat().st_size
+
+    @contextlib.contextmanager
+    def changing(self, name: str) -> Iterator[None]:
+        """See `Objects`: by a lock of the file system, which goes with the process that has it."""
+        place = zlib.crc32(name.encode()) % _LOCKS
+        lock = FileLock(self._folder / f".{place}.lock", timeout=_PATIENCE, mode=0o600)
+        try:
+            lock.acquire(poll_interval=0.01)
+        except Timeout as error:
+            raise ChangedError(errno.EBUSY, "another server changes it", name) from error
+        except NotImplementedError as error:
+            raise OSError(errno.ENOLCK, "the file system has no locks", name) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def read(self, name: str, load: Callable[[Path], T]) -> T:
         """See `Objects`."""
@@ -205,6 +241,7 @@ class RemoteObjects:
         kinds = self._fs.protocol
         kinds = {kinds} if isinstance(kinds, str) else set(kinds)
         self._is_single_put = bool(kinds & _SINGLE_PUT)
+        self._has_versions = bool(kinds & _VERSIONED)
         self._root = self._root.rstrip("/")
         if not self._is_single_put:
             with _as_oserror():
@@ -225,15 +262,24 @@ class RemoteObjects:
         """See `Objects`."""
         return self._info(f"{self._root}/{key}") is not None
 
-    def write(self, name: str, save: Callable[[Path], None]) -> int:
+    def write(self, name: str, save: Callable[[Path], None], replacing: str | None = None) -> int:
         """See `Objects`."""
         with tempfile.TemporaryDirectory(prefix="cometlm-") as folder:
             file = Path(folder, f"{name}{SUFFIX}")
             save(file)
             data = file.read_bytes()
         with _as_oserror():
-            self._put(self._path(name), data)
+            if replacing is None:
+                self._put(self._path(name), data)
+            else:
+                self._replace(self._path(name), data, replacing)
         return len(data)
+
+    @contextlib.contextmanager
+    def changing(self, name: str) -> Iterator[str | None]:
+        """See `Objects`: S3 compares versions; elsewhere nothing does, and the later put stays."""
+        about = self._info(self._path(name)) if self._has_versions else None
+        yield None if about is None else about.get("ETag")
 
     def read(self, name: str, load: Callable[[Path], T]) -> T:
         """See `Objects`."""
@@ -295,6 +341,16 @@ class RemoteObjects:
         except BaseException:
             with contextlib.suppress(OSError):
                 self._fs.rm_file(part)
+            raise
+
+    def _replace(self, path: str, data: bytes, version: str) -> None:
+        try:
+            # In parts it would not be compared.
+            self._fs.pipe_file(path, data, chunksize=_MOST_PUT, IfMatch=version)
+        except (OSError, ValueError) as error:
+            now = self._info(path)
+            if now is None or now.get("ETag") != version:
+                raise ChangedError(errno.EBUSY, "another server changed it", path) from error
             raise
 
     def _listed(self, path: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -15,11 +16,13 @@ from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
 from cometlm.serve.items import call_item, items_of, messages_of, with_own_ids
+from cometlm.serve.logprobs import event_logprobs, response_logprobs
 from cometlm.serve.pages import PageQuery, page_of
 from cometlm.serve.schema import ResponseBody, sampling_of
 from cometlm.serve.service import Prompt, Run, Service, Writing
 from cometlm.serve.start import find_start
-from cometlm.serve.thread import Thread, change
+from cometlm.serve.thread import Thread, change, turn
+from cometlm.session.writer import Likely
 
 router = APIRouter()
 
@@ -30,6 +33,19 @@ _KIND, _PREFIX = "response", "resp_"
 async def create(body: ResponseBody, request: Request, service: Serving, owner: Owner) -> Any:
     """Answer, and keep the answer."""
     service.check_model(body.model)
+    with contextlib.ExitStack() as stack:
+        if body.conversation_id is not None:
+            stack.enter_context(turn(body.conversation_id, owner))
+        reply, run = await _begun(body, request, service, owner)
+        if body.stream:
+            return event_stream(reply.events(run, stack.pop_all()))
+        (answer,) = await unless_gone(request, run.answers())
+        return await reply.keep(answer)
+
+
+async def _begun(
+    body: ResponseBody, request: Request, service: Service, owner: str
+) -> tuple[_Reply, Run]:
     items = items_of(body.input)
     most = service.most_tokens(
         body.max_output_tokens, service.limits.usual_tokens, "max_output_tokens"
@@ -53,14 +69,10 @@ async def create(body: ResponseBody, request: Request, service: Serving, owner: 
         tools=body.tools_given,
         only_one_call=body.only_one_call,
     )
-    sampling = sampling_of(body.temperature, body.top_p, None)
+    sampling = sampling_of(body.temperature, body.top_p, None, body.likely)
     writing = Writing(sampling, most, keeps=body.store is not False)
     reply = _Reply(service, body, owner, prompt, items, most, found.thread, request)
-    run = service.run(prompt, writing, owner)
-    if body.stream:
-        return event_stream(reply.events(run))
-    (answer,) = await unless_gone(request, run.answers())
-    return await reply.keep(answer)
+    return reply, service.run(prompt, writing, owner)
 
 
 @router.get("/v1/responses/{name}")
@@ -119,11 +131,11 @@ class _Reply:
         total = response["usage"]["total_tokens"]
         note_used(self._request, tokens=total, cached=self._prompt.cached)
         if self._body.store is not False:
-            document = {"response": response, "input": list(self._items)}
+            document = {"response": _as_kept(response), "input": list(self._items)}
             kept = Kept(self.id, self._owner, _KIND, self._created, document=document)
             await self._service.keep(kept, self._prompt, answer)
         if self._thread is not None:
-            await self._go_on(self._thread, response, answer)
+            await self._go_on(self._thread, _as_kept(response), answer)
         return response
 
     async def _go_on(self, talk: Thread, response: Mapping[str, Any], answer: Answer) -> None:
@@ -139,8 +151,15 @@ class _Reply:
             answer.session,
         )
 
-    async def events(self, run: Run) -> AsyncIterator[str]:
-        """The response as a stream of typed events."""
+    async def events(
+        self, run: Run, until: contextlib.AbstractContextManager[Any]
+    ) -> AsyncIterator[str]:
+        """The response as a stream of typed events; `until` is left at its end."""
+        with until:
+            async for event in self._events(run):
+                yield event
+
+    async def _events(self, run: Run) -> AsyncIterator[str]:
         yield self.event("response.created", response=self._response())
         yield self.event("response.in_progress", response=self._response())
         message, answer = _MessageEvents(self), None
@@ -178,6 +197,10 @@ class _Reply:
         yield self.event("response.function_call_arguments.done", **part, **done)
         yield self.event("response.output_item.done", **about, item=item)
 
+    def logprobs(self, likely: Sequence[Likely]) -> list[dict[str, Any]]:
+        """How likely tokens were; nothing where the request does not want to know."""
+        return response_logprobs(self._service.tokenizer, likely)
+
     def event(self, kind: str, **values: Any) -> str:
         """One event of the stream."""
         number, self._sequence = self._sequence, self._sequence + 1
@@ -213,6 +236,7 @@ class _Reply:
             "text": {"format": {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": [tool.model_dump() for tool in body.tools or ()],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": usage,
@@ -221,7 +245,8 @@ class _Reply:
 
     def _output(self, answer: Answer, status: str) -> list[dict[str, Any]]:
         """What was said, and the calls; these get their ids once."""
-        said = [_message_item(self.message_id, answer.text, status)]
+        logprobs = self.logprobs(answer.likely)
+        said = [_message_item(self.message_id, answer.text, status, logprobs)]
         if not answer.calls:
             return said
         return [*(said if answer.text else ()), *map(call_item, answer.calls)]
@@ -231,25 +256,38 @@ class _MessageEvents:
     """The events of what is said in a response, which begin with its first text."""
 
     def __init__(self, reply: _Reply) -> None:
-        self._event = reply.event
+        self._reply, self._event = reply, reply.event
         self._id, self._text = reply.message_id, ""
         self._has_begun = False
+        self._held: list[Likely] = []  # of tokens that no event told yet
         self._place = {"output_index": 0}
         self._part = {"item_id": self._id, **self._place, "content_index": 0}
 
     def more(self, piece: Piece) -> Iterator[str]:
         """Of a piece of it."""
-        yield from self._begin()
-        self._text += piece.text
-        yield self._event("response.output_text.delta", **self._part, delta=piece.text, logprobs=[])
+        self._held += piece.likely
+        if piece.text or self._has_begun:  # calls of tools have no text, and no message
+            yield from self._begin()
+            yield self._delta(piece.text)
 
     def end(self, item: Mapping[str, Any]) -> Iterator[str]:
         """Of its end, as the item that it has become."""
         yield from self._begin()
+        if self._held:
+            yield self._delta("")
         text, (part,) = self._text, item["content"]
-        yield self._event("response.output_text.done", **self._part, text=text, logprobs=[])
+        logprobs = event_logprobs(part["logprobs"])
+        yield self._event("response.output_text.done", **self._part, text=text, logprobs=logprobs)
         yield self._event("response.content_part.done", **self._part, part=part)
         yield self._event("response.output_item.done", **self._place, item=item)
+
+    def _delta(self, text: str) -> str:
+        self._text += text
+        logprobs = event_logprobs(self._reply.logprobs(self._held))
+        self._held = []
+        return self._event(
+            "response.output_text.delta", **self._part, delta=text, logprobs=logprobs
+        )
 
     def _begin(self) -> Iterator[str]:
         if not self._has_begun:
@@ -260,19 +298,32 @@ class _MessageEvents:
             yield self._event("response.content_part.added", **self._part, part=part)
 
 
-def _message_item(name: str, text: str, status: str | None) -> dict[str, Any]:
+def _message_item(
+    name: str, text: str, status: str | None, logprobs: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """What the model says, as an item; it is empty before there is a status."""
     return {
         "id": name,
         "type": "message",
         "status": status or "in_progress",
         "role": "assistant",
-        "content": [_text_part(text)] if status else [],
+        "content": [_text_part(text, logprobs)] if status else [],
     }
 
 
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _as_kept(response: Mapping[str, Any]) -> dict[str, Any]:
+    """A response without log probabilities, which may take a thousand times as much as its text."""
+    output = [
+        {**item, "content": [{**part, "logprobs": []} for part in item["content"]]}
+        if item["type"] == "message"
+        else item
+        for item in response["output"]
+    ]
+    return {**response, "output": output}
+
+
+def _text_part(text: str, logprobs: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
 
 def _usage(prompt: Prompt, answer: Answer) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Bodies of requests: what is understood, and a refusal by name of everything else."""
+"""Bodies: what of requests is understood, a refusal by name of everything else, and errors."""
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
@@ -12,6 +13,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from transformers import PreTrainedTokenizerBase
 
 from cometlm.serve.errors import ApiError, unknown_field, unsupported
 from cometlm.serve.service import Service, Writing
@@ -21,6 +23,12 @@ Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
 ]
+# What makes a prompt of messages is the server's to say: above all, no template may come from
+# outside, since it is a program. Documents are for the template.
+_NO_VARIABLES = signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
+    "documents"
+}
+_LOGPROBS = "message.output_text.logprobs"  # what a response may include
 _DEEPEST = 64  # levels of a body; what handles it calls itself
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -66,15 +74,41 @@ def _check_values(given: dict[str, Any]) -> None:
             waiting += [(value, depth + 1) for value in (*one, *one.values())]
         elif isinstance(one, list):
             waiting += [(value, depth + 1) for value in one]
-        elif isinstance(one, str) and not one.isascii():
-            try:
-                one.encode()
-            except UnicodeEncodeError as error:
-                raise ApiError(f"the body is not Unicode text: {error.reason}") from error
+        elif isinstance(one, str):
+            check_text(one)
+
+
+def check_text(text: str) -> None:
+    """Refuse a text that has halves of characters.
+
+    Raises:
+        ApiError: it has.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(f"the body is not Unicode text: {error.reason}") from error
 
 
 def _same(value: Any, other: Any) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong; see `ApiError`."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error, as the server's OpenAPI document has it."""
+
+    error: ErrorDetail
 
 
 class StreamOptions(Body):
@@ -235,6 +269,8 @@ class ChatBody(Sampled, WithTools):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -246,6 +282,8 @@ class ChatBody(Sampled, WithTools):
             )
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs is for logprobs: true only", param="top_logprobs")
+        for name in _NO_VARIABLES & (self.chat_template_kwargs or {}).keys():
+            raise unsupported(f"chat_template_kwargs.{name}", "no variable of a template")
         check_messages(self.messages, "messages")
         return self
 
@@ -303,12 +341,10 @@ class ResponseBody(WithTools):
 
     NEUTRAL = {
         "background": (False,),
-        "include": ([],),
         "prompt": (),
         "reasoning": ({},),
         "service_tier": ("auto", "default"),
         "stream_options": ({}, {"include_obfuscation": False}),
-        "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
 
@@ -326,7 +362,27 @@ class ResponseBody(WithTools):
     store: bool | None = None
     metadata: Metadata | None = None
     text: TextFormat | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     user: str | None = None
+
+    @model_validator(mode="after")
+    def _check_include(self) -> Self:
+        for name in self.include or ():
+            if name != _LOGPROBS:
+                raise unsupported("include", f"{name!r:.80} is not supported, only {_LOGPROBS}")
+        if self.top_logprobs and not self.include:
+            raise ApiError(
+                f"top_logprobs is for include: [{_LOGPROBS!r}] only", param="top_logprobs"
+            )
+        return self
+
+    @property
+    def likely(self) -> int | None:
+        """See `Sampled`."""
+        return (self.top_logprobs or 0) if self.include else None
 
     @property
     def conversation_id(self) -> str | None:
@@ -431,7 +487,9 @@ def check_message(message: dict[str, Any], where: str) -> None:
 
 
 def _check_calls(calls: Any, where: str) -> None:
-    for k, call in enumerate(calls if isinstance(calls, list) else [calls]):
+    if not isinstance(calls, list):
+        raise ApiError(f"{where} must be a list, got {type(calls).__name__}", param=where)
+    for k, call in enumerate(calls):
         checked(CalledTool, call, f"{where}[{k}]")
 
 

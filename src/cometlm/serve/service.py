@@ -17,6 +17,7 @@ from cometlm.serve.answer import (
     Order,
     Piece,
     Progress,
+    Used,
     answering,
     reading,
     settling,
@@ -26,6 +27,7 @@ from cometlm.serve.errors import ApiError, as_api_error, unsupported
 from cometlm.serve.folder import Kept
 from cometlm.serve.kept import NotKeptError, SessionStore
 from cometlm.serve.metrics import Metrics
+from cometlm.serve.rates import Rates
 from cometlm.serve.tools import (
     CallFilter,
     Calling,
@@ -243,6 +245,7 @@ class Service:
         name: what clients call it.
         store: keeps sessions.
         limits: what requests may ask for.
+        rates: what keys may ask for in a minute.
         engine: options of the engine.
     """
 
@@ -253,10 +256,12 @@ class Service:
         name: str,
         store: SessionStore,
         limits: Limits | None = None,
+        rates: Rates | None = None,
         **engine: int,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.store, self.limits = store, limits or Limits()
+        self.rates = rates or Rates()
         self.engine = Engine(model, **engine)
         self.metrics = Metrics(self.engine, store)
         self.began = int(time.time())
@@ -469,6 +474,7 @@ class Service:
             return answering(order, say)
 
         run = self._start(work, owner, prompt)
+        self.rates.charge(owner, prompt.tokens - prompt.cached)
         self.metrics.prompt_tokens.inc(prompt.tokens)
         self.metrics.cached_tokens.inc(prompt.cached)
         return run
@@ -512,6 +518,9 @@ class Service:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def emit(event: Any) -> None:
+            if isinstance(event, Used):
+                self.rates.charge(owner, event.tokens)
+                return
             with contextlib.suppress(RuntimeError):  # the loop has ended, and so have its clients
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
@@ -552,14 +561,15 @@ class Service:
         except OSError as error:
             raise as_api_error(error) from error
 
-    def store_now(self, kept: Kept, session: Session) -> None:
-        """What `put` does, in this thread.
+    def store_now(self, kept: Kept, session: Session, replacing: str | None = None) -> None:
+        """What `put` does, in this thread; `replacing`: see `SessionStore.put`.
 
         Raises:
             OSError: the store cannot take it.
         """
         tokens = session.stats().tokens
-        self.store.put(replace(kept, expires=self.store.expiry(), tokens=tokens), session)
+        lasting = replace(kept, expires=self.store.expiry(), tokens=tokens)
+        self.store.put(lasting, session, replacing)
 
     def stop(self, grace: float = 0.0) -> None:
         """Take no more requests, and end."""

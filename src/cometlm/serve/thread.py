@@ -9,22 +9,27 @@ list, is what the model goes on from.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
 from cometlm.serve.kept import NotKeptError
+from cometlm.serve.objects import ChangedError
 from cometlm.serve.service import Service
 from cometlm.serve.trail import Trail
 from cometlm.session.session import Session
 
+T = TypeVar("T")
+
 KIND, PREFIX, PARAM = "conversation", "conv_", "conversation_id"
 _MOST_BYTES = 4 << 20  # of texts that are kept to be looked at
+_answering: set[tuple[str, str]] = set()  # conversations that wait, with their owners
 _locks = [threading.Lock() for _ in range(64)]  # by a hash of the id: one change at a time
 
 Items = tuple[Mapping[str, Any], ...]
@@ -91,12 +96,7 @@ class Thread:
             ApiError: it went on otherwise.
         """
         if now.turns != self.turns or now.items[: len(self.items)] != self.items:
-            raise ApiError(
-                "the conversation went on meanwhile; ask again",
-                status=409,
-                param="conversation",
-                code="conversation_locked",
-            )
+            raise _locked("the conversation went on meanwhile; ask again")
         known = (*self.items, *said)
         items = (*known, *now.items[len(self.items) :])
         return replace(
@@ -142,6 +142,35 @@ class Thread:
         return cls(**{**values, "items": tuple(values["items"]), "trail": trail})
 
 
+@contextlib.contextmanager
+def turn(name: str, owner: str) -> Iterator[None]:
+    """While a conversation waits for an answer: no other one begins.
+
+    Only in this process: of two servers' answers, the one that ends second is refused
+    (`Thread.after`). It also ends when it is forgotten, as every generator does.
+
+    Args:
+        name: of the conversation.
+        owner: whose it is.
+
+    Raises:
+        ApiError: it waits for another answer.
+    """
+    at = (name, owner)
+    if at in _answering:
+        raise _locked("the conversation waits for another answer; ask again when that is there")
+    _answering.add(at)
+    try:
+        yield
+    finally:
+        _answering.discard(at)
+
+
+def _locked(message: str) -> ApiError:
+    code = "conversation_locked"  # OpenAI's, which sends it with 400; clients try again after 409
+    return ApiError(message, status=409, param="conversation", code=code, retry_after=1)
+
+
 async def create(
     service: Service,
     owner: str,
@@ -175,7 +204,7 @@ async def change(
     made: Callable[[Thread], Thread],
     session: Session | None = None,
 ) -> Thread:
-    """Change a conversation, one change at a time.
+    """Change a conversation, one change at a time, also of several servers.
 
     Args:
         service: where it is kept.
@@ -188,14 +217,40 @@ async def change(
         ApiError: it is gone, or what `made` raises.
     """
 
-    def changing() -> Thread:
-        with _locks[hash(name) % len(_locks)]:
-            kept, present = service.store.get(name, owner)
-            changed = made(Thread.of(kept))
-            service.store_now(changed.kept(owner), session or present)
-            return changed
+    def changed(version: str | None) -> Thread:
+        kept, present = service.store.get(name, owner)
+        new = made(Thread.of(kept))
+        service.store_now(new.kept(owner), session or present, version)
+        return new
+
+    return await _alone(service, name, changed)
+
+
+async def delete(service: Service, name: str, owner: str) -> None:
+    """Keep a conversation no longer; nobody who is changing it brings it back.
+
+    Raises:
+        ApiError: there is none for this owner.
+    """
+
+    def deleted(_: str | None) -> None:
+        kept, _session = service.store.get(name, owner)
+        Thread.of(kept)
+        service.store.delete(name, owner)
+
+    await _alone(service, name, deleted)
+
+
+async def _alone(service: Service, name: str, work: Callable[[str | None], T]) -> T:
+    """What `work` gives while nobody else changes a conversation; it is given the version."""
+
+    def working() -> T:
+        with _locks[hash(name) % len(_locks)], service.store.changing(name) as version:
+            return work(version)
 
     try:
-        return await asyncio.to_thread(changing)
+        return await asyncio.to_thread(working)
+    except ChangedError as error:
+        raise _locked("another server changes the conversation; ask again") from error
     except (NotKeptError, OSError) as error:
         raise as_api_error(error, PARAM) from error

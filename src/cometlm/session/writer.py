@@ -27,13 +27,15 @@ from cometlm.core.causal_lm import CometForCausalLM
 
 Finish = Literal["stop", "length"]
 
+_COLDEST = 1e-6  # logits divided by less may leave float32
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 is greedy; above it, sampling.
+        temperature: 0 is greedy, and so is less than 1e-6; above it, sampling.
         top_p: sample from the likeliest that make up this.
         seed: sample the same again; None: another time otherwise.
         likely: how many of the likeliest tokens are noted at each place; None: nothing is noted.
@@ -113,7 +115,7 @@ class Writer:
         self.finish: Finish | None = None
         self._logits: Tensor | None = logits
         self._stops, self._most = frozenset(stops), most
-        self._is_greedy = sampling.temperature == 0
+        self._is_greedy = sampling.temperature < _COLDEST
         self._processors = LogitsProcessorList()
         if suppressed:
             self._processors.append(SuppressTokensLogitsProcessor(suppressed, str(logits.device)))
