@@ -8,8 +8,9 @@ the other commit beside another transformers, which pip fetches into a folder fo
 which comes first changes from pair to pair, since a machine's speed drifts, and of some rounds
 the fastest counts, since a machine has other things to do. What is printed, and
 written to out/against.json, is what share of the other's time these take: the median of the pairs'
-ratios, and all of them. 1.00 is alike. Weights are packed where a tree can. With one thread
-(OMP_NUM_THREADS=1) the process's own time counts, which other work on the machine disturbs less.
+ratios, and all of them. 1.00 is alike. Chunks are of 256 tokens. Weights are packed where a tree
+can. With one thread (OMP_NUM_THREADS=1) the process's own time counts, which other work on the
+machine disturbs less.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 MEASURE = """
 import json, sys, time, torch, cometlm
 name, tokens, new, rounds = sys.argv[1], *map(int, sys.argv[2:])
-model, _ = cometlm.load(name)
+model, _ = cometlm.load(name, chunk_size=256, capacity=64)
 if hasattr(model, "pack_weights"):  # as the command line does
     model.pack_weights()
 clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter

@@ -31,7 +31,7 @@ _OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 MEASURE = """
 import json, sys, time, torch, cometlm
 name, tokens, new = sys.argv[1], *map(int, sys.argv[2:])
-model, _ = cometlm.load(name)
+model, _ = cometlm.load(name, chunk_size=256, capacity=64)
 model.pack_weights()
 ids = torch.randint(3, 40_000, (tokens,), generator=torch.Generator().manual_seed(0))
 prompt = ids[None, :200].to(model.device)

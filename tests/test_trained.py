@@ -99,5 +99,5 @@ def test_it_is_small_and_what_its_card_says(name):
     memory = sum(p.numel() for p in model.model.comet.parameters())
     assert f"{memory:,} memory weights" in card
     assert f"({sizes.global_slots} global and {sizes.temporary_slots} temporary slots" in card
-    assert f"chunks of {sizes.chunk_size} tokens" in card
+    assert f"chunks of {sizes.chunk_size:,} tokens" in card
     assert f'`cometlm.load("{name}")`' in card
