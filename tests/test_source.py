@@ -80,7 +80,7 @@ def test_a_built_in_model_comes_with_the_memory_that_ships():
     assert not source.is_checkpoint
     assert source.has_memory
     assert Path(source.memory_location, "model.safetensors").exists()
-    assert source.comet_config().chunk_size == 256
+    assert source.comet_config().chunk_size == 1024
     assert source.comet_config(seed=0).chunk_size == BUILT_IN["smollm2"].sizes["chunk_size"]
 
 
