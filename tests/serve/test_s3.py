@@ -1,4 +1,4 @@
-"""The store in S3, as moto serves it. Needs `pip install s3fs "moto[server]"`."""
+"""The store in S3, as moto serves it; `make test-slow` brings both, see s3.txt."""
 
 import contextlib
 import importlib.util
@@ -21,7 +21,8 @@ from tests.sessions import assert_same, model_of, tokenizer_of
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not all(map(importlib.util.find_spec, ("s3fs", "moto"))), reason="needs s3fs and moto"
+        not all(map(importlib.util.find_spec, ("s3fs", "moto"))),
+        reason="needs s3fs and moto; run by itself in `make test-slow`",
     ),
 ]
 
