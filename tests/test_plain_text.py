@@ -9,8 +9,10 @@ import weakref
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -214,7 +216,9 @@ def test_letters_that_a_tokenizer_takes_for_a_control_token(change, alike):
     tokenizer.add_special_tokens({"additional_special_tokens": [turn, end]})
     plain = PlainText.of(tokenizer)
     frame = f"<|turn|>a{alike}b</s>"
-    assert plain.control["<|end|>"] in tokenizer(frame)["input_ids"]
+    if plain.control["<|end|>"] not in tokenizer(frame)["input_ids"]:
+        assert Version(transformers.__version__) < Version("5.17")
+        pytest.skip("this transformers takes them for text, whatever the tokenizer says")
     found = [number for number in plain.encode_frame(frame, "*") if number in plain._ids]
     unknown = tokenizer.unk_token_id
     assert [n for n in found if n != unknown] == [plain.control["<|turn|>"], plain.control["</s>"]]
