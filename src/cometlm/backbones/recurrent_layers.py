@@ -77,16 +77,22 @@ def _keeper(
 ) -> tuple[str, str] | None:
     """The argument that a layer takes a cache by, and the module that keeps a state in it."""
     for argument in (name for name in call.options if name in CACHES):
-        with _entered(layer) as inside:
-            keepers: list[str] = []
-            cache = StateCache({}, asked=lambda: keepers.append(inside[-1]))  # noqa: B023
-            try:
-                replace(call, cache=argument, aside=True)(layer, hidden, table, None, cache)
-            except _ERRORS:  # it knows another cache, of which nothing is known here
-                continue
+        asking = replace(call, cache=argument, aside=True)
+        try:
+            keepers = _askers(asking, layer, hidden, table)
+        except _ERRORS:  # it knows another cache, of which nothing is known here
+            continue
         if keepers:
             return argument, keepers[-1]
     return None
+
+
+def _askers(call: LayerCall, layer: nn.Module, hidden: Tensor, table: RotaryTable) -> Sequence[str]:
+    """Names of the modules in a layer that ask a cache for a state, in order."""
+    keepers: list[str] = []
+    with _entered(layer) as inside:
+        call(layer, hidden, table, None, StateCache({}, asked=lambda: keepers.append(inside[-1])))
+    return keepers
 
 
 @contextmanager
