@@ -265,19 +265,32 @@ def outcome(model_type: str, make: Callable[[str], PreTrainedModel] = tiny) -> O
     with torch.no_grad():
         before = backbone(input_ids=ids[None], use_cache=False).logits
     try:
+        figures = {"without memory": _without_memory(backbone, ids)}
         model = cometlm.attach(backbone, **SMALL)
     except ValueError as problem:
         said = str(problem).split(" cannot be given a memory: ")[-1]
         return Outcome(model_type, attaches=False, why=said)
     scramble(model.model.comet, 0.5)
     with Wide() if _carrying(model) else nullcontext():
-        figures = {**_against_reference(model, ids), **_however_it_is_cut(model, ids)}
+        figures |= {**_against_reference(model, ids), **_however_it_is_cut(model, ids)}
     remarks = _remarks(model)
     returned = cometlm.detach(model)
     with torch.no_grad():
         after = returned(input_ids=ids[None], use_cache=False).logits
     figures["detached"] = float((after - before).abs().max())
     return Outcome(model_type, True, figures=tuple(figures.items()), remarks=remarks)
+
+
+@torch.no_grad()
+def _without_memory(backbone: PreTrainedModel, ids: Tensor) -> float:
+    """How far logits of a text of one chunk are from the backbone's own, where nothing is kept."""
+    with Wide():
+        want = backbone(input_ids=ids[None], use_cache=False).logits
+        off = {"global_memory": False, "temporary_memory": False, "chunk_size": len(ids)}
+        model = cometlm.attach(backbone, **off)
+        found = error(model(ids[None]).logits, want)
+    cometlm.detach(model)
+    return found
 
 
 def _against_reference(model: cometlm.CometForCausalLM, ids: Tensor) -> dict[str, float]:

@@ -17,9 +17,16 @@ from cometlm.core.recompute import Recomputation
 from cometlm.core.reference import reference_logits
 from cometlm.core.training_plan import TrainingPlan
 from tests.any_backbone import BEGIN, MODEL_TYPES, outcome, tables, tiny, written
-from tests.tiny import SMALL, error, random_ids, refused, scramble
+from tests.tiny import SMALL, error, random_ids, refused, scramble, tiny_backbone
 
-LIMITS = {"logits": 1e-6, "gradients": 1e-5, "pieces": 1e-6, "ragged": 1e-6, "detached": 0.0}
+LIMITS = {
+    "without memory": 1e-6,  # beside the backbone's own logits; the others beside the reference
+    "logits": 1e-6,
+    "gradients": 1e-5,
+    "pieces": 1e-6,
+    "ragged": 1e-6,
+    "detached": 0.0,
+}
 AT_LEAST = 55  # of the types that any version lists
 # For the default suite: what each adds to a plain decoder stands beside it.
 SAMPLE = {
@@ -151,6 +158,88 @@ def test_a_checkpoint_with_its_backbone(model_type, tmp_path):
     ids = random_ids(43)[None]
     with torch.no_grad():
         assert error(again(ids).logits, model(ids).logits) < 1e-5
+
+
+class HalvedLogits(transformers.LlamaForCausalLM):
+    """Somebody's own: what it does beside its layers no row knows of."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * torch.arange(1, 97)
+        return out
+
+
+class OwnDecoder(transformers.PreTrainedModel):
+    """Somebody's own, with the config of a family that has a row, and modules named otherwise."""
+
+    config_class = transformers.LlamaConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        llama = transformers.models.llama.modeling_llama
+        self.words = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = llama.LlamaRotaryEmbedding(config)
+        self.blocks = torch.nn.ModuleList(
+            llama.LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.last_norm = llama.LlamaRMSNorm(config.hidden_size)
+        self.out = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def get_output_embeddings(self):
+        return self.out
+
+    def forward(self, input_ids=None, inputs_embeds=None, use_cache=False, **options):
+        hidden = self.words(input_ids) if inputs_embeds is None else inputs_embeds
+        table = self.rotary(hidden, torch.arange(hidden.shape[1])[None])
+        for block in self.blocks:
+            hidden = block(hidden, attention_mask=None, position_embeddings=table)
+        logits = self.out(self.last_norm(hidden))
+        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+
+
+def llama_config():
+    return tiny_backbone("llama").config
+
+
+def test_what_a_subclass_does_to_logits_is_not_lost():
+    with pytest.raises(UnsupportedBackboneError, match="its head does something else"):
+        cometlm.attach(HalvedLogits(llama_config()).double().eval(), **SMALL)
+
+
+def test_a_class_of_ones_own_with_the_config_of_a_known_family():
+    llama = tiny_backbone("llama")
+    own = OwnDecoder(copy.deepcopy(llama.config)).double().eval()
+    pairs = zip(own.state_dict(), llama.state_dict().values(), strict=True)  # in one order
+    own.load_state_dict(dict(pairs))
+    known, model = (cometlm.attach(backbone, **SMALL) for backbone in (llama, own))
+    scramble(known.model.comet, 0.5)
+    model.model.comet.load_state_dict(known.model.comet.state_dict())
+    ids = random_ids(43)[None]
+    assert error(model(ids).logits, known(ids).logits) < 1e-6
+
+
+DECODERS = {"whisper": "max_target_positions", "blenderbot": "max_position_embeddings"}
+
+
+@pytest.mark.parametrize("depths", [(4, 2), (2, 4)], ids=str)
+@pytest.mark.parametrize(("model_type", "field"), DECODERS.items())
+def test_a_decoder_that_is_not_as_deep_as_its_encoder(model_type, field, depths):
+    config = tiny(model_type).config.to_dict()
+    named = dict(zip(("encoder_layers", "decoder_layers"), depths, strict=True))
+    backbone = AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config | named | {field: 48})
+    ).double()
+    model = cometlm.attach(backbone.eval(), **SMALL)
+    assert model.config.num_hidden_layers == len(model.model.cells) == depths[1]
+    ids = random_ids(43)
+    assert error(model(ids[None]).logits[0], reference_logits(model, ids)) < 1e-6
+    with refused(f"positions, but the backbone has {field}=48"):
+        cometlm.attach(cometlm.detach(model), **SMALL | {"capacity": 40})
 
 
 def sinks_of(heads):

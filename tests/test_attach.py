@@ -206,6 +206,14 @@ def test_an_attention_function_that_somebody_chose_is_named_and_restored():
     assert cometlm.detach(model).config._attn_implementation == "flex_attention"
 
 
+def test_plain_attention_that_somebody_chose_is_named_and_restored():
+    backbone = tiny_backbone("llama")
+    backbone.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="not by 'eager'; detach"):
+        model = cometlm.attach(backbone, **SMALL)
+    assert cometlm.detach(model).config._attn_implementation == "eager"
+
+
 def test_a_model_with_memory_has_one_already():
     model = cometlm.attach(tiny_backbone("llama"), **SMALL)
     with refused("CometForCausalLM already has a memory; detach() it first"):

@@ -102,8 +102,12 @@ class CometConfig:
         """Compression tokens of a closed chunk with `text_tokens` text tokens (SPEC §2)."""
         return math.ceil(text_tokens / self.stride) if self.temporary_memory else 0
 
-    def check_positions(self, limit: int | None) -> None:
+    def check_positions(self, limit: int | None, field: str = "max_position_embeddings") -> None:
         """Refuse sizes whose longest row does not fit the backbone's positions.
+
+        Args:
+            limit: how many it has; None for any number.
+            field: of its config, which says so.
 
         Raises:
             ValueError: `row_length` exceeds `limit`; the message shows the sum.
@@ -114,7 +118,7 @@ class CometConfig:
                 f"{self.global_slots} + temporary memory {self.temporary_slots} + chunk "
                 f"{self.chunk_size} + compression tokens {self.compression_tokens(self.chunk_size)}"
                 f" + readout {self.global_slots} = {self.row_length} positions, but the backbone "
-                f"has max_position_embeddings={limit}"
+                f"has {field}={limit}"
             )
 
     def replace(self, **changes: Any) -> CometConfig:
@@ -148,10 +152,26 @@ _PROPORTIONS = ("chunk_size", "readout_tokens", "capacity")  # halved together
 _SMALLEST_CHUNK = 16
 
 
+_POSITIONS = ("max_position_embeddings", "max_target_positions")  # the latter of Whisper's decoder
+
+
 def position_limit(config: Any) -> int | None:
     """Positions that a backbone was made for, or None if its config does not say."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
+    said = (getattr(config, name, None) for name in _POSITIONS)
+    return next((int(limit) for limit in said if limit), None)
+
+
+def position_field(config: Any) -> str:
+    """The field in which a backbone's config says its `position_limit`."""
+    name = next((name for name in _POSITIONS if getattr(config, name, None)), _POSITIONS[0])
+    return str(config.attribute_map.get(name, name))
+
+
+def depth(config: Any) -> int:
+    """Layers of a backbone's decoder, 0 if its config does not say."""
+    # Decoders out of encoder-decoders give out their encoder's as `num_hidden_layers`.
+    own = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
+    return int(own or 0)
 
 
 def sizes_for(backbone: Any, sizes: Mapping[str, Any]) -> CometConfig:
@@ -181,7 +201,7 @@ def sizes_for(backbone: Any, sizes: Mapping[str, Any]) -> CometConfig:
     taken = ", ".join(f"{name}={getattr(smaller, name)}" for name in (*_PROPORTIONS, "stride"))
     warnings.warn(
         f"the paper's sizes make rows of {config.row_length} positions, but the backbone has "
-        f"max_position_embeddings={limit}: {taken} are taken (give sizes to choose others)",
+        f"{position_field(backbone)}={limit}: {taken} are taken (give sizes to choose others)",
         stacklevel=3,
     )
     return smaller
@@ -302,7 +322,7 @@ class CometModelConfig(PreTrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         """Layers L of the backbone."""
-        return int(self.backbone_config.num_hidden_layers)  # type: ignore[union-attr]
+        return depth(self.backbone_config)
 
 
 AutoConfig.register(CometModelConfig.model_type, CometModelConfig)

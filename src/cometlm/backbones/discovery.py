@@ -36,6 +36,7 @@ from cometlm.backbones.watching import (
     refusal,
     watch,
 )
+from cometlm.config import depth
 
 _MASK = "attention_mask"
 # What the attention interface may be given; anything else that is a tensor is a refusal.
@@ -72,7 +73,7 @@ def discover(backbone: PreTrainedModel) -> Parts:
 
 def _layers(backbone: PreTrainedModel) -> list[nn.Module]:
     """The decoder's layers: the first list of modules that is as long as the config says."""
-    count = int(getattr(text_config(backbone), "num_hidden_layers", 0) or 0)
+    count = depth(text_config(backbone))
     for module in language_model(backbone).modules():
         if count and isinstance(module, nn.ModuleList) and len(module) >= count:
             return list(module)[:count]

@@ -35,13 +35,14 @@ def take_apart(backbone: PreTrainedModel, capture: bool = False) -> Parts:
             f"{type(backbone).__name__} has no language-model head; load it with "
             "AutoModelForCausalLM"
         )
-    if family is None or capture:
+    if family is None or capture or not _is_of_transformers(backbone):
         keep_weights_in_place(backbone)  # it is about to be read without gradients
         return discover(backbone)
     decoder: Any = backbone.get_decoder()
     layers = list(decoder.layers)[: config.num_hidden_layers]
     sample = None
-    if is_multimodal(backbone):  # a row knows nothing of what stands round its language model
+    # A row knows nothing of what stands round a language model, or what a subclass does.
+    if is_multimodal(backbone) or not _is_transformers_own(type(backbone)):
         keep_weights_in_place(backbone)
         sample, _ = watch(backbone, layers)
     return Parts(
@@ -55,6 +56,16 @@ def take_apart(backbone: PreTrainedModel, capture: bool = False) -> Parts:
         lm_head=head,
         sample=sample,
     )
+
+
+def _is_of_transformers(backbone: PreTrainedModel) -> bool:
+    """Whether it is a causal language model of transformers, or of a class derived from one."""
+    return any(map(_is_transformers_own, type(backbone).__mro__))
+
+
+def _is_transformers_own(model_type: type) -> bool:
+    """Whether a class is in transformers' code of a model."""
+    return model_type.__module__.startswith("transformers.models.")
 
 
 def _rotation(rotary: nn.Module, family: Family, config: Any, layer: int) -> Rotation:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from cometlm.backbones.text_half import is_multimodal, language_model, text_config
+from cometlm.backbones.text_half import is_multimodal, language_model, read_configs, text_config
 from cometlm.checkpoints.adapters import base_of
 from cometlm.config import CometConfig, known_sizes, sizes_for
 from cometlm.core.attention import NAME
@@ -54,7 +54,7 @@ def attach(
         comet = sizes_for(text_config(bare), sizes)
     else:
         comet = config.replace(**known_sizes(sizes))
-    attends = bare.config._attn_implementation
+    attends = _chosen_attention(bare)
     model = CometForCausalLM.attached(backbone, comet, seed)
     if is_multimodal(bare):
         warnings.warn(
@@ -62,7 +62,7 @@ def attach(
             f"({type(language_model(bare)).__name__}) gets the memory, and reads text alone",
             stacklevel=2,
         )
-    if attends not in _USUAL:
+    if attends is not None:
         warnings.warn(
             f"with a memory the backbone attends by {NAME!r}, not by {attends!r}; detach() sets "
             "that again",
@@ -88,11 +88,19 @@ def detach(model: CometForCausalLM) -> Any:
     return detached()
 
 
-_USUAL = (None, "sdpa", "eager", NAME)  # what transformers sets by itself, and ours
 _WANTED = (
     "attach() takes a causal language model of transformers, as AutoModelForCausalLM."
     "from_pretrained returns it, got {}"
 )
+
+
+def _chosen_attention(backbone: PreTrainedModel) -> str | None:
+    """The attention function that a user set: one that transformers would not take by itself."""
+    usual = {None, NAME, "sdpa"}
+    if not getattr(backbone, "_supports_sdpa", False):
+        usual.add("eager")
+    names = (config._attn_implementation for config in read_configs(backbone))
+    return next((name for name in names if name not in usual), None)
 
 
 def _model(given: Any) -> nn.Module:

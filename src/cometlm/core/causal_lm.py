@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
@@ -28,7 +28,7 @@ from cometlm.backbones.taking_apart import take_apart
 from cometlm.checkpoints.fingerprint import sample
 from cometlm.checkpoints.mixin import CheckpointMixin
 from cometlm.compat import CACHE, EitherName, takes_either_name
-from cometlm.config import CometModelConfig, position_limit
+from cometlm.config import CometModelConfig, position_field, position_limit
 from cometlm.core.attachment import AttachmentMixin, Undo
 from cometlm.core.attention import NAME
 from cometlm.core.cache import CometCache
@@ -79,7 +79,9 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         if backbone is None:
             config, backbone = _random_backbone(config)
         parts = take_apart(backbone)
-        config.comet_config.check_positions(position_limit(parts.config))
+        config.comet_config.check_positions(
+            position_limit(parts.config), position_field(parts.config)
+        )
         undo = Undo.of(backbone)
         super().__init__(config)
         self.model = CometModel(config, parts)
@@ -89,7 +91,8 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
         self.vocab_size = self._vocabulary = config.vocab_size
         self._hold(undo)
         self.post_init()
-        self.generation_config = copy.deepcopy(backbone.generation_config)
+        own = getattr(backbone, "generation_config", None)  # of somebody's class there may be none
+        self.generation_config = GenerationConfig() if own is None else copy.deepcopy(own)
         self._begun = {name: sample(p) for name, p in self._backbone_weights().items()}
         if parts.sample is not None:
             self._check_against(parts.sample)

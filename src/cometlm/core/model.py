@@ -22,7 +22,7 @@ from cometlm.backbones.families import device_of
 from cometlm.backbones.parts import Parts, rows_of
 from cometlm.backbones.rotary import RotaryTables
 from cometlm.compat import CACHE, EitherName, takes_either_name
-from cometlm.config import CometConfig, CometModelConfig, position_limit
+from cometlm.config import CometConfig, CometModelConfig, position_field, position_limit
 from cometlm.core.cache import CometCache
 from cometlm.core.cell import Cell
 from cometlm.core.compiling import compile_or_warn
@@ -379,7 +379,8 @@ class CometModel(CometPreTrainedModel):
                 chunk_size - 1
             )  # only sessions overlap chunks, and of their own size
         sizes = sizes.replace(**changed)
-        sizes.check_positions(position_limit(self.config.backbone_config))
+        backbone = self.config.backbone_config
+        sizes.check_positions(position_limit(backbone), position_field(backbone))
         return sizes
 
     def _max_positions(self, cache: CometCache, sizes: CometConfig) -> int:
@@ -389,7 +390,8 @@ class CometModel(CometPreTrainedModel):
             raise ValueError(
                 f"chunk_size={sizes.chunk_size}, stride={sizes.stride} and capacity="
                 f"{sizes.capacity} on top of what the cache holds make rows of {longest} "
-                f"positions, but the backbone has max_position_embeddings={limit}"
+                f"positions, but the backbone has "
+                f"{position_field(self.config.backbone_config)}={limit}"
             )
         return longest
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from cometlm.checkpoints.backbones import Bits, quantization_of
 from cometlm.checkpoints.fingerprint import fingerprint
 from cometlm.checkpoints.source import Source
+from cometlm.config import position_limit
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.device import default_dtype, find_device
 from cometlm.model_loader import load
@@ -114,5 +115,4 @@ class Loader:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Most tokens that a backbone has positions for; None where nothing says."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
+    return position_limit(model.config.get_text_config())
