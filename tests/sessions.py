@@ -36,6 +36,7 @@ def model_of(kind):
     family = "qwen3" if kind == "qwen3" else "llama"
     sizes = {switches[kind]: False} if kind in switches else {}
     sizes |= {"overlap": 3} if kind == "overlap" else {}
+    sizes |= {"chunk_size": 180} if kind == "long chunks" else {}
     model = real.tiny_comet(family, **sizes).to(dtypes.get(kind, torch.float64))
     if kind == "mixed":
         model.model.comet.float()

@@ -160,6 +160,33 @@ def test_a_long_conversation_costs_the_same(tmp_path):
     assert len(files) < 4
 
 
+@pytest.mark.parametrize("names", [True, False], ids=["a session", "the history"])
+def test_a_short_conversation_is_not_run_again(names):
+    """In one open chunk, over which nothing is in a memory yet."""
+    with running(service_of("long chunks")) as server:
+        history, last, shares = [], None, []
+        for turn in range(4):
+            message = user(f"Turn {turn}: {TEXT[:9]}")
+            history.append(message)
+            if names and last is not None:
+                found = ask(server, [message], extra_body={"session": last.id})
+            else:
+                found = ask(server, history)
+            usage = found.usage
+            history.append({"role": "assistant", "content": said(found)})
+            if last is not None:
+                before = last.usage.prompt_tokens + last.usage.completion_tokens
+                shares.append(usage.prompt_tokens_details.cached_tokens / before)
+                (session,) = [server.service.store.get(found.id, "")[1]]
+                assert session.stats().chunks == 0
+            last = found
+        assert min(shares) >= 0.95
+        apart = model_of("long chunks").session(tokenizer_of("long chunks"))
+        for message, answer in zip(history[::2], history[1::2], strict=True):
+            apart.release()
+            assert apart.chat([message], max_new_tokens=9, do_sample=False) == answer["content"]
+
+
 def test_a_session_is_a_value(server):
     """Two go on from the same one; it stays."""
     first = ask(server, HELLO)

@@ -101,6 +101,23 @@ def test_the_least_recently_used_leave_memory():
         put(SessionStore(memory_bytes=size // 2), 50)
 
 
+def test_open_chunks_leave_memory_before_sessions():
+    """What was run of them, which can be run again; of those not used for longest first."""
+    store = SessionStore()
+    names = [put(store, length) for length in (50, 51, 52)]
+    size = store.memory_bytes
+    sessions = [store.get(name, "ann")[1] for name in names]
+    for session in sessions:
+        session.begin_answer()
+    each = sessions[-1].stats().open_bytes
+    assert store.memory_bytes == size + sum(one.stats().open_bytes for one in sessions) > size
+    store = SessionStore(memory_bytes=int(size + 1.5 * each))
+    for session in sessions:
+        store.put(Kept(store.ids.new("chat-", "ann"), "ann", "chat", 5), session)
+    assert [session.stats().open_bytes > 0 for session in sessions] == [False, False, True]
+    assert store.sessions == 3
+
+
 def test_what_left_memory_is_read_from_the_folder(tmp_path):
     store = SessionStore(folder=folder_of(tmp_path), memory_bytes=0)
     names = [put(store, length) for length in (20, 50)]

@@ -159,7 +159,9 @@ class Conversation:
             self._kept = self._session.stats().tokens
             err.print(f"saved {rest}", highlight=False, soft_wrap=True)
         elif word == "/fork":
-            self._forks.append(self._session.fork())
+            fork = self._session.fork()
+            fork.release()  # many forks may wait
+            self._forks.append(fork)
             err.print(f"forked ({len(self._forks)} to go back to)", highlight=False)
         elif word == "/back":
             if not self._forks:

@@ -28,6 +28,7 @@ class CometCache:
         max_positions: rows that the rotary tables hold.
         columns: columns of `input_ids` read since `generate()` began; what transformers calls
             the cache's length. The session may have read far more: `tokens_read`.
+        ahead: of the columns that the next `generate()` is given, those that were read already.
     """
 
     # Asked by transformers' generate(), the second one from 5.24 on.
@@ -39,6 +40,7 @@ class CometCache:
     config: CometConfig
     max_positions: int
     columns: int = 0
+    ahead: int = 0
 
     @classmethod
     def empty(cls, layers: int, batch: int, config: CometConfig) -> CometCache:
@@ -107,6 +109,8 @@ class CometCache:
         for part in parts:
             if part not in PARTS:
                 raise ValueError(f"a part must be one of {', '.join(PARTS)}, got {part!r}")
+        if not parts:
+            return self
         if any(row.items for row in self.rows):
             raise ValueError("memory can only be taken away at a chunk's end, and a chunk is open")
         layers, rows = self.layers, self.rows
@@ -119,8 +123,14 @@ class CometCache:
         return replace(self, layers=layers, rows=rows)
 
     def restarted(self) -> CometCache:
-        """The same memory, with `get_seq_length` counting from here."""
-        return self if self.columns == 0 else replace(self, columns=0)
+        """The same memory, with `get_seq_length` counting from here, or from `ahead` before."""
+        if self.columns == self.ahead == 0:
+            return self
+        return replace(self, columns=self.ahead, ahead=0)
+
+    def ahead_by(self, columns: int) -> CometCache:
+        """For a `generate()` whose ids begin with so many that this cache has read."""
+        return replace(self, columns=0, ahead=columns)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` read since `generate()` began (transformers' name)."""

@@ -126,6 +126,7 @@ class CometReader(Reader):
 
     def answer(self, ids: Sequence[int] = (), **generation: Any) -> str:
         """See `Reader.answer`."""
+        self.session.prepare()  # of several questions of a text each would run the open chunk
         asked = self.fork()
         asked.read_question(ids)
         said = asked.session.ask("", template=False, **generation_options(generation))

@@ -101,6 +101,11 @@ class SharedSession(Session):
         self._right.flush()
         return tuple(states)
 
+    def prepare(self) -> None:
+        """See `Session.prepare`; ranks bring their memory together before."""
+        self.gather()
+        super().prepare()
+
     def fork(self, *, without: Collection[str] = ()) -> Self:
         """See `Session.fork`."""
         self.gather()

@@ -154,6 +154,8 @@ def answering(order: Order, emit: Callable[[Piece | Answer | Mark | Used], None]
     Of a long prompt it also gives marks. What it reads is known to whoever ordered it, and is not
     told as used.
     """
+    order.start.prepare()  # for others that go on from there, too
+    yield ()
     session = order.start.fork()
     yield from _read(session, order, emit)
     cache, logits = session.begin_answer()
@@ -187,6 +189,7 @@ def answering(order: Order, emit: Callable[[Piece | Answer | Mark | Used], None]
             yield [choice.writer for choice in going]
     for choice in choices:
         after, kept = session.fork(), choice.transcript.kept_ids()
+        after.take_over(choice.writer.past, choice.writer.ids)
         if order.closing is None:
             yield from _chunks(after.reading(kept))
         else:

@@ -105,7 +105,7 @@ class SessionStore:
     @property
     def memory_bytes(self) -> int:
         """Bytes of those in memory. Those that share a part of their memory each count it."""
-        return self._memory.nbytes
+        return self._memory.nbytes + self._memory.open_bytes
 
     @property
     def folder_bytes(self) -> int:
@@ -393,6 +393,7 @@ class _Memory:
         Args:
             prefers_passing: those that pass go first.
         """
+        self._give_up_open_chunks()
         gone = []
         while self.nbytes > self.budget:
             oldest = next(iter(self._held))
@@ -401,6 +402,20 @@ class _Memory:
             self.let_go(oldest)
             gone.append(oldest)
         return gone
+
+    @property
+    def open_bytes(self) -> int:
+        """Bytes of open chunks as far as they were run, which come on top."""
+        return sum(session.stats().open_bytes for _, session, _ in [*self._held.values()])
+
+    def _give_up_open_chunks(self) -> None:
+        """Where there is no room, of those not used for longest: they can be run again."""
+        left = self.open_bytes
+        for _, session, _ in self._held.values():
+            if self.nbytes + left <= self.budget:
+                break
+            left -= session.stats().open_bytes
+            session.release()
 
     def let_go(self, name: str) -> None:
         """Hold a session no longer."""

@@ -130,10 +130,10 @@ class Prompt:
         """All tokens that the answer is written after."""
         return self.start.stats().tokens + len(self.history) + len(self.question)
 
-    @property
+    @cached_property  # what is known of an open chunk may be given up later
     def cached(self) -> int:
-        """Those of them that are in the memory; the open chunk is run again, and is not."""
-        return self.start.stats().tokens - self.start.open_tokens
+        """Those of them that need not be run."""
+        return self.start.num_ready(len(self.history), len(self.question))
 
     def trail_after(self, answer: Answer) -> Trail | None:
         """Of the ids that a client begins with who goes on from this answer."""

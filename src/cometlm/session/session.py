@@ -3,7 +3,9 @@
 The session owns its state: the memory at the last chunk border, and the open chunk as token ids,
 which begins with the overlap that was in the chunk before.
 Every chunk goes through the layers once, when it is full and more has followed, so however the text
-was cut makes no difference, to the last bit. The price is that asking runs the open chunk again.
+was cut makes no difference to the memory, to the last bit. The price is that asking runs the open
+chunk beside that. What it made of it is kept (`session.open_chunk`), for the next answer to go on
+from; `release` gives it up.
 
 Pitfalls:
     - The end of what was read as text waits for what follows it, since its tokens may still
@@ -22,7 +24,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -30,6 +32,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from cometlm.compat import CACHE
 from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.core.foreseen import Foreseen, foreseen
@@ -42,6 +45,7 @@ from cometlm.session.chat_template import (
     check_text,
     render_turn,
 )
+from cometlm.session.open_chunk import OpenChunk
 from cometlm.session.options import generation_options, stop_ids, template_variables
 from cometlm.session.place import Place
 from cometlm.session.plain_text import PlainText
@@ -51,6 +55,7 @@ from cometlm.session.token_stream import TokenStream
 from cometlm.text_file import UTF8
 
 _LOGITS_AT_A_TIME = 256  # positions: a vocabulary is wide
+_WORTH_RUNNING = 64  # tokens of an open chunk: with fewer, one call with the question is quicker
 _ANSWER_SHARE = 8  # a question has room for an eighth of a chunk behind it
 
 
@@ -62,11 +67,13 @@ class SessionStats:
         tokens: tokens read.
         chunks: chunks folded into memory.
         memory_bytes: bytes of memory held for them.
+        open_bytes: bytes held beside it, of the open chunk as far as an answer has run it.
     """
 
     tokens: int
     chunks: int
     memory_bytes: int
+    open_bytes: int = field(default=0, compare=False)  # says nothing of what was read
 
 
 class Session:
@@ -87,6 +94,7 @@ class Session:
         self._stream = TokenStream(tokenizer, vocabulary) if tokenizer is not None else None
         self._cache: CometCache = model.model.empty_cache()
         self._open: list[int] = []
+        self._run: OpenChunk | None = None
         self._turns = 0
         self._kept_stream: dict[str, Any] | None = None
         self._text_place = Place()
@@ -107,7 +115,7 @@ class Session:
 
     @property
     def open_tokens(self) -> int:
-        """Tokens of the open chunk, which asking runs again; its overlap and waiting text count."""
+        """Tokens of the open chunk; its overlap and waiting text count."""
         with self._state:
             return self.stats().tokens - self._only_in_memory(self._cache)
 
@@ -204,11 +212,61 @@ class Session:
         The end of the text, whose tokens may still change, counts with the tokens that it has now.
         """
         with self._state:
-            cache, read = self._cache, len(self._open)
+            cache, read, run = self._cache, len(self._open), self._run
             stream = copy.copy(self._stream)
         waiting = stream.finish() if stream is not None else ()
         tokens = self._only_in_memory(cache) + read + len(waiting)
-        return SessionStats(tokens, cache.chunks_folded, cache.nbytes)
+        open_bytes = 0 if run is None else run.nbytes
+        return SessionStats(tokens, cache.chunks_folded, cache.nbytes, open_bytes)
+
+    # --- the open chunk ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Run the open chunk now, so that answers of this session and its forks need not.
+
+        `ask` does so by itself. Text whose tokens may still change is left out.
+        """
+        with self._state:
+            memory, ids = self._cache, tuple(self._open)
+            known, begin = self._run, self._num_ready(ids)
+        if len(ids) - begin < _WORTH_RUNNING:
+            return
+        run = self._ran(memory, ids, known if begin else None)
+        with self._state:
+            if self._cache is memory:
+                self._run = run
+
+    def release(self) -> None:
+        """Give up what was run of the open chunk: the next answer runs it again."""
+        with self._state:
+            self._run = None
+
+    def take_over(self, past: tuple[CometCache, int], answer: Sequence[int]) -> None:
+        """Keep what writing has run, so that going on from the answer need not run it again.
+
+        Args:
+            past: the model's cache after `answer` or some of it, and which of its rows it is.
+            answer: ids that were written from what `begin_answer` gave.
+        """
+        run = OpenChunk.after(self._cache, [*self._open, *answer], past)
+        if run is not None:
+            self._run = run
+
+    def num_ready(self, text: int, question: int) -> int:
+        """Tokens read that an answer needs not run again, where more is read in front of it.
+
+        Args:
+            text: tokens read before the question.
+            question: its tokens, which stand in one chunk if they can; see `ask_in_one_chunk`.
+        """
+        with self._state:
+            ready, in_memory = self._num_ready(self._open), self._only_in_memory(self._cache)
+            waiting = self.stats().tokens - in_memory + text
+        size = self.model.config.comet_config.chunk_size
+        if waiting + (question + size // _ANSWER_SHARE if question else 0) > size:
+            return in_memory  # the chunk ends before
+        return in_memory + ready
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -249,6 +307,8 @@ class Session:
         """
         named, options = template_variables(self.tokenizer, generation)
         chat = ChatOptions(tools, {**named, **(chat_template_kwargs or {})}, special)
+        if prompt:
+            self.prepare()
         fork = self._asked(_with_system(prompt, system), template, chat)
         pieces = fork._written([], options, stream)
         return pieces if stream else "".join(pieces)
@@ -370,13 +430,11 @@ class Session:
         self._end_text()
         if not self._open:
             raise ValueError("nothing was read and the prompt is empty: there is nothing to go on")
-        out = self.model(
-            self._tensor(self._open),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.past_key_values, out.logits[0, -1]
+        ids = tuple(self._open)
+        known = self._run if self._num_ready(ids) else None
+        self._run = run = self._ran(self._cache, ids, known)
+        assert run.logits is not None
+        return run.cache, run.logits
 
     def ending_turn(
         self, answer: Sequence[int], closing: Sequence[int], stops: Collection[int]
@@ -547,7 +605,7 @@ class Session:
         return found
 
     def _take(self, ids: Sequence[int]) -> Iterator[SessionStats]:
-        """Add tokens; run every chunk that more text has followed."""
+        """Add tokens; fold every chunk that more text has followed."""
         size = self.model.config.comet_config.chunk_size
         self._open += ids
         while len(self._open) > size:
@@ -564,7 +622,7 @@ class Session:
             close_last=True,
             hidden_to_keep=1,
         )
-        self._cache = out.past_key_values.restarted()
+        self._cache, self._run = out.past_key_values.restarted(), None
         del self._open[: size - self.model.config.comet_config.overlap], out
         return self._folded()
 
@@ -573,6 +631,23 @@ class Session:
         cache, overlap = self._cache, self.model.config.comet_config.overlap
         again = overlap * (cache.chunks_folded - 1)
         return SessionStats(cache.tokens_read - again, cache.chunks_folded, cache.nbytes)
+
+    def _num_ready(self, ids: Sequence[int]) -> int:
+        """How many of the open chunk's ids were run."""
+        return 0 if self._run is None else self._run.num_ready(self._cache, ids)
+
+    def _ran(self, memory: CometCache, ids: tuple[int, ...], known: OpenChunk | None) -> OpenChunk:
+        """All of an open chunk run, of which a part may be known."""
+        begin = 0 if known is None else len(known.ids)
+        if known is not None and begin == len(ids):
+            return known
+        out = self.model(
+            self._tensor(ids[begin:]),
+            past_key_values=memory if known is None else known.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return OpenChunk(memory, ids, out.past_key_values.restarted(), out.logits[0, -1])
 
     def _asked(
         self,
@@ -634,19 +709,30 @@ class Session:
         options = generation_options(generation, self.model, self.tokenizer)
         stopping = list(options.pop("stopping_criteria", None) or ())
         prompt = self._tensor(self._open).to(self.model.device)
+        # At least the last token is run, which gives the logits of the first that is written.
+        ready = min(self._num_ready(self._open), len(self._open) - 1)
+        past = self._cache
+        if self._run is not None and len(self._run.ids) == ready:
+            past = self._run.cache.ahead_by(ready)
         model: Any = self.model  # transformers' own annotations want its models only
 
         def run(stopping_criteria: Sequence[Any] = (), **more: Any) -> Tensor:
             criteria = StoppingCriteriaList([*stopping, *stopping_criteria])
-            out: Tensor = model.generate(
+            out = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=self._cache,
+                past_key_values=past,
                 stopping_criteria=criteria,
-                **options,
+                **options | {"return_dict_in_generate": True},
                 **more,
             )
-            return out
+            sequences: Tensor = out.sequences
+            cache = getattr(out, CACHE)
+            if (
+                isinstance(cache, CometCache) and len(cache.rows) == 1
+            ):  # of beams, none in particular
+                self.take_over((cache, 0), sequences[0, prompt.shape[1] :].tolist())
+            return sequences
 
         if stream:
             yield from streamed(run, self.tokenizer, ids)
@@ -681,8 +767,8 @@ class Session:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}, got {token}")
 
-    def _tensor(self, ids: list[int]) -> Tensor:
-        return torch.tensor([ids])
+    def _tensor(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([list(ids)])
 
 
 def _with_system(prompt: Any, system: str | None) -> Any:
