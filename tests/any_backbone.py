@@ -32,7 +32,7 @@ MODEL_TYPES = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {"cometlm"})  # tran
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 END = "<!-- end -->\n"
 COUNT = 43  # tokens: three chunks and a rest
-_MOST_WEIGHTS = 4_000_000
+_MOST_WEIGHTS = 14_000_000
 # What configs and models raise at sizes that they were not made for.
 FAILURES = (
     RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError,
@@ -98,6 +98,8 @@ _ATTEMPTS: tuple[dict[str, Any], ...] = (
     {"head_dim": None},
     {"head_dim": None, "num_key_value_heads": None, "is_decoder": None},
     {"num_experts_per_tok": 1},
+    {"num_heads": 8},
+    {"attention_types": [[["global", "local"], 1]]},
     dict.fromkeys((*_EXPERTS, *_RECURRENT, "head_dim")),
 )
 

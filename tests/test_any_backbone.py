@@ -20,7 +20,8 @@ from tests.any_backbone import BEGIN, MODEL_TYPES, outcome, tables, tiny, writte
 from tests.tiny import SMALL, error, random_ids, refused, scramble, tiny_backbone
 
 LIMITS = {
-    "without memory": 1e-6,  # beside the backbone's own logits; the others beside the reference
+    # Beside the backbone's own logits; the others beside the reference, which shares its float32.
+    "without memory": 1e-5,
     "logits": 1e-6,
     "gradients": 1e-5,
     "pieces": 1e-6,
