@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, Response
@@ -18,7 +18,7 @@ from cometlm.serve import chat, conversations, files, responses, sessions
 from cometlm.serve.access_log import AccessLog
 from cometlm.serve.admission import OPEN, BodyLimit, KeyCheck, RateLimit
 from cometlm.serve.errors import INVALID, ApiError, unknown_field
-from cometlm.serve.http import Owner, Serving, error_response
+from cometlm.serve.http import Owner, Serving, check_query, error_response
 from cometlm.serve.keys import Keys
 from cometlm.serve.page import PATHS
 from cometlm.serve.page import router as page
@@ -82,14 +82,15 @@ def create_app(
         app.add_middleware(AccessLog, write=log)
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):
         app.add_exception_handler(kind, _tell)
+    known = [Depends(check_query)]
     for one in (chat, conversations, files, responses, sessions):
-        app.include_router(one.router)
+        app.include_router(one.router, dependencies=known)
     if with_page:
         app.include_router(page)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/metrics", _metrics, methods=["GET"])
-    app.add_api_route("/v1/models", _models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"])
+    app.add_api_route("/v1/models", _models, methods=["GET"], dependencies=known)
+    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"], dependencies=known)
     return app
 
 

@@ -15,6 +15,7 @@ from cometlm.serve.errors import ApiError
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, check_form, data, event_stream, unless_gone
 from cometlm.serve.service import Run, Service
+from cometlm.serve.start import find_start
 from cometlm.session.session import Session
 
 router = APIRouter()
@@ -35,9 +36,7 @@ async def create(
 ) -> Any:
     """Read a text, behind a session or from the beginning, and keep what is then in memory."""
     await check_form(request, _FIELDS)
-    start = Session(service.model, service.tokenizer)
-    if session is not None:
-        _, start = await service.known(session, owner, "session")
+    begun = (await find_start(service, owner, request, session=session)).start
     name = service.store.ids.new(_PREFIX, owner)
     created = int(time.time())
     about = {
@@ -49,8 +48,11 @@ async def create(
         "purpose": purpose,
         "status": "processed",
     }
+    start, parent = Session(service.model, service.tokenizer), None
+    if begun is not None:
+        start, parent = begun.session, begun.name
     run = service.read(start, file.file, owner)
-    kept = Kept(name, owner, _KIND, created, parent=session)
+    kept = Kept(name, owner, _KIND, created, parent=parent)
     events = _reading(service, run, kept, about)
     if stream:
         return event_stream(_told(events))

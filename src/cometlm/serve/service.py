@@ -36,7 +36,7 @@ from cometlm.serve.tools import (
     template_messages,
 )
 from cometlm.serve.trail import Trail
-from cometlm.session.chat_template import ChatOptions, Conversation, Message, ToolsError
+from cometlm.session.chat_template import ChatOptions, Conversation, Message, UntakenError
 from cometlm.session.file import identity
 from cometlm.session.options import stop_ids
 from cometlm.session.plain_text import PlainText, prefix_ids
@@ -337,8 +337,9 @@ class Service:
             last = (calling.end,)
         try:
             return replace(await asyncio.to_thread(made), calling=calling, last=last)
-        except ToolsError as error:
-            raise unsupported("tools", str(error)) from error
+        except UntakenError as error:
+            param = "tools" if error.given == "tools" else f"chat_template_kwargs.{error.given}"
+            raise unsupported(param, str(error)) from error
         except ValueError as error:
             raise ApiError(str(error), param="messages") from error
 
