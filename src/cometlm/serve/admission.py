@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -63,6 +64,30 @@ def _is_of_another_site(scope: Any) -> bool:
     """Whether a browser says that another site's page sends something; links may lead here."""
     site = dict(scope["headers"]).get(b"sec-fetch-site", b"none")
     return scope["method"] not in ("GET", "HEAD") and site not in (b"none", b"same-origin")
+
+
+class HostCheck:
+    """ASGI middleware that refuses requests to other names than these, whatever their port.
+
+    Args:
+        app: what it stands in front of.
+        hosts: names of the server.
+    """
+
+    def __init__(self, app: Any, hosts: Collection[str]) -> None:
+        self._app, self._hosts = app, frozenset(hosts)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or not."""
+        if scope["type"] == "http":
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            if re.sub(r":\d*$", "", host) not in self._hosts:
+                said = f"this server is not called {host!r:.80}; without keys it answers to " + (
+                    " and ".join(sorted(self._hosts)) + " only"
+                )
+                await error_response(ApiError(said, code="host"))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class RateLimit:

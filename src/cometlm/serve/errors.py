@@ -7,6 +7,7 @@ from typing import Any
 from cometlm.serve.engine import BusyError, StoppedError
 from cometlm.serve.kept import NotKeptError
 
+UNKNOWN = "this field is unknown or not supported; leave it out"
 INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "rate_limit_error"
 
 
@@ -53,7 +54,7 @@ def unsupported(param: str, message: str) -> ApiError:
 
 def unknown_field(param: str) -> ApiError:
     """A field that nobody here knows."""
-    return unsupported(param, "this field is unknown or not supported; leave it out")
+    return unsupported(param, UNKNOWN)
 
 
 def as_api_error(error: BaseException, param: str | None = None) -> ApiError:

@@ -51,12 +51,29 @@ async def create(
     start, parent = Session(service.model, service.tokenizer), None
     if begun is not None:
         start, parent = begun.session, begun.name
-    run = service.read(start, file.file, owner)
+    run = service.read(start, file.file, repr(file.filename)[:80], owner)
     kept = Kept(name, owner, _KIND, created, parent=parent)
     events = _reading(service, run, kept, about)
     if stream:
         return event_stream(_told(events))
     return await unless_gone(request, _last(events))
+
+
+@router.get("/v1/files", include_in_schema=False)
+async def listing() -> Any:
+    """Of OpenAI's files, but not here."""
+    said = "files are sessions here: GET /v1/sessions lists them"
+    raise ApiError(said, status=404, code="unsupported")
+
+
+@router.get("/v1/files/{name}/content", include_in_schema=False)
+async def content(name: str) -> Any:
+    """Of OpenAI's files, but not here."""
+    said = (
+        "the text of a file is not kept, only what the model remembers of it: "
+        f"GET /v1/sessions/{name:.80}/content downloads that as a session file"
+    )
+    raise ApiError(said, status=404, code="unsupported")
 
 
 @router.get("/v1/files/{name}")

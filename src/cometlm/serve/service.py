@@ -489,13 +489,13 @@ class Service:
         kept = Kept(name, owner, "mark", int(time.time()), expires, prompt.parent, trail)
         self.store.hold(kept, mark.session)
 
-    def read(self, start: Session, document: IO[bytes], owner: str) -> Run:
-        """Begin to read a document.
+    def read(self, start: Session, document: IO[bytes], name: str, owner: str) -> Run:
+        """Begin to read a document, which errors call `name`.
 
         Raises:
             ApiError: there is no place.
         """
-        return self._start(lambda emit: reading(start, document, emit), owner)
+        return self._start(lambda emit: reading(start, document, name, emit), owner)
 
     def settle(self, session: Session, owner: str) -> Run:
         """Begin to run what a session has not run yet of what it read.
