@@ -37,7 +37,7 @@ from cometlm.serve.tools import (
 )
 from cometlm.serve.trail import Trail
 from cometlm.session.chat_template import ChatOptions, Conversation, Message, UntakenError
-from cometlm.session.file import identity
+from cometlm.session.file import full_bytes, identity
 from cometlm.session.options import stop_ids
 from cometlm.session.plain_text import PlainText, prefix_ids
 from cometlm.session.session import Session
@@ -247,6 +247,9 @@ class Service:
         limits: what requests may ask for.
         rates: what keys may ask for in a minute.
         engine: options of the engine.
+
+    Raises:
+        ValueError: the store is too small for a single session.
     """
 
     def __init__(
@@ -262,6 +265,7 @@ class Service:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.store, self.limits = store, limits or Limits()
         self.rates = rates or Rates()
+        store.check_holds(full_bytes(model))
         self.engine = Engine(model, **engine)
         self.metrics = Metrics(self.engine, store)
         self.began = int(time.time())
