@@ -98,10 +98,10 @@ class RateLimit:
     Args:
         app: what it stands in front of, behind the `KeyCheck`.
         rates: what keys may ask for.
-        refused: told the code of each error.
+        refused: told each error.
     """
 
-    def __init__(self, app: Any, rates: Rates, refused: Callable[[str | None], None]) -> None:
+    def __init__(self, app: Any, rates: Rates, refused: Callable[[ApiError], None]) -> None:
         self._app, self._rates, self._refused = app, rates, refused
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -112,7 +112,7 @@ class RateLimit:
         try:
             left = self._rates.admit(scope[OWNER])
         except ApiError as error:
-            self._refused(error.code)
+            self._refused(error)
             await error_response(error)(scope, receive, send)
             return
         headers = [(name.encode(), value.encode()) for name, value in left.items()]

@@ -69,11 +69,7 @@ def create_app(
     app.state.service = service
     # The last one stands in front.
     app.add_middleware(BodyLimit, most=most_bytes, most_of_file=most_file_bytes)
-    app.add_middleware(
-        RateLimit,
-        rates=service.rates,
-        refused=lambda code: service.metrics.failed.labels(code).inc(),
-    )
+    app.add_middleware(RateLimit, rates=service.rates, refused=service.metrics.failed)
     open_paths = (*OPEN, *PATHS) if with_page else OPEN
     app.add_middleware(KeyCheck, keys=keys, open_paths=open_paths)
     if hosts is not None:

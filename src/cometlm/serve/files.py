@@ -115,8 +115,9 @@ async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
 
 
 async def _last(events: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
+    file: dict[str, Any] | None = None
     async for event in events:
-        if "file" in event:
-            file: dict[str, Any] = event["file"]
-            return file
-    raise ApiError("the file was not read", status=500)
+        file = event.get("file", file)
+    if file is None:
+        raise ApiError("the file was not read", status=500)
+    return file

@@ -26,7 +26,7 @@ from cometlm.serve.engine import Engine, Job, Work
 from cometlm.serve.errors import ApiError, as_api_error, unsupported
 from cometlm.serve.folder import Kept
 from cometlm.serve.kept import NotKeptError, SessionStore
-from cometlm.serve.metrics import Metrics
+from cometlm.serve.metrics import Metrics, TokenClock
 from cometlm.serve.rates import Rates
 from cometlm.serve.tools import (
     CallFilter,
@@ -201,7 +201,7 @@ class Run:
                 if isinstance(event, _Ended):
                     if event.error is not None:
                         error = as_api_error(event.error)
-                        metrics.failed.labels(error.code).inc()
+                        metrics.failed(error)
                         raise error from event.error
                     break
                 if first is None and not isinstance(event, Progress):
@@ -210,7 +210,7 @@ class Run:
                     metrics.queue_time.observe((self._job.started_at or asked) - asked)
                 if isinstance(event, Answer) and first is not None:
                     metrics.generation_tokens.inc(event.tokens)
-                    metrics.finished.labels(event.finish).inc()
+                    metrics.finished(event.finish)
                     spent = (time.monotonic() - first) / max(1, event.tokens - 1)
                     metrics.per_token.observe(spent)
                 yield event
@@ -267,7 +267,7 @@ class Service:
         self.rates = rates or Rates()
         store.check_holds(full_bytes(model))
         self.engine = Engine(model, **engine)
-        self.metrics = Metrics(self.engine, store)
+        self.metrics = Metrics(self.engine, store, name)
         self.began = int(time.time())
 
     def check_model(self, name: str) -> None:
@@ -521,10 +521,13 @@ class Service:
         prompt: Prompt | None = None,
     ) -> Run:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        clock = TokenClock(self.metrics.inter_token)
 
         def emit(event: Any) -> None:
             if isinstance(event, Used):
                 self.rates.charge(owner, event.tokens)
+                if prompt is not None:  # of what is read for it nothing is told
+                    clock.tick(event.tokens)
                 return
             with contextlib.suppress(RuntimeError):  # the loop has ended, and so have its clients
                 loop.call_soon_threadsafe(events.put_nowait, event)
@@ -533,7 +536,7 @@ class Service:
             job = self.engine.submit(work(emit), owner, lambda error: emit(_Ended(error)))
         except RuntimeError as error:
             refused = as_api_error(error)
-            self.metrics.failed.labels(refused.code).inc()
+            self.metrics.failed(refused)
             raise refused from error
         return Run(job, events, self.metrics, prompt)
 
