@@ -1,5 +1,7 @@
 """A corpus of mutated session files: each is refused, in memory of at most twice the file.
 
+So it is where a library loads them and where a server is sent them.
+
 It is loaded in a process of its own, whose data the system limits: what cannot be allocated there
 ends in another error than `ValueError`, or in no answer.
 """
@@ -22,22 +24,31 @@ SIZE = 8 << 20  # of files that would grow: much more than the slack
 LOADING = """
 import pathlib, resource, sys
 from cometlm import Session
+from cometlm.session.file import identity
 from tests.tiny import tiny_comet
 
 def used():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
 
-model = tiny_comet("llama")
+def upload(path):
+    with path.open("rb") as file:
+        load_upload(file, model, None, made_by)
+
+model, load = tiny_comet("llama"), lambda path: Session.load(path, model)
+if sys.argv[3] == "upload":
+    from cometlm.serve.upload import load_upload
+    made_by, load = identity(model), upload
 files = sorted(pathlib.Path(sys.argv[1]).iterdir())
 for path in [*files[:3], *files]:  # the first ones also load what is loaded once
     most = used() + 2 * path.stat().st_size + int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
     try:
-        Session.load(path, model)
+        load(path)
         said = "was loaded"
     except ValueError as error:
-        said = "" if str(path) in str(error) else f"is not named: {error}"
+        named = "the file" if sys.argv[3] == "upload" else str(path)
+        said = "" if named in str(error) else f"is not named: {error}"
     except BaseException as error:
         said = f"raised {type(error).__name__}: {error}"
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
@@ -94,7 +105,9 @@ def grown(good):
     yield "sizes", with_header(good, cometlm=json.dumps({**document, "model": sizes}))
     ids = struct.pack("<q", 90) * (SIZE // 8)
     yield "ids", with_tensor(good, "open", {"dtype": "I64", "shape": [SIZE // 8]}, ids)
-    yield "unknown", with_tensor(good, "code", {"dtype": "U8", "shape": [SIZE]}, bytes(SIZE))
+    for dtype, size in (("U8", 1), ("F16", 2), ("F32", 4), ("F8_E4M3", 1), ("C64", 8)):
+        unknown = {"dtype": dtype, "shape": [SIZE // size]}
+        yield f"unknown {dtype}", with_tensor(good, "code", unknown, bytes(SIZE))
     yield "zeros", bytes(SIZE)
     yield "ones", b"\xff" * SIZE
     yield "spaces", struct.pack("<Q", SIZE) + b" " * SIZE
@@ -142,7 +155,8 @@ def is_the_same(data, good):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its limits")
-def test_a_corpus_of_mutated_files_is_refused(tmp_path):
+@pytest.mark.parametrize("way", ["load", "upload"])
+def test_a_corpus_of_mutated_files_is_refused(tmp_path, way):
     session = Session(tiny_comet("llama"))
     session.read(random_ids(40))
     session.save(tmp_path / "good", notes={"owner": "ann"})
@@ -155,7 +169,7 @@ def test_a_corpus_of_mutated_files_is_refused(tmp_path):
             count += 1
     assert count > 150
     done = subprocess.run(
-        [sys.executable, "-c", LOADING, str(corpus), str(SLACK)],
+        [sys.executable, "-c", LOADING, str(corpus), str(SLACK), way],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.stdout == f"done {count}\n", done.stdout + done.stderr[-2000:]

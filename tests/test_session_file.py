@@ -17,6 +17,7 @@ import torch
 
 import cometlm
 from cometlm import Session
+from cometlm.session.file import full_bytes
 from cometlm.session.session import SessionStats
 from tests.sessions import (
     SIZES,
@@ -61,6 +62,15 @@ def test_a_loaded_session_goes_on_as_the_saved_one(kind, seed, tmp_path):
     for one in (session, loaded):
         list(one.finish())
     assert_same(loaded, session)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_full_memory_takes_is_known_before(kind):
+    session, want = session_of(kind), full_bytes(model_of(kind))
+    session.read(TEXT[:40])
+    assert session.stats().memory_bytes <= want
+    session.read(TEXT)
+    assert session.stats().memory_bytes == want
 
 
 def test_an_unread_session(tmp_path):

@@ -43,7 +43,7 @@ def test_a_line_for_each_request(tmp_path):
         answer, found = line("POST", CHAT, json={**body, SECRET: 1})
         assert (found["status"], found["tokens"]) == (400, None)
         _, found = line("GET", f"/v1/sessions/{SECRET}?after={SECRET}")
-        assert (found["status"], found["route"]) == (404, "/v1/sessions/{name}")
+        assert (found["status"], found["route"]) == (400, "/v1/sessions/{name}")
         _, found = line("GET", f"/{SECRET}")
         assert (found["status"], found["route"]) == (404, None)
         _, found = line("POST", CHAT, authorized=False, json=body)

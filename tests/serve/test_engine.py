@@ -117,6 +117,45 @@ def test_too_many_are_refused():
     engine.stop()
 
 
+def test_a_full_queue_keeps_nobody_else_out():
+    """Each owner has a share of it; who took all of it gets no more."""
+    engine = Engine(model_of("llama"), most_running=1, most_waiting=6)
+    log, gate = [], threading.Event()
+    jobs = [Watched(engine, 1, "gate", log, hold=gate)]
+    assert jobs[0].begun.wait(10)
+
+    def taken(owner):
+        try:
+            jobs.append(Watched(engine, 1, owner, log, owner=owner))
+        except BusyError:
+            return False
+        return True
+
+    assert [taken("a") for _ in range(7)] == [True] * 6 + [False]
+    assert [taken("b") for _ in range(4)] == [True] * 3 + [False]  # half of 6
+    assert [taken("c") for _ in range(3)] == [True] * 2 + [False]  # a third
+    assert not taken("a")
+    assert engine.load.waiting == 11 <= 6 * (1 + 1 / 2 + 1 / 3)
+    gate.set()
+    assert all(job.ended.wait(10) for job in jobs)
+    engine.stop()
+
+
+def test_places_are_given_by_turns():
+    """Who came with ten requests first has no more places than who came with one then."""
+    engine = Engine(model_of("llama"), most_running=2, most_waiting=20)
+    log, gate = [], threading.Event()
+    first = Watched(engine, 1, "gate", log, hold=gate)
+    assert first.begun.wait(10)  # the engine's thread stands still
+    jobs = [Watched(engine, 10, name, log, owner=name[0]) for name in ("a1", "a2", "a3", "b1")]
+    gate.set()
+    for job in [first, *jobs]:
+        assert job.ended.wait(10)
+    # Two places: one of a's and b's, which read by turns, and only then the others of a's.
+    assert [name for name in log if name != "gate"][:20].count("b1") == 10
+    engine.stop()
+
+
 def test_an_error_ends_its_job_alone(engine):
     def fails():
         yield ()

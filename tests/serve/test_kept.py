@@ -14,8 +14,10 @@ import pytest
 from cometlm.serve.folder import Folder, Kept
 from cometlm.serve.kept import FullError, NotKeptError, SessionStore
 from cometlm.serve.trail import Trail
+from cometlm.session.file import full_bytes
 from tests.serve.running import running, service_of
 from tests.sessions import assert_same, model_of, session_of, tokenizer_of
+from tests.tiny import refused
 
 CHAT = "/v1/chat/completions"
 IDS = [i % 90 + 3 for i in range(200)]
@@ -347,6 +349,30 @@ def test_a_folder_that_fails_is_a_503(tmp_path, monkeypatch):
         (tmp_path / "x" / "secret").unlink()
         (tmp_path / "x").rmdir()
         assert server.refused("/v1/responses", 503, input="Hi", max_output_tokens=2)
+
+
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_a_budget_that_no_session_fits(tmp_path, has_folder):
+    """It is refused at the start; what becomes too large later says so."""
+    name, option = ("folder_bytes", "store") if has_folder else ("memory_bytes", "memory")
+    full = full_bytes(model_of("llama"))
+
+    def served(budget):
+        folder = folder_of(tmp_path) if has_folder else None
+        return service_of(store=SessionStore(folder=folder, **{name: budget}))
+
+    for budget in (0, full - 1):
+        with refused(f"{name} (--{option}-gib) must be at least {full} bytes"):
+            served(budget)
+    with running(served(full + 20000)) as server:
+        assert ask(server, "Hello").output_text
+        metadata = {f"key{i}": "x" * 500 for i in range(16)}
+        body = {"input": "Hi " * 12000, "metadata": metadata, "max_output_tokens": 1}
+        answer = server.post("/v1/responses", **body)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "store"
+        assert f"{name} (--{option}-gib) are {full + 20000}" in answer.json()["error"]["message"]
+        assert "retry-after" not in answer.headers
 
 
 SERVED = """

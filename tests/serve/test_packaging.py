@@ -46,6 +46,25 @@ def test_the_composition_holds_together():
     assert set(build["args"]) == set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
 
 
+def test_uploads_wait_on_a_disk():
+    """They may be gigabytes, so not in memory, and where the server may write."""
+    service = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["cometlm-1"]
+    folder = service["environment"]["TMPDIR"]
+    assert folder in {volume.split(":")[1] for volume in service["volumes"]}
+    assert folder not in service["tmpfs"]
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    assert re.search(rf"install -d -o cometlm -g cometlm .*{folder}\b", dockerfile)
+    assert folder in re.search(r"^VOLUME (.+)$", dockerfile, re.MULTILINE)[1]
+    unit = (DOCKER / "cometlm.service").read_text().splitlines()
+    assert "Environment=TMPDIR=/var/tmp" in unit
+    assert "PrivateTmp=yes" in unit  # also of /var/tmp, which the unit may not write to else
+
+
+def test_open_webui_says_which_chat_it_is():
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert services["webui"]["environment"]["ENABLE_FORWARD_USER_INFO_HEADERS"] == "true"
+
+
 def test_what_the_image_copies_is_there():
     sources = re.findall(r"^COPY (.+) \S+$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
     assert sources

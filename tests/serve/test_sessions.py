@@ -15,6 +15,7 @@ from cometlm.serve.keys import Keys, new_key
 from cometlm.session.file import read_notes
 from tests.serve.running import running, service_of
 from tests.sessions import TEXT, assert_same, model_of, session_of, tokenizer_of
+from tests.test_session_corpus import with_tensor
 
 PATH = "/v1/sessions"
 
@@ -150,6 +151,11 @@ def damaged(path):
         "ids": written(open=torch.tensor([10**9])),
         "long": written(open=torch.zeros(10**6, dtype=torch.int64)),
         "deep": save(tensors, {"cometlm": "[" * 10**5}),
+        "infinite": written(**{name: tensors[name].clone().fill_(float("-inf"))}),
+        "a dtype without infinity": written(x=torch.zeros(8, dtype=torch.float8_e4m3fn)),
+        "half bytes": with_tensor(whole, "x", {"dtype": "F4", "shape": [16]}, bytes(8)),
+        "a shape of words": with_tensor(whole, "open", {"dtype": "I64", "shape": ["x"]}, bytes(8)),
+        "no open chunk": save({k: v for k, v in tensors.items() if k != "open"}, metadata),
     }
 
 

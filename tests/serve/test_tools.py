@@ -203,7 +203,10 @@ def options_with(tools):
     [
         ("tool_choice", {"tools": TOOLS, "tool_choice": "required"}),
         ("tool_choice", {"tools": TOOLS, "tool_choice": {"type": "function"}}),
-        ("strict", {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}),
+        (
+            "tools[0].function.strict",
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+        ),
         ("tools", {"tools": [{"type": "custom", "custom": {"name": "f"}}]}),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Keys, other people's sessions, names of the host, sizes of bodies."""
 
+import contextlib
 import http.client
 import json
 
@@ -8,7 +9,7 @@ import pytest
 
 from cometlm.serve.app import LOOPBACK
 from cometlm.serve.keys import Keys, new_key
-from tests.serve.running import running
+from tests.serve.running import running, service_of
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello " * 30}]
@@ -73,6 +74,29 @@ def test_sessions_of_others_do_not_exist(keyed):
             call()
         assert caught.value.code == "not_found"
     assert ann.responses.retrieve(made.id).id == made.id
+
+
+def test_one_key_does_not_lock_out_another(tmp_path):
+    """Who fills the queue is refused; another key is not."""
+    path = tmp_path / "keys"
+    ann, bob = (new_key(path, name) for name in ("ann", "bob"))
+    service = service_of(most_running=1, most_waiting=2)
+    with running(service, keys=Keys.read(path)) as server, contextlib.ExitStack() as stack:
+
+        def send(key, **more):
+            body = {"model": "tiny", "messages": HELLO, "max_tokens": 3, **more}
+            headers = {"Authorization": f"Bearer {key}"}
+            sent = server.http.stream("POST", CHAT, json=body, headers=headers)
+            return stack.enter_context(sent)
+
+        endless = send(ann, stream=True, max_tokens=30000).iter_lines()
+        next(endless)
+        for _ in range(2):
+            assert send(ann, stream=True).status_code == 200
+        assert service.engine.load.waiting == 2
+        assert send(ann).status_code == 429
+        assert send(bob, stream=True).status_code == 200
+        assert send(bob, stream=True).status_code == 429  # half of two
 
 
 def test_what_others_read_is_not_gone_on_from(keyed):

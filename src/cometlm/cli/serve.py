@@ -95,7 +95,12 @@ def serve(
         int, typer.Option(min=1, help="Requests worked on at once.", rich_help_panel=_LIMITS)
     ] = 16,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait.", rich_help_panel=_LIMITS)
+        int,
+        typer.Option(
+            min=1,
+            help="Requests that may wait; where as many do, other keys still have a share.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 256,
     max_requests_per_minute: Annotated[
         int | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -65,6 +66,30 @@ def _is_of_another_site(scope: Any) -> bool:
     return scope["method"] not in ("GET", "HEAD") and site not in (b"none", b"same-origin")
 
 
+class HostCheck:
+    """ASGI middleware that refuses requests to other names than these, whatever their port.
+
+    Args:
+        app: what it stands in front of.
+        hosts: names of the server.
+    """
+
+    def __init__(self, app: Any, hosts: Collection[str]) -> None:
+        self._app, self._hosts = app, frozenset(hosts)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or not."""
+        if scope["type"] == "http":
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            if re.sub(r":\d*$", "", host) not in self._hosts:
+                said = f"this server is not called {host!r:.80}; without keys it answers to " + (
+                    " and ".join(sorted(self._hosts)) + " only"
+                )
+                await error_response(ApiError(said, code="host"))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 class RateLimit:
     """ASGI middleware that refuses what a key may not ask for yet, and says what it has left.
 
@@ -73,10 +98,10 @@ class RateLimit:
     Args:
         app: what it stands in front of, behind the `KeyCheck`.
         rates: what keys may ask for.
-        refused: told the code of each error.
+        refused: told each error.
     """
 
-    def __init__(self, app: Any, rates: Rates, refused: Callable[[str | None], None]) -> None:
+    def __init__(self, app: Any, rates: Rates, refused: Callable[[ApiError], None]) -> None:
         self._app, self._rates, self._refused = app, rates, refused
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -87,7 +112,7 @@ class RateLimit:
         try:
             left = self._rates.admit(scope[OWNER])
         except ApiError as error:
-            self._refused(error.code)
+            self._refused(error)
             await error_response(error)(scope, receive, send)
             return
         headers = [(name.encode(), value.encode()) for name, value in left.items()]

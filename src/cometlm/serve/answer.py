@@ -14,6 +14,7 @@ from cometlm.serve.tools import ToolCall
 from cometlm.serve.transcript import Transcript
 from cometlm.session.session import Session
 from cometlm.session.writer import Finish, Likely, Sampling, Writer
+from cometlm.text_file import read_blocks
 
 _MARK = 8  # chunks that are worth a mark
 _SAY_EVERY = 0.5  # seconds between two words on how far a document was read
@@ -243,8 +244,16 @@ class Progress:
     bytes_read: int = 0
 
 
-def reading(start: Session, document: IO[bytes], emit: Callable[[Progress | Used], None]) -> Work:
+def reading(
+    start: Session, document: IO[bytes], name: str, emit: Callable[[Progress | Used], None]
+) -> Work:
     """The work of an `engine.Job` that reads a document into a session of its own.
+
+    Args:
+        start: what it is read behind; it stays as it is.
+        document: the text.
+        name: what errors call it.
+        emit: told how far it was read.
 
     Raises:
         ApiError: it is no text in UTF-8, or empty.
@@ -253,7 +262,7 @@ def reading(start: Session, document: IO[bytes], emit: Callable[[Progress | Used
     before, most = start.stats().tokens, 0
     counted = before
     try:
-        for steps in (session.reading(document), session.finish()):
+        for steps in (session.reading(read_blocks(document, name)), session.finish()):
             for stats in steps:
                 emit(Used(stats.tokens - counted))
                 counted = stats.tokens
@@ -268,7 +277,7 @@ def reading(start: Session, document: IO[bytes], emit: Callable[[Progress | Used
     except ValueError as error:
         raise ApiError(str(error), param="file") from error
     if session.stats() == start.stats():
-        raise ApiError("file: it is empty", param="file")
+        raise ApiError(f"{name} is empty", param="file")
     tokens = session.stats().tokens
     emit(Used(tokens - counted))  # what was known only at its end
     emit(Progress(tokens, session))

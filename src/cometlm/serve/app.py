@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cometlm import __version__
 from cometlm.serve import chat, conversations, files, responses, sessions
 from cometlm.serve.access_log import AccessLog
-from cometlm.serve.admission import OPEN, BodyLimit, KeyCheck, RateLimit
-from cometlm.serve.errors import INVALID, ApiError, unknown_field
-from cometlm.serve.http import Owner, Serving, error_response
+from cometlm.serve.admission import OPEN, BodyLimit, HostCheck, KeyCheck, RateLimit
+from cometlm.serve.errors import INVALID, ApiError
+from cometlm.serve.http import Owner, Serving, check_query, error_response
 from cometlm.serve.keys import Keys
 from cometlm.serve.page import PATHS
 from cometlm.serve.page import router as page
-from cometlm.serve.schema import ErrorBody
+from cometlm.serve.schema import TOO_DEEP, ErrorBody, first_error
 from cometlm.serve.service import Service
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -69,49 +69,61 @@ def create_app(
     app.state.service = service
     # The last one stands in front.
     app.add_middleware(BodyLimit, most=most_bytes, most_of_file=most_file_bytes)
-    app.add_middleware(
-        RateLimit,
-        rates=service.rates,
-        refused=lambda code: service.metrics.failed.labels(code).inc(),
-    )
+    app.add_middleware(RateLimit, rates=service.rates, refused=service.metrics.failed)
     open_paths = (*OPEN, *PATHS) if with_page else OPEN
     app.add_middleware(KeyCheck, keys=keys, open_paths=open_paths)
     if hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+        app.add_middleware(HostCheck, hosts=hosts)
     if log is not None:
         app.add_middleware(AccessLog, write=log)
     for kind in (RequestValidationError, HTTPException, ApiError, Exception):
         app.add_exception_handler(kind, _tell)
+    known = [Depends(check_query)]
     for one in (chat, conversations, files, responses, sessions):
-        app.include_router(one.router)
+        app.include_router(one.router, dependencies=known)
     if with_page:
         app.include_router(page)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/metrics", _metrics, methods=["GET"])
-    app.add_api_route("/v1/models", _models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"])
+    for path, endpoint in (("/v1/models", _models), ("/v1/models/{name:path}", _model)):
+        app.add_api_route(path, endpoint, methods=["GET"], dependencies=known)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     return app
 
 
 async def _tell(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
-        error = _of_fields(error)
+        error = _of_fields(error, request.headers.get("content-type"))
     elif isinstance(error, HTTPException):
-        error = ApiError(str(error.detail), status=error.status_code, kind=INVALID)
+        said = _of_body(error.__cause__) or str(error.detail)
+        error = ApiError(said, status=error.status_code, kind=INVALID)
     return error_response(error)
 
 
-def _of_fields(error: RequestValidationError) -> ApiError:
-    """The first field that is wrong."""
-    first: dict[str, Any] = error.errors()[0]
-    # A union names its members; the field stands before them.
-    path = [part for part in first["loc"] if part not in ("body", "query", "path")]
+def _of_fields(error: RequestValidationError, content_type: str | None) -> ApiError:
+    """The first field that is wrong, or what is wrong with the body as a whole."""
+    first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return ApiError("the body is not JSON", code="json_invalid")
-    if first["type"] == "extra_forbidden":
-        return unknown_field(".".join(map(str, path)))
-    param = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in path)[1:]
-    return ApiError(f"{param or 'the body'}: {first['msg']}", param=param or None)
+        said = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][1]}"
+        return ApiError(said, code="json_invalid")
+    if isinstance(error.body, bytes) and first["loc"] == ("body",):
+        return ApiError(
+            "the body must come with the header Content-Type: application/json, got "
+            f"{content_type or 'none'!r:.80}"
+        )
+    return first_error([{**first, "loc": first["loc"][1:]}])  # behind body, query or path
+
+
+def _of_body(error: BaseException | None) -> str | None:
+    """Why a body could not be parsed, where it is not that it is no JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"the body is not {error.encoding} text: {error.reason} at byte {error.start}"
+    if isinstance(error, RecursionError):
+        return TOO_DEEP
+    if isinstance(error, ValueError):
+        most = sys.get_int_max_str_digits()
+        return f"the body has a number of too many digits: at most {most} are read"
+    return None
 
 
 async def _health(service: Serving) -> dict[str, str]:

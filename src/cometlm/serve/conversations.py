@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
 from cometlm.serve import thread
@@ -15,6 +15,7 @@ from cometlm.serve.items import items_of, with_own_ids
 from cometlm.serve.pages import PageQuery, page_of
 from cometlm.serve.schema import Body, Metadata
 from cometlm.serve.service import Service
+from cometlm.serve.start import find_start
 from cometlm.serve.thread import Thread
 from cometlm.session.session import Session
 
@@ -44,13 +45,14 @@ class ItemsBody(Body):
 
 
 @router.post(_PATH)
-async def create(service: Serving, owner: Owner, body: ConversationBody | None = None) -> Any:
+async def create(
+    request: Request, service: Serving, owner: Owner, body: ConversationBody | None = None
+) -> Any:
     """Begin a conversation."""
     body = body or ConversationBody()
     items = with_own_ids(items_of(body.items or [], "items"), ())
-    session = Session(service.model, service.tokenizer)
-    if body.session is not None:
-        _, session = await service.known(body.session, owner, "session")
+    begun = (await find_start(service, owner, request, session=body.session)).start
+    session = Session(service.model, service.tokenizer) if begun is None else begun.session
     made = await thread.create(service, owner, tuple(items), body.metadata or {}, session)
     return made.described()
 

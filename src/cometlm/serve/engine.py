@@ -4,7 +4,9 @@ A job is an iterator that stops at every step. It yields nothing (`()`) behind a
 or the writers that wait for their next token. A round of the engine gives every job that writes one
 token, and one of the jobs that read one chunk, so a long document delays a chat's next token by one
 chunk, however many documents are read. Jobs that read take turns by owner, so that somebody with
-ten uploads does not read ten times as fast as somebody with one.
+ten uploads does not read ten times as fast as somebody with one. So do jobs that wait for a place;
+and where all places to wait are taken, an owner still has its share of them, as many as there would
+be for each of those who wait. With k of these, at most 1 + 1/2 + … + 1/k times as many jobs wait.
 
 Pitfalls:
     - Only the engine's thread runs the model. What a job calls back (`emit`) must be quick.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +88,7 @@ class Engine:
     Args:
         model: nobody else runs it meanwhile.
         most_running: jobs that have a place at once.
-        most_waiting: jobs that may wait for a place; more are refused.
+        most_waiting: jobs that may wait for a place; more are refused, but for an owner's share.
         most_rows: jobs whose answers are written in one call of the model.
     """
 
@@ -112,7 +114,7 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._last_owner = ""
+        self._last_reader = self._last_admitted = ""  # owners
         self._is_open, self._is_ending = True, False
         self._thread = threading.Thread(target=self._run, name="cometlm-engine", daemon=True)
         self._thread.start()
@@ -136,11 +138,19 @@ class Engine:
             if not self._is_open:
                 raise BusyError("the server is stopping")
             self._drop_cancelled()
-            if len(self._waiting) >= self._most_waiting:
+            if not self._may_wait(owner):
                 raise BusyError(f"{len(self._waiting)} requests are waiting", retry_after=5)
             self._waiting.append(job)
             self._changed.notify_all()
         return job
+
+    def _may_wait(self, owner: str) -> bool:
+        """Whether there is room in the queue, or this owner has less than its share of it."""
+        if len(self._waiting) < self._most_waiting:
+            return True
+        jobs = Counter(job.owner for job in self._waiting)
+        share = max(1, self._most_waiting // len({*jobs, owner}))
+        return jobs[owner] < share
 
     def stop(self, grace: float = 0.0) -> None:
         """Take no more jobs, give those there are `grace` seconds to end, and end the rest."""
@@ -165,7 +175,8 @@ class Engine:
                     break
                 self._drop_cancelled()
                 while self._waiting and len(self._running) < self._most_running:
-                    job = self._next_of(self._waiting)
+                    job = self._next_of(self._waiting, self._last_admitted)
+                    self._last_admitted = job.owner
                     self._waiting.remove(job)
                     job.started_at = time.monotonic()
                     self._running.append(job)
@@ -182,8 +193,8 @@ class Engine:
         self._write(writing)
         reading = [job for job in jobs if not job._writers and job not in writing]
         if reading:
-            job = self._next_of(reading)
-            self._last_owner = job.owner
+            job = self._next_of(reading, self._last_reader)
+            self._last_reader = job.owner
             self._resume(job)
             with self._changed:
                 if job in self._running:  # behind the others of its owner
@@ -214,10 +225,11 @@ class Engine:
             for job in jobs:
                 self._resume(job)
 
-    def _next_of(self, jobs: Sequence[Job]) -> Job:
-        """The first job of the owner whose turn it is."""
+    @staticmethod
+    def _next_of(jobs: Sequence[Job], last: str) -> Job:
+        """The first job of the owner whose turn it is after the last one's."""
         owners = sorted({job.owner for job in jobs})
-        following = [owner for owner in owners if owner > self._last_owner]
+        following = [owner for owner in owners if owner > last]
         owner = (following or owners)[0]
         return next(job for job in jobs if job.owner == owner)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cometlm.serve.engine import BusyError, StoppedError
-from cometlm.serve.kept import NotKeptError
+from cometlm.serve.kept import FullError, NotKeptError
 
+UNKNOWN = "this field is unknown or not supported; leave it out"
 INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "rate_limit_error"
 
 
@@ -53,7 +54,7 @@ def unsupported(param: str, message: str) -> ApiError:
 
 def unknown_field(param: str) -> ApiError:
     """A field that nobody here knows."""
-    return unsupported(param, "this field is unknown or not supported; leave it out")
+    return unsupported(param, UNKNOWN)
 
 
 def as_api_error(error: BaseException, param: str | None = None) -> ApiError:
@@ -76,6 +77,8 @@ def as_api_error(error: BaseException, param: str | None = None) -> ApiError:
         )
     if isinstance(error, StoppedError):
         return ApiError(str(error), status=503, kind=SERVER, code="stopping")
+    if isinstance(error, FullError):  # no later try is better
+        return ApiError(str(error), status=503, kind=SERVER, code="store")
     if isinstance(error, OSError):
         said = "the store cannot be used now; nothing was kept"
         return ApiError(said, status=503, kind=SERVER, code="store", retry_after=30)

@@ -15,6 +15,7 @@ from cometlm.serve.errors import ApiError
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, check_form, data, event_stream, unless_gone
 from cometlm.serve.service import Run, Service
+from cometlm.serve.start import find_start
 from cometlm.session.session import Session
 
 router = APIRouter()
@@ -35,9 +36,7 @@ async def create(
 ) -> Any:
     """Read a text, behind a session or from the beginning, and keep what is then in memory."""
     await check_form(request, _FIELDS)
-    start = Session(service.model, service.tokenizer)
-    if session is not None:
-        _, start = await service.known(session, owner, "session")
+    begun = (await find_start(service, owner, request, session=session)).start
     name = service.store.ids.new(_PREFIX, owner)
     created = int(time.time())
     about = {
@@ -49,12 +48,32 @@ async def create(
         "purpose": purpose,
         "status": "processed",
     }
-    run = service.read(start, file.file, owner)
-    kept = Kept(name, owner, _KIND, created, parent=session)
+    start, parent = Session(service.model, service.tokenizer), None
+    if begun is not None:
+        start, parent = begun.session, begun.name
+    run = service.read(start, file.file, repr(file.filename)[:80], owner)
+    kept = Kept(name, owner, _KIND, created, parent=parent)
     events = _reading(service, run, kept, about)
     if stream:
         return event_stream(_told(events))
     return await unless_gone(request, _last(events))
+
+
+@router.get("/v1/files", include_in_schema=False)
+async def listing() -> Any:
+    """Of OpenAI's files, but not here."""
+    said = "files are sessions here: GET /v1/sessions lists them"
+    raise ApiError(said, status=404, code="unsupported")
+
+
+@router.get("/v1/files/{name}/content", include_in_schema=False)
+async def content(name: str) -> Any:
+    """Of OpenAI's files, but not here."""
+    said = (
+        "the text of a file is not kept, only what the model remembers of it: "
+        f"GET /v1/sessions/{name:.80}/content downloads that as a session file"
+    )
+    raise ApiError(said, status=404, code="unsupported")
 
 
 @router.get("/v1/files/{name}")
@@ -96,8 +115,9 @@ async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
 
 
 async def _last(events: AsyncIterator[dict[str, Any]]) -> dict[str, Any]:
+    file: dict[str, Any] | None = None
     async for event in events:
-        if "file" in event:
-            file: dict[str, Any] = event["file"]
-            return file
-    raise ApiError("the file was not read", status=500)
+        file = event.get("file", file)
+    if file is None:
+        raise ApiError("the file was not read", status=500)
+    return file

@@ -38,17 +38,34 @@ Serving = Annotated[Service, Depends(service_of)]
 Owner = Annotated[str, Depends(owner_of)]
 
 
-async def check_form(request: Request, fields: Collection[str]) -> None:
-    """Refuse other fields of a form than these, and what is no text: a form may choose its charset.
+def check_query(request: Request) -> None:
+    """Refuse query parameters where a route declares none; the others know their own.
 
     Raises:
         ApiError: names one.
     """
+    if not request.scope["route"].dependant.query_params:
+        for name in request.query_params:
+            raise unknown_field(name[:80])
+
+
+async def check_form(request: Request, fields: Collection[str]) -> None:
+    """Refuse other fields of a form than these, or one twice, and what is no text.
+
+    A form may choose its charset, so that names may hold halves of characters.
+
+    Raises:
+        ApiError: names one.
+    """
+    seen: set[str] = set()
     for name, value in (await request.form()).multi_items():
         for text in (name, value if isinstance(value, str) else value.filename or ""):
             check_text(text)
         if name not in fields:
             raise unknown_field(name)
+        if name in seen:
+            raise ApiError(f"{name}: the form has more than one of it", param=name)
+        seen.add(name)
 
 
 def error_response(error: BaseException) -> JSONResponse:

@@ -95,7 +95,27 @@ class SessionStore:
             self._look(folder)
             self._make_room()
 
+    def check_holds(self, nbytes: int) -> None:
+        """Refuse budgets that a session of so many bytes is too large for.
+
+        Raises:
+            ValueError: names the budget.
+        """
+        name, budget = self._budget
+        if nbytes > budget:
+            raise ValueError(
+                f"{name} must be at least {nbytes} bytes, which a session of this model takes, "
+                f"got {budget}"
+            )
+
     # --- counts -----------------------------------------------------------------------------
+
+    @property
+    def _budget(self) -> tuple[str, int]:
+        """What all that is kept may take, and what it is called."""
+        if self._folder is None:
+            return "memory_bytes (--memory-gib)", self._memory.budget
+        return "folder_bytes (--store-gib)", self._folder_budget
 
     @property
     def sessions(self) -> int:
@@ -145,13 +165,14 @@ class SessionStore:
             OSError: its file cannot be written; it is not kept then.
         """
         nbytes = _nbytes(kept, session)
-        size, budget = nbytes, self._memory.budget
+        size, (name, budget) = nbytes, self._budget
         if self._folder is not None:
             size = self._folder.write(kept, session, replacing)
-            budget = self._folder_budget
         if size > budget:
             self._forget(kept.id)
-            raise FullError(f"a session of {size} bytes is larger than the whole store")
+            raise FullError(
+                f"nothing was kept: the session takes {size} bytes, and {name} are {budget} for all"
+            )
         with self._lock:
             self._index.add(kept, size, time.time())
             self._hold(kept, session, nbytes)

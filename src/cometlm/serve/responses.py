@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
 
 from cometlm.serve.access_log import note_used
 from cometlm.serve.answer import Answer, Piece
-from cometlm.serve.errors import ApiError, as_api_error
+from cometlm.serve.errors import as_api_error, unsupported
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
 from cometlm.serve.items import call_item, items_of, messages_of, with_own_ids
@@ -75,11 +76,35 @@ async def _begun(
     return reply, service.run(prompt, writing, owner)
 
 
+class ResponseQuery(BaseModel):
+    """What OpenAI's clients may ask for beside a response that is kept; only nothing is given."""
+
+    model_config = ConfigDict(extra="forbid")
+    stream: bool = False
+    starting_after: int | None = None
+    include_obfuscation: bool = False
+    include: tuple[str, ...] = ()
+    bracketed: tuple[str, ...] = Field((), alias="include[]")  # as openai's client writes a list
+
+    def check(self) -> None:
+        """Refuse what is not told again.
+
+        Raises:
+            ApiError: names it.
+        """
+        for name in ("stream", "starting_after", "include_obfuscation"):
+            if getattr(self, name) not in (False, None):
+                raise unsupported(name, "a response that is finished is not streamed again")
+        if self.include or self.bracketed:
+            raise unsupported("include", "nothing more is kept; log probabilities are told once")
+
+
 @router.get("/v1/responses/{name}")
-async def retrieve(name: str, request: Request, service: Serving, owner: Owner) -> Any:
+async def retrieve(
+    name: str, service: Serving, owner: Owner, query: Annotated[ResponseQuery, Query()]
+) -> Any:
     """A response that is kept."""
-    if request.query_params.get("stream", "false") != "false":
-        raise ApiError("stream: a response that is finished is not streamed again", param="stream")
+    query.check()
     return (await _document(service, name, owner))["response"]
 
 

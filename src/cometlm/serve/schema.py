@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
 from transformers import PreTrainedTokenizerBase
 
-from cometlm.serve.errors import ApiError, unknown_field, unsupported
+from cometlm.serve.errors import UNKNOWN, ApiError, unknown_field, unsupported
 from cometlm.serve.service import Service, Writing
 from cometlm.session.writer import Sampling
 
@@ -27,10 +31,35 @@ Metadata = Annotated[
 # outside, since it is a program. Documents are for the template.
 _NO_VARIABLES = signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
     "documents"
-}
+} | {"messages"}
 _LOGPROBS = "message.output_text.logprobs"  # what a response may include
 _DEEPEST = 64  # levels of a body; what handles it calls itself
+TOO_DEEP = f"the body must be at most {_DEEPEST} levels deep"
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class _UnsupportedError(ValueError):
+    """A field of a model is not supported, or its value; pydantic knows where the model stands."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(why)
+        self.field = field
+
+
+class _WantedError(ValueError):
+    """A value is none of what it must be."""
+
+
+def _wanted(what: str) -> WrapValidator:
+    """Of several types: what is said of a value of none, where pydantic names the first."""
+
+    def validate(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return inner(value)
+        except ValidationError as error:
+            raise _WantedError(f"must be {what}") from error
+
+    return WrapValidator(validate)
 
 
 class Body(BaseModel):
@@ -55,11 +84,11 @@ class Body(BaseModel):
             elif value is None or any(_same(value, one) for one in cls.NEUTRAL.get(name, ())):
                 continue
             elif name in cls.NEUTRAL:
-                raise unsupported(
+                raise _UnsupportedError(
                     name, f"this value is not supported, leave the field out: {value!r:.80}"
                 )
             else:
-                raise unknown_field(name)
+                raise _UnsupportedError(name, UNKNOWN)
         return kept
 
 
@@ -69,7 +98,7 @@ def _check_values(given: dict[str, Any]) -> None:
     while waiting:
         one, depth = waiting.pop()
         if depth > _DEEPEST:
-            raise ApiError(f"the body must be at most {_DEEPEST} levels deep")
+            raise ApiError(TOO_DEEP)
         if isinstance(one, dict):
             waiting += [(value, depth + 1) for value in (*one, *one.values())]
         elif isinstance(one, list):
@@ -127,7 +156,10 @@ class Sampled(Body):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stop: Annotated[
+        _Stop | Annotated[list[_Stop], Field(max_length=4)] | None,
+        _wanted("a string or a list of at most 4 strings, each of 1 to 256 characters"),
+    ] = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -282,8 +314,7 @@ class ChatBody(Sampled, WithTools):
             )
         if self.top_logprobs and not self.logprobs:
             raise ApiError("top_logprobs is for logprobs: true only", param="top_logprobs")
-        for name in _NO_VARIABLES & (self.chat_template_kwargs or {}).keys():
-            raise unsupported(f"chat_template_kwargs.{name}", "no variable of a template")
+        _check_variables(self.chat_template_kwargs or {}, "chat_template_kwargs")
         check_messages(self.messages, "messages")
         return self
 
@@ -291,6 +322,16 @@ class ChatBody(Sampled, WithTools):
     def likely(self) -> int | None:
         """See `Sampled`."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _check_variables(variables: dict[str, Any], where: str) -> None:
+    for name in _NO_VARIABLES & variables.keys():
+        raise unsupported(f"{where}.{name}", "no variable of a template")
+    documents = variables.get("documents")
+    are_documents = isinstance(documents, list) and all(isinstance(d, dict) for d in documents)
+    if documents is not None and not are_documents:
+        said = f"{where}.documents must be a list of objects with title and text"
+        raise ApiError(said, param=f"{where}.documents")
 
 
 class CompletionBody(Sampled):
@@ -305,7 +346,7 @@ class CompletionBody(Sampled):
         "suffix": ("",),
     }
 
-    prompt: str | list[int]
+    prompt: Annotated[str | list[int], _wanted("a string or a list of token ids")]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @field_validator("prompt", mode="before")
@@ -336,6 +377,15 @@ class ConversationName(Body):
     id: str
 
 
+def _as_name(given: Any) -> Any:
+    """An id, as an object with one."""
+    if isinstance(given, str):
+        return {"id": given}
+    if not isinstance(given, dict | None):
+        raise _WantedError("must be an id, or an object with one as id")
+    return given
+
+
 class ResponseBody(WithTools):
     """Of `POST /v1/responses`."""
 
@@ -349,11 +399,17 @@ class ResponseBody(WithTools):
     }
 
     model: str
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    input: Annotated[
+        str | Annotated[list[dict[str, Any]], Field(min_length=1)],
+        _wanted("a string or a list of at least one item, each an object"),
+    ]
     tools: list[FlatTool] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    conversation: str | ConversationName | None = None
+    conversation: Annotated[
+        ConversationName | None,
+        BeforeValidator(_as_name, json_schema_input_type=str | ConversationName | None),
+    ] = None
     session: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -387,8 +443,7 @@ class ResponseBody(WithTools):
     @property
     def conversation_id(self) -> str | None:
         """The conversation that is gone on with."""
-        named = self.conversation
-        return named.id if isinstance(named, ConversationName) else named
+        return None if self.conversation is None else self.conversation.id
 
 
 class Content(BaseModel):
@@ -426,7 +481,9 @@ class OutputItem(Body):
     """What a call gave, as an item of responses."""
 
     call_id: Annotated[str, Field(min_length=1, max_length=256)]
-    output: str | list[dict[str, Any]]
+    output: Annotated[
+        str | list[dict[str, Any]], _wanted("a string or a list of parts, each an object")
+    ]
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -441,9 +498,28 @@ def checked(model: type[_Model], given: Any, where: str) -> _Model:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ApiError(f"{where}.{field}: {first['msg']}", param=where) from error
+        raise first_error(error.errors(), where) from error
+
+
+def first_error(errors: Sequence[Mapping[str, Any]], where: str = "") -> ApiError:
+    """What a client is told of the first field that is wrong.
+
+    Args:
+        errors: pydantic's.
+        where: what their places are in.
+    """
+    first = errors[0]
+    path, ours = first["loc"], first.get("ctx", {}).get("error")
+    if isinstance(ours, _UnsupportedError):
+        path = (*path, ours.field)
+    steps = (f"[{one}]" if isinstance(one, int) else f".{one}" for one in path)
+    param = (where + "".join(steps)).removeprefix(".")
+    if first["type"] == "extra_forbidden":
+        return unknown_field(param)
+    if isinstance(ours, _UnsupportedError):
+        return unsupported(param, str(ours))
+    said = f" {ours}" if isinstance(ours, _WantedError) else f": {first['msg']}"
+    return ApiError((param or "the body") + said, param=param or None)
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -498,6 +574,8 @@ def _check_part(part: Any, where: str) -> None:
     try:
         Content.model_validate(part)
     except ValidationError as error:
+        if kind in get_args(Content.model_fields["type"].annotation):
+            raise first_error(error.errors(), where) from error
         raise unsupported(
             where, f"a part of type {kind!r:.40} is not supported, only text"
         ) from error

@@ -26,7 +26,7 @@ from cometlm.serve.engine import Engine, Job, Work
 from cometlm.serve.errors import ApiError, as_api_error, unsupported
 from cometlm.serve.folder import Kept
 from cometlm.serve.kept import NotKeptError, SessionStore
-from cometlm.serve.metrics import Metrics
+from cometlm.serve.metrics import Metrics, TokenClock
 from cometlm.serve.rates import Rates
 from cometlm.serve.tools import (
     CallFilter,
@@ -36,8 +36,8 @@ from cometlm.serve.tools import (
     template_messages,
 )
 from cometlm.serve.trail import Trail
-from cometlm.session.chat_template import ChatOptions, Conversation, Message, ToolsError
-from cometlm.session.file import identity
+from cometlm.session.chat_template import ChatOptions, Conversation, Message, UntakenError
+from cometlm.session.file import full_bytes, identity
 from cometlm.session.options import stop_ids
 from cometlm.session.plain_text import PlainText, prefix_ids
 from cometlm.session.session import Session
@@ -201,7 +201,7 @@ class Run:
                 if isinstance(event, _Ended):
                     if event.error is not None:
                         error = as_api_error(event.error)
-                        metrics.failed.labels(error.code).inc()
+                        metrics.failed(error)
                         raise error from event.error
                     break
                 if first is None and not isinstance(event, Progress):
@@ -210,7 +210,7 @@ class Run:
                     metrics.queue_time.observe((self._job.started_at or asked) - asked)
                 if isinstance(event, Answer) and first is not None:
                     metrics.generation_tokens.inc(event.tokens)
-                    metrics.finished.labels(event.finish).inc()
+                    metrics.finished(event.finish)
                     spent = (time.monotonic() - first) / max(1, event.tokens - 1)
                     metrics.per_token.observe(spent)
                 yield event
@@ -247,6 +247,9 @@ class Service:
         limits: what requests may ask for.
         rates: what keys may ask for in a minute.
         engine: options of the engine.
+
+    Raises:
+        ValueError: the store is too small for a single session.
     """
 
     def __init__(
@@ -262,8 +265,9 @@ class Service:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.store, self.limits = store, limits or Limits()
         self.rates = rates or Rates()
+        store.check_holds(full_bytes(model))
         self.engine = Engine(model, **engine)
-        self.metrics = Metrics(self.engine, store)
+        self.metrics = Metrics(self.engine, store, name)
         self.began = int(time.time())
 
     def check_model(self, name: str) -> None:
@@ -337,8 +341,9 @@ class Service:
             last = (calling.end,)
         try:
             return replace(await asyncio.to_thread(made), calling=calling, last=last)
-        except ToolsError as error:
-            raise unsupported("tools", str(error)) from error
+        except UntakenError as error:
+            param = "tools" if error.given == "tools" else f"chat_template_kwargs.{error.given}"
+            raise unsupported(param, str(error)) from error
         except ValueError as error:
             raise ApiError(str(error), param="messages") from error
 
@@ -488,13 +493,13 @@ class Service:
         kept = Kept(name, owner, "mark", int(time.time()), expires, prompt.parent, trail)
         self.store.hold(kept, mark.session)
 
-    def read(self, start: Session, document: IO[bytes], owner: str) -> Run:
-        """Begin to read a document.
+    def read(self, start: Session, document: IO[bytes], name: str, owner: str) -> Run:
+        """Begin to read a document, which errors call `name`.
 
         Raises:
             ApiError: there is no place.
         """
-        return self._start(lambda emit: reading(start, document, emit), owner)
+        return self._start(lambda emit: reading(start, document, name, emit), owner)
 
     def settle(self, session: Session, owner: str) -> Run:
         """Begin to run what a session has not run yet of what it read.
@@ -516,10 +521,13 @@ class Service:
         prompt: Prompt | None = None,
     ) -> Run:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        clock = TokenClock(self.metrics.inter_token)
 
         def emit(event: Any) -> None:
             if isinstance(event, Used):
                 self.rates.charge(owner, event.tokens)
+                if prompt is not None:  # of what is read for it nothing is told
+                    clock.tick(event.tokens)
                 return
             with contextlib.suppress(RuntimeError):  # the loop has ended, and so have its clients
                 loop.call_soon_threadsafe(events.put_nowait, event)
@@ -528,7 +536,7 @@ class Service:
             job = self.engine.submit(work(emit), owner, lambda error: emit(_Ended(error)))
         except RuntimeError as error:
             refused = as_api_error(error)
-            self.metrics.failed.labels(refused.code).inc()
+            self.metrics.failed(refused)
             raise refused from error
         return Run(job, events, self.metrics, prompt)
 

@@ -19,6 +19,7 @@ from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, check_form, unless_gone
 from cometlm.serve.kept import Listed, NotKeptError
 from cometlm.serve.pages import PageQuery, page_of
+from cometlm.serve.schema import Body
 from cometlm.serve.service import Run, Service
 from cometlm.serve.upload import load_upload
 from cometlm.session.session import Session
@@ -57,6 +58,10 @@ class SessionDeleted(BaseModel):
     id: str
     object: Literal["session"] = "session"
     deleted: bool = True
+
+
+class ForkBody(Body):
+    """Of `POST /v1/sessions/ID/fork`: nothing is asked beside the path."""
 
 
 @router.get("/v1/sessions", response_model=SessionList)
@@ -109,7 +114,7 @@ async def content(name: str, service: Serving, owner: Owner) -> FileResponse:
 
 
 @router.post("/v1/sessions/{name}/fork", response_model=SessionObject)
-async def fork(name: str, service: Serving, owner: Owner) -> Any:
+async def fork(name: str, service: Serving, owner: Owner, body: ForkBody | None = None) -> Any:
     """The same session under another id, which stays when this one goes."""
     kept, session = await service.known(name, owner, _PARAM)
     document = None if kept.title is None else {"title": kept.title}

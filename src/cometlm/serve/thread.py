@@ -129,14 +129,17 @@ class Thread:
         return Kept(self.id, owner, KIND, self.created, parent=self.last, document=document)
 
     @classmethod
-    def of(cls, kept: Kept) -> Thread:
-        """What `kept` gave.
+    def of(cls, kept: Kept, param: str = PARAM) -> Thread:
+        """What `kept` gave; `param`: what the client calls its id.
 
         Raises:
             ApiError: something else, which is no conversation.
         """
         if kept.kind != KIND or kept.document is None:
-            raise as_api_error(NotKeptError(kept.id, was_given=False), PARAM)
+            said = f"{kept.id} is no conversation but a {kept.kind}; name it as session"
+            raise ApiError(
+                f"{said} or previous_response_id", status=404, param=param, code="not_found"
+            )
         values = {name: value for name, value in kept.document.items() if name != "input"}
         trail = None if values["trail"] is None else Trail.from_json(values["trail"])
         return cls(**{**values, "items": tuple(values["items"]), "trail": trail})
@@ -194,7 +197,7 @@ async def find(
         ApiError: there is none for this owner.
     """
     kept, session = await service.known(name, owner, param)
-    return Thread.of(kept), session
+    return Thread.of(kept, param), session
 
 
 async def change(

@@ -1,7 +1,8 @@
 """Session files that clients send: read by the session's own loader, and trusted in nothing.
 
-The loader refuses what is no session of this model. A file may still claim a memory that is not
-finite, or an open chunk without end; both are refused here, before anything of them is used.
+The loader refuses what is no session of this model, by its header. A file may still claim a memory
+that is not finite, or an open chunk without end; both are refused here, before anything of them is
+used. A file takes at most twice its size of memory until it is refused or read.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import tempfile
 from collections.abc import Mapping
 from typing import IO, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.session.header import read_header
 from cometlm.session.session import Session
 
 _MOST_OPEN = 1 << 16  # ids of an open chunk; whole chunks are folded, so real ones are shorter
@@ -41,24 +42,32 @@ def load_upload(
         with open(path, "wb") as copy:
             shutil.copyfileobj(file, copy)
         try:
-            _check(path)
-            return Session.load(path, model, tokenizer, made_by=made_by)
+            _check_open_chunk(path)
+            session = Session.load(path, model, tokenizer, made_by=made_by)
+            _check_finite(path)
         except ValueError as error:
             raise ValueError(str(error).replace(path, "the file")) from error
+        return session
 
 
-def _check(path: str) -> None:
-    try:
-        with safe_open(path, "pt", device="cpu") as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                shape = opened.get_slice(name).get_shape()
-                if name == "open":
-                    if len(shape) != 1 or shape[0] > _MOST_OPEN:
-                        raise ValueError(
-                            f"the file's open chunk must be a list of at most {_MOST_OPEN} tokens, "
-                            f"got {shape}"
-                        )
-                elif not torch.isfinite(opened.get_tensor(name)).all():
-                    raise ValueError(f"the file's tensor {name!r:.80} is not finite")
-    except SafetensorError as error:
-        raise ValueError(f"the file is no session file, or a truncated one: {error}") from error
+def _check_open_chunk(path: str) -> None:
+    """Refuse an open chunk that is too long, by the header, before its ids are read."""
+    with open(path, "rb") as file:
+        _, tensors = read_header(file, os.path.getsize(path), path)
+    shape = tensors.get("open", {}).get("shape")
+    match shape:
+        case [int(length)] if length <= _MOST_OPEN:
+            return
+    raise ValueError(
+        f"the file's open chunk must be a list of at most {_MOST_OPEN} tokens, got {shape!r:.80}"
+    )
+
+
+def _check_finite(path: str) -> None:
+    """Refuse a memory that is not finite; of a file whose names, shapes and dtypes are known."""
+    with safe_open(path, "pt", device="cpu") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            values = file.get_tensor(name)
+            # The ends of the values take no memory, unlike a mask of them; NaN is both of them.
+            if values.numel() and not all(end.isfinite() for end in values.aminmax()):
+                raise ValueError(f"the file's tensor {name!r:.80} is not finite")

@@ -28,8 +28,16 @@ _QUESTION, _ANSWER, _RESULT = "918273645546372819", "192837465564738291", "56473
 RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
-class ToolsError(ValueError):
-    """A chat template does not take tools, or not here."""
+class UntakenError(ValueError):
+    """A chat template does not take tools or documents, or not here.
+
+    Attributes:
+        given: which of them.
+    """
+
+    def __init__(self, given: str, message: str) -> None:
+        super().__init__(message)
+        self.given = given
 
 
 @dataclass(frozen=True)
@@ -248,21 +256,24 @@ class _Chat:
         without = {"bos_token": ""} if began else {}
         text = self._render(self._messages, head=True, **without)
         self._check_kept(text)
-        if self._tools and text == self._render(self._messages, head=True, tools=None, **without):
-            raise ToolsError("the tokenizer's chat template takes no tools")
+        for name in self._beside():
+            if text == self._render(self._messages, head=True, **{name: None}, **without):
+                raise UntakenError(name, f"the tokenizer's chat template takes no {name}")
         return text
 
     def later_opening(self) -> str:
         """What follows an earlier answer, up to the new one."""
         text = _after_answer(self._render([*self._past, *self._messages], head=True))
         self._check_kept(text)
-        if self._tools and text == _after_answer(
-            self._render([*self._past, *self._messages], head=True, tools=None)
-        ):
-            raise ToolsError(
-                "tools must be given with a session's first message: the chat template writes them "
-                "in front of a conversation"
-            )
+        for name in self._beside():
+            if text == _after_answer(
+                self._render([*self._past, *self._messages], head=True, **{name: None})
+            ):
+                raise UntakenError(
+                    name,
+                    f"{name} must be given with a session's first message: the chat template "
+                    "writes them in front of a conversation, or takes none",
+                )
         return text
 
     def closing(self) -> str:
@@ -337,6 +348,11 @@ class _Chat:
             for content in self._plain.control
             for begin in range(max(0, at - len(content) + 1), at)
         )
+
+    def _beside(self) -> list[str]:
+        """What was given beside messages, and a template may leave out in silence."""
+        given = {"tools": self._tools, "documents": self._variables.get("documents")}
+        return [name for name, value in given.items() if value]
 
     def _check_kept(self, text: str) -> None:
         """Refuse a template that leaves out what somebody said, in silence."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -281,6 +282,17 @@ def describe_model(model: CometForCausalLM) -> dict[str, str]:
     }
     bits = bits_of(model._backbone)  # most have none, and are as they always were
     return made if bits is None else {**made, "quantization": bits}
+
+
+def full_bytes(model: CometForCausalLM) -> int:
+    """Bytes of what a session of this model holds once its memory is full, but its open chunk."""
+    full = RowCounts(folds=1, entries=model.config.comet_config.temporary_slots)
+    itemsize = {name: dtype.itemsize for dtype, name in _NAMES.items()}
+    return sum(
+        math.prod(shape) * itemsize[dtype]
+        for name, (shape, dtype) in _wanted(model, full).items()
+        if name != "open"
+    )
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

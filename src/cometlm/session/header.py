@@ -17,12 +17,23 @@ _PARTS = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|([\[{,])', re.DOTALL)
 
 
 def read_metadata(file: IO[bytes], nbytes: int, name: object) -> dict[str, str]:
-    """The texts that stand beside the tensors of a file of safetensors.
+    """The texts that stand beside the tensors of a file of safetensors; see `read_header`."""
+    return read_header(file, nbytes, name)[0]
+
+
+def read_header(
+    file: IO[bytes], nbytes: int, name: object
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The texts of a file of safetensors, and what it claims of each tensor.
 
     Args:
         file: at its beginning; only the header is read.
         nbytes: size of the file.
         name: what messages call it.
+
+    Returns:
+        The texts by their keys; by the tensors' names their `dtype`, `shape` and `data_offsets`,
+        of which only the ends were compared with the file's.
 
     Raises:
         ValueError: it is no such file, or cut off.
@@ -42,7 +53,7 @@ def read_metadata(file: IO[bytes], nbytes: int, name: object) -> dict[str, str]:
         raise ValueError(f"{name} is no session file: its header is damaged ({error})") from error
     if max(ends, default=0) != nbytes - 8 - length:
         raise ValueError(f"{name} is no session file, or a truncated one: its tensors are cut off")
-    return texts
+    return texts, header
 
 
 def loads(text: str, most: int = _MOST_MARKS) -> Any:

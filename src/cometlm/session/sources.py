@@ -55,7 +55,7 @@ def pieces(source: Source, encoding: str = UTF8) -> Iterator[str | list[int]]:
     elif isinstance(given, Mapping):
         yield from pieces(_only_row(given), encoding)
     elif _is_file(given):
-        yield from read_blocks(given, str(getattr(given, "name", "the file")), encoding)
+        yield from read_blocks(given, str(getattr(given, "name", None) or "the file"), encoding)
     elif _is_array(given):
         yield from _of_array(given, encoding)
     elif isinstance(given, Sequence) and given and set(map(type, given)) == {int}:
