@@ -81,6 +81,12 @@ def test_every_method_meets_every_task(values):
     assert cells == [(m, *one) for m in ("comet", "truncate") for one in per_method]
     found = plain(made)
     assert {cell["texts"] for cell in found["cells"]} == {1, 2}
+    opened = {cell["method"]: [] for cell in found["cells"]}
+    for cell in found["cells"]:
+        opened[cell["method"]].append(cell["open_bytes"])
+        assert cell["bytes"] > cell["open_bytes"]
+    assert all(opened["comet"])
+    assert not any(opened["truncate"])
     (difference,) = [
         one for one in found["differences"]
         if one["task"] == "passkey" and one["tokens"] == 150

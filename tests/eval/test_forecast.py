@@ -87,6 +87,18 @@ def test_readings_have_the_length_of_their_text():
     assert [one.tokens for one in readings_of("a", [short, older])] == [40, 1000]
 
 
+def test_an_open_chunk_does_not_grow_with_the_text():
+    def held(tokens, opened):
+        return Answer(
+            tokens, 0, 0, "?", ["x"], nbytes=500 + opened, open_nbytes=opened, peak_bytes=90_000,
+            read_seconds=tokens / 1000,
+        )  # fmt: skip
+
+    readings = readings_of("a", [held(512, 5000)]) + readings_of("a", [held(1000, 10_000)])
+    assert foresee(readings, "a", 10**6, 1).nbytes == 90_000
+    assert foresee(readings, "a", 10**6, 0).seconds == pytest.approx(1000, rel=0.01)
+
+
 def test_questions_about_one_text_are_one_reading():
     def answer(index, number, read, error=""):
         return Answer(

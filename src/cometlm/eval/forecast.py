@@ -40,7 +40,7 @@ class Reading:
         tokens: that the text has.
         questions: that were answered.
         read_seconds, answer_seconds: of all questions together.
-        nbytes: most bytes held.
+        nbytes: most bytes held, an open chunk's apart: these come and go as the text grows.
         peak_bytes: most in use; None where nothing says.
     """
 
@@ -76,7 +76,7 @@ def _reading(task: str, answers: Sequence[Answer]) -> Reading:
         questions=0 if is_foreseen else len(answers),
         read_seconds=max(answer.read_seconds for answer in answers),
         answer_seconds=sum(answer.answer_seconds for answer in answers),
-        nbytes=max(answer.nbytes for answer in answers),
+        nbytes=max(answer.nbytes - answer.open_nbytes for answer in answers),
         peak_bytes=max(peaks, default=None),
     )
 

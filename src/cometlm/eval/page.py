@@ -101,6 +101,7 @@ def write_page(path: Path, results: Results) -> None:
         ],
         samples={name: _samples(results, name) for name in results.methods},
         nats=NATS,
+        has_open=any(line.open_nbytes for line in results.lines.values()),
     )
     write_whole(path, text.encode())
 

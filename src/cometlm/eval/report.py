@@ -23,6 +23,7 @@ class Line:
         count: how many there are.
         scores: mean, low and high of each score.
         nbytes: most bytes held.
+        open_nbytes: most of them that were an open chunk's.
         peak_bytes: most bytes in use; None where nothing says.
         read_seconds, answer_seconds: means, of a question.
         error: what was said of those that the method could not answer, "" if there are none.
@@ -34,6 +35,7 @@ class Line:
     count: int
     scores: dict[str, tuple[float, float, float]]
     nbytes: int
+    open_nbytes: int
     peak_bytes: int | None
     read_seconds: float
     answer_seconds: float
@@ -155,6 +157,7 @@ def _line(tokens: int, group: Any, answers: list[Answer]) -> Line:
         count=len(answered),
         scores=scores,
         nbytes=max((answer.nbytes for answer in answered), default=0),
+        open_nbytes=max((answer.open_nbytes for answer in answered), default=0),
         peak_bytes=max(peaks, default=None),
         read_seconds=_mean(answer.read_seconds for answer in answered),
         answer_seconds=_mean(answer.answer_seconds for answer in answered),

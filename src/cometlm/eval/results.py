@@ -193,7 +193,8 @@ def _plain_cell(results: Results, cell: Cell) -> dict[str, Any]:
     plain["texts"] = len({answer.index for answer in answers})
     if line is not None:
         plain |= _plain_figures(line)
-        plain |= {"bytes": line.nbytes, "peak_bytes": line.peak_bytes}
+        plain |= {"bytes": line.nbytes, "open_bytes": line.open_nbytes}
+        plain["peak_bytes"] = line.peak_bytes
         plain |= {"read_seconds": line.read_seconds, "answer_seconds": line.answer_seconds}
         plain["errors"] = {"count": line.num_errors, "first": line.error}
     plain["skipped"] = "" if forecast is None else forecast.skipped

@@ -11,11 +11,14 @@ methods obey it as far as they can; each one's docstring says what it counts. No
   A token costs the same in all of them: what `full` holds for one.
 - `retrieve` holds an index and all token ids besides, which grow with the text; no budget bounds
   them, `nbytes` shows them.
-- `comet` counts its memory. Its open chunk is run again for each question, and the keys and values
-  of that are not counted; nor are those of a piece of text that `window` reads, or of the prompts
-  by which `summary` rewrites: the peak of a process shows them.
-- `rmt` and `xl` count as `comet` does. `xl` holds tokens, so a budget in tokens is its capacity;
-  the open chunk comes on top.
+- `comet` counts its memory, and the keys and values of its open chunk, which is run again for each
+  question. A budget bounds the memory alone; the open chunk comes on top, and grows up to
+  `chunk_size` text tokens with their compression tokens. `open_nbytes` says how much of `nbytes` it
+  is.
+- Nobody counts what is computed in passing: the keys and values to which the open chunk projects
+  memory slots, those of a piece of text that `window` reads, or of the prompts by which `summary`
+  rewrites. The peak of a process shows them.
+- `rmt` and `xl` count as `comet` does. `xl` holds tokens, so a budget in tokens is its capacity.
 - `comet` has a trained memory's capacity changed to what fits, also beyond what it was trained at.
 """
 
@@ -188,6 +191,11 @@ class Reader(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that are held of what was read: a memory, or keys and values."""
+
+    @property
+    def open_nbytes(self) -> int:
+        """Those of them that are an open chunk's, which no budget bounds; 0 of most methods."""
+        return 0
 
 
 class Method(ABC):
