@@ -233,6 +233,7 @@ def test_cells_beyond_the_limits_are_said(compare):
         (["--device", "cpu"], {}, "--device does not go with a YAML file"),
         ([], {"output": None}, "output of compare.yaml must be a folder; or give one with --out"),
         ([], {"tasks": ["paskey"]}, "did you mean passkey?"),
+        ([], {"methods": {"comet": {}, "window": {"options": {"colour": "red"}}}}, "got colour"),
         (["--set", "seed"], {}, "a change must look like key=value, got 'seed'"),
     ],
     ids=str,

@@ -354,8 +354,10 @@ def test_a_text_that_is_too_short_is_known_at_once(values):
 
 
 def test_options_that_a_method_does_not_have(values):
-    with refused("options of the method comet are none, got colour"):
-        run({**values, "methods": {"comet": {"options": {"colour": 1}}}})
+    """Before anything is loaded, and whatever the others are."""
+    mine = {"method": "truncate", "options": {"colour": 1}}
+    with refused("methods.mine: options of the method truncate are none, got colour"):
+        config_of({**values, "methods": {"comet": {}, "mine": mine}})
 
 
 def test_methods_may_have_models_and_sizes_of_their_own(values, monkeypatch):

@@ -8,7 +8,6 @@ or a task's data, leaves the others: it is noted, and they go on.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -233,12 +232,6 @@ class Comparison:
         self._loader = loader
         own = self.config.methods[method]
         opens: Any = METHODS[own.method or method].open
-        known = set(inspect.signature(opens).parameters) - {"loader", "budget"}
-        if unknown := own.options.keys() - known:
-            raise ValueError(
-                f"options of the method {method} are {', '.join(sorted(known)) or 'none'}, got "
-                f"{', '.join(sorted(unknown))}"
-            )
         reader: Reader = opens(loader, self.config.budget_of(method), **own.options)
         return reader
 
