@@ -10,6 +10,7 @@ from cometlm.eval import comparison
 from cometlm.eval.config import read_config
 from cometlm.eval.runner import evaluate
 from cometlm.tasks import TASKS
+from cometlm.tasks.continuation import Continuation
 from tests.cli.said import INTERRUPTED, one_line
 from tests.sessions import SIZES
 
@@ -88,6 +89,22 @@ def test_a_text_without_questions(run):
     mean = float(next(line for line in out.splitlines() if line.startswith("full ")).split()[3])
     assert mean > 1  # an untrained model foresees little; the figure is not cut off at 1
     assert "nats" in err
+
+
+class Few(Continuation):
+    """It has not more than 40 tokens of text."""
+
+    def sample(self, index, tokens):
+        return super().sample(index, min(tokens, 40))
+
+
+def test_texts_that_are_shorter_than_was_asked_are_said(run, monkeypatch):
+    monkeypatch.setitem(TASKS._known, "few", Few)
+    code, out, err = run("--task", "few", "--tokens", "40", "--tokens", "90", methods=["full"])
+    assert code == 0, err
+    assert "full on few, 90 tokens: shorter: 40 tokens" in out
+    assert "full  40 of 90 tokens  sample 0" in err
+    assert out.count("shorter") == err.count(" of 90 tokens") - 1 == 1
 
 
 @pytest.fixture

@@ -144,6 +144,31 @@ def test_results_are_plain(results):
     assert again["machine"]["torch"]
 
 
+def test_texts_that_are_shorter_than_was_asked_are_said(tmp_path, results):
+    def read(name, *lengths):
+        own = results.answers[name, "passkey"]
+        own[:] = [dataclasses.replace(one, read=lengths[one.index % len(lengths)]) for one in own]
+
+    read("comet", 880)
+    read("full", 880)
+    shorter = {"comet, full on passkey, 1,000 tokens": "shorter: 880 tokens",
+               "comet on passkey, 4,000 tokens": "shorter: 880 tokens"}  # fmt: skip
+    assert results.shorter_texts == shorter
+    write_page(tmp_path / "short.html", results)
+    text = text_of((tmp_path / "short.html").read_text(encoding="utf-8"))
+    assert all(f"{name}: {why}" in text for name, why in shorter.items())
+    first, *_ = as_plain(results)["cells"]
+    assert (first["read"], first["shorter"]) == ([880] * 20, "shorter: 880 tokens")
+    even = dataclasses.replace(results, uneven={"passkey"})
+    assert not even.shorter_texts
+    assert as_plain(even)["cells"][0]["shorter"] == ""
+    read("full", 1000, 899, 700, 900)
+    fresh = dataclasses.replace(results)
+    assert fresh.shorter_texts["full on passkey, 1,000 tokens"] == (
+        "10 of 20 texts shorter: 700 … 899 tokens"
+    )
+
+
 def test_means_that_are_no_numbers_are_none(results):
     broken = dataclasses.replace(nats(0), scores={"nats": float("nan")})
     results.answers["comet", "continue"][:] = [broken]

@@ -26,7 +26,7 @@ from cometlm.device import as_dtype
 from cometlm.eval.comparison import Comparison, Watch
 from cometlm.eval.config import EvalConfig, MethodConfig, TaskConfig, read_config
 from cometlm.eval.page import write_page
-from cometlm.eval.report import summarize
+from cometlm.eval.report import is_shorter, summarize
 from cometlm.eval.results import Cell, name_of, readable_seconds, write_results
 from cometlm.eval.rows import Forecast, Rows
 from cometlm.eval.runner import Answer
@@ -327,7 +327,8 @@ class _Teller(Watch):
         said = answer.error or (f"{answer.said!r} of {answers[0]!r}" if answers else "")
         scores = "  ".join(f"{name} {score:.2f}" for name, score in answer.scores.items())
         what = f"{cell.method}  {cell.task}" if self._of_several else cell.method
-        _tell(f"{what}  {answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}")
+        short = f"{answer.read:,} of " if is_shorter(answer.read, answer.tokens) else ""
+        _tell(f"{what}  {short}{answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}")
 
 
 def _tell(line: str, style: str | None = None) -> None:

@@ -129,6 +129,12 @@ class Comparison:
             answers={name: list(own.values()) for name, own in self.answers.items()},
             forecasts=self.forecasts,
             lacking={name: str(error) for name, error in self.lacking.items()},
+            uneven={
+                name
+                for made in self._tasks.values()
+                for name, task in made.items()
+                if not task.fills
+            },
         )
 
     def model_of(self, method: str) -> str:

@@ -93,6 +93,8 @@ def tables(results: Results, by: str | None = None) -> Iterator[RenderableType]:
         yield _figures(results, task, by)
         yield from _errors(results, task, by)
         yield from _differences(results, task, by)
+    for name, why in results.shorter_texts.items():
+        yield Text(f"{name}: {why}")
     for name, why in results.lacking.items():
         yield Text(f"{name}: {why}")
 

@@ -108,6 +108,11 @@ class Task(ABC):
             ValueError: `tokens` is too few for what has to stand in it.
         """
 
+    @property
+    def fills(self) -> bool:
+        """Whether contexts are meant to have nearly as many tokens as are asked for."""
+        return self.longest is None
+
     def usual_length(self, tokens: int) -> float:
         """Tokens of a context, on average, where as many as `tokens` are asked for."""
         return tokens
