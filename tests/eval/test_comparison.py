@@ -239,9 +239,9 @@ def test_texts_of_uneven_lengths_are_foreseen_by_their_mean(values, tmp_path, mo
         calibrated.append(arguments[-1])
         return forecast.calibrate(*arguments)
 
-    def foresee(readings, task, tokens, questions, mean):
+    def foresee(readings, task, tokens, questions, mean, bounds):
         usual.append((tokens, mean, max(one.tokens for one in readings)))
-        return forecast.foresee(readings, task, tokens, questions, mean)
+        return forecast.foresee(readings, task, tokens, questions, mean, bounds)
 
     monkeypatch.setattr(module, "calibrate", calibrate)
     monkeypatch.setattr(module, "foresee", foresee)

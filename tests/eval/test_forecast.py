@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cometlm.eval.forecast import Reading, foresee, law, questions_of, readings_of
 from cometlm.eval.runner import Answer
+from cometlm.methods.base import Bounds
 
 LENGTHS = [500, 1500, 4000]
 FACTORS = st.floats(1e-4, 1e-2)
@@ -64,6 +65,39 @@ def test_answers_of_another_task_take_what_they_took():
     assert foresee(readings, "a", 200, 2).seconds == pytest.approx(1.2, rel=0.05)
     assert foresee(readings, "a", 200, 1).nbytes is None
     assert (questions_of(readings, "a"), questions_of(readings, "c")) == (2, None)
+
+
+def test_answers_take_what_they_read():
+    """Nothing of a text beyond the tokens that are kept, or that have room in a prompt."""
+
+    def took(tokens):
+        read = min(tokens, 2000)
+        return Reading("a", tokens, 2, 1e-6 * tokens, read / 1000, 100 * read, 9000 + 100 * read)
+
+    short = [took(500), took(1500)]
+    for readings in (short, [*short, took(4000)], [took(4000)], [took(4000), took(9000)]):
+        found = foresee(readings, "a", 128_000, 2, bounds=Bounds(asked=2000, held=2000))
+        assert found.seconds == pytest.approx(0.128 + 2.0, rel=0.02)
+        assert found.nbytes == 9000 + 100 * 2000
+    unbounded = foresee(short, "a", 128_000, 2)
+    assert unbounded.seconds > 100
+    assert unbounded.nbytes == 9000 + 100 * 128_000
+    within = foresee(short, "a", 1800, 2, bounds=Bounds(asked=2000, held=2000))
+    assert within.seconds == pytest.approx(1.8, rel=0.02)
+
+
+@given(full=st.integers(2000, 10_000), each=st.floats(1e-9, 1e-3))
+def test_behind_a_full_window_reading_goes_straight_on(full, each):
+    """A token looks at those that are held."""
+
+    def took(tokens):
+        read = min(tokens, full)
+        looked = read * read / 2 + (tokens - read) * read
+        seconds = 1e-3 * tokens + each * looked
+        return Reading("a", tokens, 0, seconds, 0.0, 100 * read, None)
+
+    found = foresee([took(500), took(1500)], "a", 128_000, 0, bounds=Bounds(held=full))
+    assert found.seconds == pytest.approx(took(128_000).read_seconds, rel=0.1)
 
 
 def test_texts_that_are_only_foreseen_say_nothing_of_others():

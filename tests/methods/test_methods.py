@@ -260,6 +260,18 @@ def test_an_open_chunk_costs_what_the_same_tokens_do_elsewhere(model, backbone, 
     assert full.open_nbytes == 0
 
 
+def test_no_more_is_held_than_a_reader_bounds(empty, backbone):
+    if (most := empty.bounds.held) is None:
+        assert isinstance(empty, CacheReader | CometReader | RetrieveReader)
+        return
+    reader, token = empty.fork(), bytes_per_token(backbone)
+    for start in range(5):
+        reader.read(ids_of(50, seed=start))
+        assert reader.nbytes <= most * token
+    if not isinstance(empty, SummaryReader):  # whose notes may be short
+        assert reader.nbytes >= (most - 1) * token  # the last one waits
+
+
 # --- loading ------------------------------------------------------------------------------------
 
 

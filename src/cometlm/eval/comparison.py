@@ -306,7 +306,7 @@ class Comparison:
             self.watch.skipped(cell, forecast.skipped)
             return
         if len({one.index for one in own}) < cell.samples:
-            self.watch.begins(cell, forecast, self._seconds_left(left))
+            self.watch.begins(cell, forecast, self._seconds_left(left, reader))
         new: list[Answer] = []
         limits: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens}
         limits["device"] = self._loader.device
@@ -362,9 +362,9 @@ class Comparison:
         usual = task.usual_length(cell.tokens)
         if task.longest is None:  # where a task has no more texts, it makes shorter ones
             usual = min(usual, len(sample.context))
-        return foresee(readings, name, cell.tokens, questions, usual)
+        return foresee(readings, name, cell.tokens, questions, usual, reader.bounds)
 
-    def _seconds_left(self, cells: Sequence[Cell]) -> float | None:
+    def _seconds_left(self, cells: Sequence[Cell], reader: Reader) -> float | None:
         """What those cells will take, all of one method; None where nothing is known of one.
 
         Those that the limits will skip, or whose task's data are not there, take nothing.
@@ -378,10 +378,10 @@ class Comparison:
                 one.index for one in self.answers[cell.method, cell.task].values()
                 if one.tokens == cell.tokens
             }  # fmt: skip
-            questions = questions_of(readings, cell.task)
             name = cell.task if any(one.task for one in readings) else ""
             usual = self._tasks_of(cell.method)[cell.task].usual_length(cell.tokens)
-            forecast = foresee(readings, name, cell.tokens, questions or 1, usual)
+            asked = questions_of(readings, cell.task) or 1
+            forecast = foresee(readings, name, cell.tokens, asked, usual, reader.bounds)
             if forecast.seconds is None:
                 return None
             if own or not _refusal(self.config.limits, forecast, cell):

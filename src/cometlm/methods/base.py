@@ -107,6 +107,22 @@ def _no_budget(text: str) -> str:
     return f"budget must be tokens like 512, or bytes like 3MB or 1.5GiB, got {text!r}"
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Tokens that a reader deals with at most, however long a text is; None: with more and more.
+
+    Attributes:
+        asked: that an answer reads, or looks at.
+        held: whose bytes `nbytes` counts.
+    """
+
+    asked: int | None = None
+    held: int | None = None
+
+
+UNBOUNDED = Bounds()
+
+
 class Reader(ABC):
     """Reads one text as it comes and can be asked about it at any time.
 
@@ -196,6 +212,11 @@ class Reader(ABC):
     def open_nbytes(self) -> int:
         """Those of them that are an open chunk's, which no budget bounds; 0 of most methods."""
         return 0
+
+    @property
+    def bounds(self) -> Bounds:
+        """What does not grow with the text, by which a forecast goes; all does, unless it says."""
+        return UNBOUNDED
 
 
 class Method(ABC):

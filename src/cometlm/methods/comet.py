@@ -12,7 +12,7 @@ from cometlm.config import position_limit
 from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.core.foreseen import Foreseen
-from cometlm.methods.base import Budget, Method, Reader, generation_options
+from cometlm.methods.base import Bounds, Budget, Method, Reader, generation_options
 from cometlm.methods.loader import Loader
 from cometlm.session.session import Session
 
@@ -172,3 +172,8 @@ class CometReader(Reader):
         sizes, text = self.session.model.config.comet_config, self.session.open_tokens
         compressions = text // sizes.stride if sizes.temporary_memory else 0
         return (text + compressions) * self._item_nbytes
+
+    @property
+    def bounds(self) -> Bounds:
+        """See `Reader.bounds`: an answer runs the open chunk."""
+        return Bounds(asked=self.session.model.config.comet_config.chunk_size)
