@@ -340,6 +340,20 @@ def test_data_that_are_missing_leave_the_others(values, monkeypatch, most):
         run({**values, "tasks": {"gone": {"options": {"most": 0}}}})
 
 
+class Partly(Judged):
+    """One of its data is not there."""
+
+    lacking = {"gone": OSError("gone is not there; run: pip install gone")}  # noqa: RUF012
+
+
+def test_data_that_a_task_goes_on_without_are_said(values, monkeypatch):
+    monkeypatch.setitem(TASKS._known, "partly", Partly)
+    made = run({**values, "tasks": ["partly"]})
+    assert not made.is_whole
+    assert made.results.lacking == {"gone of partly": "gone is not there; run: pip install gone"}
+    assert len(made.answers["comet", "partly"]) == 4
+
+
 def test_a_model_that_is_missing_leaves_the_others(values):
     rival = {"method": "comet", "model": "no/such-folder/at-all"}
     made = run({**values, "methods": {"rival": rival, "truncate": {}}})

@@ -66,6 +66,7 @@ class Comparison:
         answers: of each method to each task by place, also those that were known.
         forecasts: what cells were foreseen to take.
         lacking_methods, lacking_tasks, lacking_cells: what could not be had, and why.
+        lacking_data: of tasks that go on without them, likewise.
         settings: of the rows of each method and task that were looked at.
 
     Raises:
@@ -81,6 +82,7 @@ class Comparison:
         self.lacking_methods: dict[str, Exception] = {}
         self.lacking_tasks: dict[str, Exception] = {}
         self.lacking_cells: dict[Cell, Exception] = {}
+        self.lacking_data: dict[str, Exception] = {}
         self.settings: dict[tuple[str, str], dict[str, Any]] = {}
         self._loader: Loader | None = None
         self._tasks: dict[str, dict[str, Task]] = {}  # by model, since tokenizers differ
@@ -111,13 +113,14 @@ class Comparison:
         are_missing = [
             isinstance(error, OSError | ImportError) for error in self.lacking_methods.values()
         ]
-        return not (any(are_missing) or self.lacking_tasks or self.lacking_cells)
+        of_tasks = [self.lacking_tasks, self.lacking_data, self.lacking_cells]
+        return not (any(are_missing) or any(of_tasks))
 
     @property
     def lacking(self) -> dict[str, Exception]:
         """What could not be had, as people read it, and why."""
         cells = {name_of(cell): error for cell, error in self.lacking_cells.items()}
-        return {**self.lacking_methods, **self.lacking_tasks, **cells}
+        return {**self.lacking_methods, **self.lacking_tasks, **self.lacking_data, **cells}
 
     @property
     def results(self) -> Results:
@@ -190,7 +193,10 @@ class Comparison:
             made: dict[str, Task] = {}
             for name in self.config.tasks:
                 try:
-                    made[name] = self._make_task(name, tokenizer)
+                    made[name] = task = self._make_task(name, tokenizer)
+                    for data, error in task.lacking.items():
+                        part = f"{data} of {name}"
+                        self._note(self.lacking_data, part, part, error)
                 except ValueError as error:
                     raise ValueError(f"tasks.{name}: {error}") from error
                 except (OSError, ImportError) as error:
