@@ -168,7 +168,6 @@ def test_nothing_measured_is_an_error(run):
         (["--option", "digits=0"], "digits must be one or two numbers in 1 … 100"),
         (["--option", "colour=red"], "got colour"),
         (["--option", "digits=["], "option digits must be a YAML value, got '['"),
-        (["--tokens", "3"], "tokens must be at least"),
         (["--by", "colour"], "by must be one of depth, decile, haystack, distance, got 'colour'"),
         (["--budget", "many"], "budget must be tokens like 512, or bytes like 3MB"),
         (["--budget", "4"], "budget of a window must be more than 4, got 4"),
@@ -179,6 +178,15 @@ def test_what_cannot_be_is_one_line(run, arguments, said):
     code, _, err = run("--tokens", "90", *arguments, methods=["window"])
     assert code == 1
     assert said in one_line(err)
+
+
+def test_texts_that_are_too_short(run):
+    code, _, err = run("--tokens", "3", methods=["truncate"])
+    assert code == 1
+    assert "tokens must be at least" in one_line(err)
+    code, out, err = run("--tokens", "3", "--tokens", "90", methods=["truncate"])
+    assert code == 0, err
+    assert "truncate on passkey, 3 tokens: skipped, tokens must be at least" in out
 
 
 # --- a configuration ----------------------------------------------------------------------------

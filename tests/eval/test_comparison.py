@@ -16,6 +16,7 @@ from cometlm.eval import comparison as module
 from cometlm.eval import forecast
 from cometlm.eval.comparison import Comparison, Watch
 from cometlm.eval.config import config_of
+from cometlm.eval.page import write_page
 from cometlm.eval.results import as_plain
 from cometlm.eval.rows import Forecast, Rows
 from cometlm.tasks import TASKS, Question, Sample, Task
@@ -364,7 +365,26 @@ def test_a_model_that_is_missing_leaves_the_others(values):
 
 def test_a_text_that_is_too_short_is_known_at_once(values):
     with refused("tasks.passkey: tokens must be at least"):
-        Comparison(config_of({**values, "lengths": [3, 100]}), Rows())
+        Comparison(config_of({**values, "lengths": [3, 5]}), Rows())
+
+
+def test_a_text_that_is_too_short_leaves_longer_ones(values, tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl")
+    values = {**values, "lengths": [3, 60]}
+    made = run(values, rows)
+    assert {(cell.task, cell.tokens) for cell in made.skipped} == {("passkey", 3)}
+    assert all(why.startswith("tokens must be at least") for why in made.skipped.values())
+    assert made.is_whole
+    assert {(cell.task, cell.tokens) for cell in made.results.lines} == {
+        ("passkey", 60), ("continue", 3), ("continue", 60), ("traces", 200)
+    }  # fmt: skip
+    first, *_ = as_plain(made.results)["cells"]
+    assert first["skipped"].startswith("tokens must be at least")
+    assert first["foreseen"] is None
+    write_page(tmp_path / "report.html", made.results)
+    assert "tokens must be at least" in (tmp_path / "report.html").read_text()
+    assert plain(run({**values, "limits": {"hours": 1}}, rows))["cells"] == plain(made)["cells"]
+    rows.close()
 
 
 def test_options_that_a_method_does_not_have(values):

@@ -114,7 +114,7 @@ def test_what_it_says(page):
     assert "said <b>no</b> right 12345" in text
     assert "1,140 back" in text
     assert "documents : the texts come with aclsum" in text
-    assert "summary passkey 4,000 1 would take 2.0 h, more than 1 h 2.0 h unknown 1k" in text
+    assert "summary passkey 4,000 1 would take 2.0 h, more than 1 h 2.0 h – 1k" in text
     assert "comet passkey 1,000 100, 300 15 s 30 s 2.00 4.0 KiB" in text  # foreseen, and took
     assert "4.00 one text" in text  # nats have no bounds then
     assert page.count("90–100%") == 2  # a heatmap for each method

@@ -47,7 +47,7 @@ class Watch:
         """A cell is about to be read; its method has so many seconds left, if that is known."""
 
     def skipped(self, cell: Cell, why: str) -> None:
-        """A cell would take more than the limits."""
+        """A cell would take more than the limits, or its task makes no text that is so short."""
 
     def answered(self, cell: Cell, answer: Answer) -> None:
         """A question was answered; the answer is kept."""
@@ -86,7 +86,7 @@ class Comparison:
         self.settings: dict[tuple[str, str], dict[str, Any]] = {}
         self._loader: Loader | None = None
         self._tasks: dict[str, dict[str, Task]] = {}  # by model, since tokenizers differ
-        self._tried: list[tuple[str, Task]] = []
+        self._too_short: dict[Task, dict[int, str]] = {}  # lengths of those that were tried
         self._readings: dict[str, list[Reading]] = {}
         self.cells = [cell for method in config.methods for cell in self._cells_of(method)]
 
@@ -104,7 +104,7 @@ class Comparison:
 
     @property
     def skipped(self) -> dict[Cell, str]:
-        """Cells that would take more than the limits, and why."""
+        """Cells that would take more than the limits, or need longer texts, and why."""
         return {cell: one.skipped for cell, one in self.forecasts.items() if one.skipped}
 
     @property
@@ -166,14 +166,14 @@ class Comparison:
     def _try(self, tasks: dict[str, Task], lengths: dict[str, list[int]]) -> None:
         """Make a short text of each task, to know before any is read what is wrong or missing."""
         for name, task in tasks.items():
-            if (name, task) in self._tried:
+            if task in self._too_short:
                 continue
-            self._tried.append((name, task))
             try:
-                _first_sample(task, lengths[name][0])
+                self._too_short[task] = _too_short(task, lengths[name])
             except ValueError as error:
                 raise ValueError(f"tasks.{name}: {error}") from error
             except (OSError, ImportError) as error:
+                self._too_short[task] = {}
                 self._note(self.lacking_tasks, name, name, error)
 
     def _lengths(self, name: str, task: Task) -> list[int]:
@@ -303,6 +303,10 @@ class Comparison:
         found = self.answers[cell.method, cell.task]
         self._take_known([cell])  # another task with the same settings may just have been asked
         own = [one for one in found.values() if one.tokens == cell.tokens]
+        if why := self._too_short[task].get(cell.tokens, ""):
+            self.forecasts[cell] = Forecast(cell.tokens, skipped=why)
+            self.watch.skipped(cell, why)
+            return
         try:
             forecast = self._forecast(cell, reader, task, is_begun=bool(own))
         except (ValueError, OSError, ImportError) as error:
@@ -422,6 +426,26 @@ def _first_sample(task: Task, tokens: int) -> Sample:
         except ValueError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _too_short(task: Task, lengths: Sequence[int]) -> dict[int, str]:
+    """Lengths of which a task can make no text, though it can of longer ones, and why.
+
+    Args:
+        lengths: from short to long.
+
+    Raises:
+        ValueError: what the first one raised, if it makes texts of none.
+    """
+    errors: dict[int, ValueError] = {}
+    for tokens in lengths:
+        try:
+            _first_sample(task, tokens)
+        except ValueError as error:
+            errors[tokens] = error
+        else:
+            return {tokens: str(error) for tokens, error in errors.items()}
+    raise errors[lengths[0]]
 
 
 def _refusal(limits: Limits, forecast: Forecast, cell: Cell) -> str:
