@@ -228,10 +228,25 @@ def test_a_file_says_what_is_compared(compare):
     assert [(c["method"], c["task"], c["texts"]) for c in cells] == [
         (method, task, 1) for method in ("comet", "truncate") for task in ("passkey", "traces")
     ]
+    code, _, err = compare()
+    assert (code, "other settings" in err) == (0, False)
     code, _, err = compare("--set", "seed=1", "--set", "methods=[truncate]")
     assert code == 0, err
+    warned, _, _ = err.partition("loading")
+    assert (
+        "out/results.json and out/report.html are of other settings (methods, seed) and will be "
+        "replaced; rows are kept"
+    ) in " ".join(warned.split())
     assert "out/rows.jsonl also holds" in err
     assert "answers of other settings; they are not counted here" in err
+
+
+def test_a_file_that_is_no_results_is_not_replaced_silently(compare):
+    Path("out").mkdir()
+    Path("out/results.json").write_text("[1, 2]")
+    code, _, err = compare(methods=["truncate"], tasks={"traces": {"lengths": [200]}})
+    assert code == 0, err
+    assert "are of other settings (model, tasks, methods" in " ".join(err.split())
 
 
 def test_what_is_missing_is_said_at_the_end_and_by_the_exit_code(compare):

@@ -173,6 +173,23 @@ def write_results(path: Path, results: Results) -> None:
     write_whole(path, text.encode() + b"\n")
 
 
+def changed_settings(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Settings that a file of results was not made with; all of them if it holds something else.
+
+    Args:
+        path: of `write_results`; it may be missing, and nothing has changed then.
+        settings: see `Results`.
+    """
+    if not path.exists():
+        return []
+    try:
+        kept = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError):
+        kept = {}
+    plain = json.loads(json.dumps(settings))
+    return [name for name in plain if name not in kept or kept[name] != plain[name]]
+
+
 def as_plain(results: Results) -> dict[str, Any]:
     """Results as JSON has them."""
     return {
