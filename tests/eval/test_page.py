@@ -11,6 +11,7 @@ from cometlm.eval.page import write_page
 from cometlm.eval.results import Cell, Results, as_plain, readable_seconds
 from cometlm.eval.rows import Forecast
 from cometlm.eval.runner import Answer
+from tests.browser import NARROW, seen
 
 
 def answer(index, score, tokens=1000, said="<b>no</b>", error=""):
@@ -125,6 +126,28 @@ def test_every_picture_is_said_in_words_and_figures(page):
     assert len(pictures) == page.count("as a table") >= 4
     assert "passkey: found by tokens of comet, full; the figures are in the table below" in pictures
     assert not re.findall(r"\bnan\b|\binf\b", page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_telephone(chromium, tmp_path, results, scheme):
+    """Wide tables scroll by themselves; nothing is asked for, and nothing goes wrong."""
+    results.answers["comet", "passkey"][0] = dataclasses.replace(
+        answer(0, 0.0, said="x" * 400), read=300, open_nbytes=1024
+    )
+    write_page(tmp_path / "report.html", results)
+    with seen(chromium, tmp_path / "report.html", color_scheme=scheme) as found:
+        for _ in range(2):
+            assert found.width <= NARROW
+            assert found.hidden("main section, h1, h2, nav a") == []
+            found.open_all()
+        assert found.hidden("figure, figure svg, li") == []
+        assert {"Overview", "Answers", "Skipped", "Not measured", "Time and memory"} <= set(
+            found.page.locator("main h2").all_text_contents()
+        )
+        for link in found.page.locator("nav a").all():
+            assert found.page.locator(link.get_attribute("href")).count() == 1
+        assert found.wrong == []
 
 
 def test_results_are_plain(results):
