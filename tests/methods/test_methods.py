@@ -262,14 +262,39 @@ def test_an_open_chunk_costs_what_the_same_tokens_do_elsewhere(model, backbone, 
 
 def test_no_more_is_held_than_a_reader_bounds(empty, backbone):
     if (most := empty.bounds.held) is None:
-        assert isinstance(empty, CacheReader | CometReader | RetrieveReader)
+        assert isinstance(empty, CacheReader | RetrieveReader)
         return
     reader, token = empty.fork(), bytes_per_token(backbone)
+    if isinstance(empty, CometReader):
+        reader.read(ids_of(most))
+        full = reader.nbytes - reader.open_nbytes
+        for start in range(3):
+            reader.read(ids_of(77, seed=start))
+            assert reader.nbytes - reader.open_nbytes == full
+        return
     for start in range(5):
         reader.read(ids_of(50, seed=start))
         assert reader.nbytes <= most * token
     if not isinstance(empty, SummaryReader):  # whose notes may be short
         assert reader.nbytes >= (most - 1) * token  # the last one waits
+
+
+@pytest.mark.parametrize("overlap", [0, 3])
+@pytest.mark.parametrize("capacity", [2, 5, 9])
+def test_comet_bounds_what_it_runs_and_holds(overlap, capacity):
+    reader = CometReader(Session(tiny_comet("qwen3", overlap=overlap, capacity=capacity)))
+    bounds, folds, held = reader.bounds, 0, []
+    for tokens in range(1, 70):
+        reader.read([tokens])
+        session = reader.session
+        folds, before = session.stats().chunks, folds
+        if tokens > overlap:
+            assert bounds.run(tokens - overlap) == bounds.chunk * folds
+        held.append(session.stats().memory_bytes)
+        if folds > before:
+            last = tokens
+    assert last > bounds.held
+    assert held[bounds.held - 1] == held[-1] > held[bounds.held - 2]
 
 
 # --- loading ------------------------------------------------------------------------------------

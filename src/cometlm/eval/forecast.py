@@ -98,7 +98,8 @@ def calibrate(
         sample: whose beginning is read, at most half of it.
         device, max_new_tokens: see `evaluate`.
     """
-    longer = min(_CALIBRATED, len(sample.context) // 2)
+    least = 3 * empty.bounds.chunk // 2  # that at least one is run before it is asked
+    longer = min(max(_CALIBRATED, least), len(sample.context) // 2)
     found: list[Reading] = []
     for tokens in (min(_WARM_UP, longer), longer // 3, longer):
         if tokens > 1:
@@ -140,15 +141,18 @@ def foresee(
     if not alike:
         return Forecast(tokens)
     grows = _grows(alike)
-    seconds = law([(one.tokens, one.read_seconds) for one in alike], grows)(usual, bounds.held)
     own = [one for one in alike if one.task == task]
     answers = [
-        (int(_bounded(one.tokens, bounds.asked)), one.answer_seconds / one.questions)
+        (int(bounds.left(one.tokens)), one.answer_seconds / one.questions)
         for one in own or alike
         if one.questions
     ]
+    run = bounds.run if task else float  # what is only foreseen is run as a whole
+    reads = [(int(run(one.tokens)), one.read_seconds) for one in alike if run(one.tokens)]
+    # Of texts within a chunk it is answers that say how long one takes.
+    seconds = law(reads or answers, grows)(run(usual), bounds.held)
     if questions and answers:
-        seconds += questions * law(answers, grows)(_bounded(usual, bounds.asked))
+        seconds += questions * law(answers, grows)(bounds.left(usual))
     lengths = sorted({one.tokens for one in alike})
     return Forecast(tokens, seconds, _peak(alike, tokens, bounds.held), lengths)
 

@@ -24,6 +24,7 @@ methods obey it as far as they can; each one's docstring says what it counts. No
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,11 +114,24 @@ class Bounds:
 
     Attributes:
         asked: that an answer reads, or looks at.
-        held: whose bytes `nbytes` counts.
+        held: behind which what is held does not grow, an open chunk apart.
+        chunk: that are run together when more follows; an answer runs what is behind the last of
+            these. 0: everything is run when it is read.
     """
 
     asked: int | None = None
     held: int | None = None
+    chunk: int = 0
+
+    def run(self, tokens: float) -> float:
+        """Those of a text's tokens that reading it runs."""
+        return (math.ceil(tokens / self.chunk) - 1) * self.chunk if self.chunk else tokens
+
+    def left(self, tokens: float) -> float:
+        """Those that an answer deals with."""
+        if self.chunk:
+            return tokens - self.run(tokens)
+        return tokens if self.asked is None else min(tokens, self.asked)
 
 
 UNBOUNDED = Bounds()

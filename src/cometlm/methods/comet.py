@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -175,5 +176,9 @@ class CometReader(Reader):
 
     @property
     def bounds(self) -> Bounds:
-        """See `Reader.bounds`: an answer runs the open chunk."""
-        return Bounds(asked=self.session.model.config.comet_config.chunk_size)
+        """See `Reader.bounds`: a chunk is run when it is full, the open one by each answer."""
+        sizes = self.session.model.config.comet_config
+        chunk = sizes.chunk_size - sizes.overlap
+        entries = sizes.compression_tokens(sizes.chunk_size)
+        filling = math.ceil(sizes.capacity / entries) if entries else 1  # chunks
+        return Bounds(held=filling * chunk + sizes.overlap + 1, chunk=chunk)
