@@ -11,10 +11,10 @@ methods obey it as far as they can; each one's docstring says what it counts. No
   A token costs the same in all of them: what `full` holds for one.
 - `retrieve` holds an index and all token ids besides, which grow with the text; no budget bounds
   them, `nbytes` shows them.
-- `comet` counts its memory, and the keys and values of its open chunk, which is run again for each
-  question. A budget bounds the memory alone; the open chunk comes on top, and grows up to
-  `chunk_size` text tokens with their compression tokens. `open_nbytes` says how much of `nbytes` it
-  is.
+- `comet` counts its memory, and the keys and values of its open chunk, which is run for the first
+  question and kept for others. A budget bounds the memory alone; the open chunk comes on top, and
+  grows up to `chunk_size` text tokens with their compression tokens. `open_nbytes` says how much of
+  `nbytes` it is.
 - Nobody counts what is computed in passing: the keys and values to which the open chunk projects
   memory slots, those of a piece of text that `window` reads, or of the prompts by which `summary`
   rewrites. The peak of a process shows them.

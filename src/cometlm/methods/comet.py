@@ -166,7 +166,7 @@ class CometReader(Reader):
     def open_nbytes(self) -> int:
         """Bytes of keys and values of the open chunk as it is: text and compression tokens.
 
-        Between two questions it is token ids only, which are not counted.
+        A session makes them when it is first asked about the chunk; until then it has token ids.
         """
         if self._item_nbytes is None:
             self._item_nbytes = _bytes_of_item(self.session.model)
@@ -176,7 +176,7 @@ class CometReader(Reader):
 
     @property
     def bounds(self) -> Bounds:
-        """See `Reader.bounds`: a chunk is run when it is full, the open one by each answer."""
+        """See `Reader.bounds`: a chunk is run when it is full, the open one by an answer."""
         sizes = self.session.model.config.comet_config
         chunk = sizes.chunk_size - sizes.overlap
         entries = sizes.compression_tokens(sizes.chunk_size)
