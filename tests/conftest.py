@@ -1,5 +1,6 @@
 """Settings for every test (one thread, reproducible properties), and what several files share."""
 
+import shutil
 import signal
 
 import pytest
@@ -28,6 +29,7 @@ for _name, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signa
     if _number is not None and signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
 
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # Files whose tests are marked core: where another version of torch or transformers would show.
 CORE = {
@@ -85,3 +87,16 @@ def named(tmp_path_factory):
     tiny_backbone("llama", vocab_size=len(tokenizer)).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Chromium of this machine, without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="there is no playwright")
+    program = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if program is None:
+        pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -10,6 +10,7 @@ from cometlm.eval import comparison
 from cometlm.eval.config import read_config
 from cometlm.eval.runner import evaluate
 from cometlm.tasks import TASKS
+from cometlm.tasks.continuation import Continuation
 from tests.cli.said import INTERRUPTED, one_line
 from tests.sessions import SIZES
 
@@ -90,6 +91,22 @@ def test_a_text_without_questions(run):
     assert "nats" in err
 
 
+class Few(Continuation):
+    """It has not more than 40 tokens of text."""
+
+    def sample(self, index, tokens):
+        return super().sample(index, min(tokens, 40))
+
+
+def test_texts_that_are_shorter_than_was_asked_are_said(run, monkeypatch):
+    monkeypatch.setitem(TASKS._known, "few", Few)
+    code, out, err = run("--task", "few", "--tokens", "40", "--tokens", "90", methods=["full"])
+    assert code == 0, err
+    assert "full on few, 90 tokens: shorter: 40 tokens" in out
+    assert "full  40 of 90 tokens  sample 0" in err
+    assert out.count("shorter") == err.count(" of 90 tokens") - 1 == 1
+
+
 @pytest.fixture
 def run_own(command, on_disk, text_file):
     Path("mine.jsonl").write_text("\n".join(map(json.dumps, OWN)))
@@ -151,7 +168,6 @@ def test_nothing_measured_is_an_error(run):
         (["--option", "digits=0"], "digits must be one or two numbers in 1 … 100"),
         (["--option", "colour=red"], "got colour"),
         (["--option", "digits=["], "option digits must be a YAML value, got '['"),
-        (["--tokens", "3"], "tokens must be at least"),
         (["--by", "colour"], "by must be one of depth, decile, haystack, distance, got 'colour'"),
         (["--budget", "many"], "budget must be tokens like 512, or bytes like 3MB"),
         (["--budget", "4"], "budget of a window must be more than 4, got 4"),
@@ -162,6 +178,15 @@ def test_what_cannot_be_is_one_line(run, arguments, said):
     code, _, err = run("--tokens", "90", *arguments, methods=["window"])
     assert code == 1
     assert said in one_line(err)
+
+
+def test_texts_that_are_too_short(run):
+    code, _, err = run("--tokens", "3", methods=["truncate"])
+    assert code == 1
+    assert "tokens must be at least" in one_line(err)
+    code, out, err = run("--tokens", "3", "--tokens", "90", methods=["truncate"])
+    assert code == 0, err
+    assert "truncate on passkey, 3 tokens: skipped, tokens must be at least" in out
 
 
 # --- a configuration ----------------------------------------------------------------------------
@@ -203,10 +228,25 @@ def test_a_file_says_what_is_compared(compare):
     assert [(c["method"], c["task"], c["texts"]) for c in cells] == [
         (method, task, 1) for method in ("comet", "truncate") for task in ("passkey", "traces")
     ]
+    code, _, err = compare()
+    assert (code, "other settings" in err) == (0, False)
     code, _, err = compare("--set", "seed=1", "--set", "methods=[truncate]")
     assert code == 0, err
+    warned, _, _ = err.partition("loading")
+    assert (
+        "out/results.json and out/report.html are of other settings (methods, seed) and will be "
+        "replaced; rows are kept"
+    ) in " ".join(warned.split())
     assert "out/rows.jsonl also holds" in err
     assert "answers of other settings; they are not counted here" in err
+
+
+def test_a_file_that_is_no_results_is_not_replaced_silently(compare):
+    Path("out").mkdir()
+    Path("out/results.json").write_text("[1, 2]")
+    code, _, err = compare(methods=["truncate"], tasks={"traces": {"lengths": [200]}})
+    assert code == 0, err
+    assert "are of other settings (model, tasks, methods" in " ".join(err.split())
 
 
 def test_what_is_missing_is_said_at_the_end_and_by_the_exit_code(compare):
@@ -233,6 +273,7 @@ def test_cells_beyond_the_limits_are_said(compare):
         (["--device", "cpu"], {}, "--device does not go with a YAML file"),
         ([], {"output": None}, "output of compare.yaml must be a folder; or give one with --out"),
         ([], {"tasks": ["paskey"]}, "did you mean passkey?"),
+        ([], {"methods": {"comet": {}, "window": {"options": {"colour": "red"}}}}, "got colour"),
         (["--set", "seed"], {}, "a change must look like key=value, got 'seed'"),
     ],
     ids=str,

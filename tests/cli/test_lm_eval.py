@@ -18,6 +18,8 @@ RESULTS = {
 class Known:
     """Knows two tasks, without the thirty seconds that the harness looks through its own."""
 
+    all_tasks = ("choices", "niah")
+
     def match_tasks(self, names):
         return [name for name in names if name in ("niah", "choices")]
 
@@ -101,6 +103,7 @@ def test_nothing_measured_is_an_error(run):
     ("arguments", "said"),
     [
         (["--lm-eval", "riddles"], "--lm-eval riddles: lm-evaluation-harness has no such task"),
+        (["--lm-eval", "niah,choises"], "lists them; did you mean choices?"),
         (["--lm-eval", ","], "--lm-eval must name tasks"),
         (["--lm-eval", "niah", "--method", "telepathy"], "unknown method 'telepathy'"),
         (["--lm-eval", "niah", "--task", "passkey"], "--task does not go with --lm-eval"),
@@ -127,3 +130,24 @@ def test_the_real_harness(command, on_disk):
     cells = [line.split()[:4] for line in out.splitlines()]
     assert ["comet", "1,024", "niah_single_1", "1024"] in cells
     assert "full: tokens of text, question and answer must be at most 256" in out
+
+
+@pytest.mark.slow
+def test_the_real_harness_knows_the_nearest_name(command, on_disk):
+    code, _, err = command("eval", on_disk, "--device", "cpu", "--lm-eval", "niah_singel_1")
+    assert code == 1
+    assert "did you mean niah_single_1?" in one_line(err)
+
+
+@pytest.mark.slow
+def test_the_harness_other_tasks_of_long_texts(command, on_disk):
+    tasks = ["niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"]
+    code, out, err = command(
+        *("eval", on_disk, "--device", "cpu", "--lm-eval", ",".join(tasks), "--tokens", "1024"),
+        *("--samples", "1", "--method", "truncate"),
+    )
+    assert code == 0, err
+    cells = [line.split()[:4] for line in out.splitlines()]
+    assert [row for row in cells if row[0] == "truncate"] == [
+        ["truncate", "1,024", task, "1024"] for task in tasks
+    ]

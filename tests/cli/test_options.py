@@ -150,3 +150,14 @@ def test_no_option_is_declared_by_two_groups():
 
 
 def _verb(model: options.Model, loading: LoadOptions, generation: GenerationOptions) -> None: ...
+
+
+@pytest.mark.parametrize("line", [[], ["--apples", "3"]])
+def test_a_command_without_its_model_says_what_to_type(line):
+    def verb(model: options.Model, fruit: Fruit) -> None: ...
+
+    result = CliRunner().invoke(app_of(verb), line)
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("│", " ").split())
+    assert "Missing argument 'model'" in said.replace("MODEL", "model")
+    assert f"Try: verb smollm2 {' '.join(line)}".strip() in said

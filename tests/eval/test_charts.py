@@ -40,10 +40,16 @@ def test_ticks_are_round():
     assert value_axis("x", [2.2, 3.4]).ticks == [2.0, 2.5, 3.0, 3.5]
 
 
-def test_nothing_stands_where_a_logarithmic_axis_begins():
-    axis = bytes_axis("x", [0, 4096])
-    assert axis.share(0) == 0
-    assert bytes_axis("x", [0, 0]).share(0) == 0
+def test_nothing_stands_where_a_logarithmic_axis_says_nothing():
+    axis = bytes_axis("x", [0, 9 << 20, 40 << 20])
+    assert axis.share(0) == axis.share(axis.ticks[0]) == 0
+    assert [axis.readable(tick) for tick in axis.ticks] == [
+        "0 B", "8 MiB", "16 MiB", "32 MiB", "64 MiB"
+    ]  # fmt: skip
+    assert axis.share(9 << 20) > axis.share(8 << 20) > 0
+    nothing = bytes_axis("x", [0, 0])
+    assert nothing.readable(nothing.ticks[0]) == "0 B"
+    assert bytes_axis("x", [9 << 20, 40 << 20]).readable(8 << 20) == "8 MiB"
 
 
 @given(POSITIVE)

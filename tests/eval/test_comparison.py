@@ -16,6 +16,7 @@ from cometlm.eval import comparison as module
 from cometlm.eval import forecast
 from cometlm.eval.comparison import Comparison, Watch
 from cometlm.eval.config import config_of
+from cometlm.eval.page import write_page
 from cometlm.eval.results import as_plain
 from cometlm.eval.rows import Forecast, Rows
 from cometlm.tasks import TASKS, Question, Sample, Task
@@ -81,6 +82,12 @@ def test_every_method_meets_every_task(values):
     assert cells == [(m, *one) for m in ("comet", "truncate") for one in per_method]
     found = plain(made)
     assert {cell["texts"] for cell in found["cells"]} == {1, 2}
+    opened = {cell["method"]: [] for cell in found["cells"]}
+    for cell in found["cells"]:
+        opened[cell["method"]].append(cell["open_bytes"])
+        assert cell["bytes"] > cell["open_bytes"]
+    assert all(opened["comet"])
+    assert not any(opened["truncate"])
     (difference,) = [
         one for one in found["differences"]
         if one["task"] == "passkey" and one["tokens"] == 150
@@ -233,9 +240,9 @@ def test_texts_of_uneven_lengths_are_foreseen_by_their_mean(values, tmp_path, mo
         calibrated.append(arguments[-1])
         return forecast.calibrate(*arguments)
 
-    def foresee(readings, task, tokens, questions, mean):
+    def foresee(readings, task, tokens, questions, mean, bounds):
         usual.append((tokens, mean, max(one.tokens for one in readings)))
-        return forecast.foresee(readings, task, tokens, questions, mean)
+        return forecast.foresee(readings, task, tokens, questions, mean, bounds)
 
     monkeypatch.setattr(module, "calibrate", calibrate)
     monkeypatch.setattr(module, "foresee", foresee)
@@ -334,6 +341,20 @@ def test_data_that_are_missing_leave_the_others(values, monkeypatch, most):
         run({**values, "tasks": {"gone": {"options": {"most": 0}}}})
 
 
+class Partly(Judged):
+    """One of its data is not there."""
+
+    lacking = {"gone": OSError("gone is not there; run: pip install gone")}  # noqa: RUF012
+
+
+def test_data_that_a_task_goes_on_without_are_said(values, monkeypatch):
+    monkeypatch.setitem(TASKS._known, "partly", Partly)
+    made = run({**values, "tasks": ["partly"]})
+    assert not made.is_whole
+    assert made.results.lacking == {"gone of partly": "gone is not there; run: pip install gone"}
+    assert len(made.answers["comet", "partly"]) == 4
+
+
 def test_a_model_that_is_missing_leaves_the_others(values):
     rival = {"method": "comet", "model": "no/such-folder/at-all"}
     made = run({**values, "methods": {"rival": rival, "truncate": {}}})
@@ -344,12 +365,33 @@ def test_a_model_that_is_missing_leaves_the_others(values):
 
 def test_a_text_that_is_too_short_is_known_at_once(values):
     with refused("tasks.passkey: tokens must be at least"):
-        Comparison(config_of({**values, "lengths": [3, 100]}), Rows())
+        Comparison(config_of({**values, "lengths": [3, 5]}), Rows())
+
+
+def test_a_text_that_is_too_short_leaves_longer_ones(values, tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl")
+    values = {**values, "lengths": [3, 60]}
+    made = run(values, rows)
+    assert {(cell.task, cell.tokens) for cell in made.skipped} == {("passkey", 3)}
+    assert all(why.startswith("tokens must be at least") for why in made.skipped.values())
+    assert made.is_whole
+    assert {(cell.task, cell.tokens) for cell in made.results.lines} == {
+        ("passkey", 60), ("continue", 3), ("continue", 60), ("traces", 200)
+    }  # fmt: skip
+    first, *_ = as_plain(made.results)["cells"]
+    assert first["skipped"].startswith("tokens must be at least")
+    assert first["foreseen"] is None
+    write_page(tmp_path / "report.html", made.results)
+    assert "tokens must be at least" in (tmp_path / "report.html").read_text()
+    assert plain(run({**values, "limits": {"hours": 1}}, rows))["cells"] == plain(made)["cells"]
+    rows.close()
 
 
 def test_options_that_a_method_does_not_have(values):
-    with refused("options of the method comet are none, got colour"):
-        run({**values, "methods": {"comet": {"options": {"colour": 1}}}})
+    """Before anything is loaded, and whatever the others are."""
+    mine = {"method": "truncate", "options": {"colour": 1}}
+    with refused("methods.mine: options of the method truncate are none, got colour"):
+        config_of({**values, "methods": {"comet": {}, "mine": mine}})
 
 
 def test_methods_may_have_models_and_sizes_of_their_own(values, monkeypatch):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cometlm.eval.forecast import Reading, foresee, law, questions_of, readings_of
 from cometlm.eval.runner import Answer
+from cometlm.methods.base import Bounds
 
 LENGTHS = [500, 1500, 4000]
 FACTORS = st.floats(1e-4, 1e-2)
@@ -66,6 +67,58 @@ def test_answers_of_another_task_take_what_they_took():
     assert (questions_of(readings, "a"), questions_of(readings, "c")) == (2, None)
 
 
+def test_answers_take_what_they_read():
+    """Nothing of a text beyond the tokens that are kept, or that have room in a prompt."""
+
+    def took(tokens):
+        read = min(tokens, 2000)
+        return Reading("a", tokens, 2, 1e-6 * tokens, read / 1000, 100 * read, 9000 + 100 * read)
+
+    short = [took(500), took(1500)]
+    for readings in (short, [*short, took(4000)], [took(4000)], [took(4000), took(9000)]):
+        found = foresee(readings, "a", 128_000, 2, bounds=Bounds(asked=2000, held=2000))
+        assert found.seconds == pytest.approx(0.128 + 2.0, rel=0.02)
+        assert found.nbytes == 9000 + 100 * 2000
+    unbounded = foresee(short, "a", 128_000, 2)
+    assert unbounded.seconds > 100
+    assert unbounded.nbytes == 9000 + 100 * 128_000
+    within = foresee(short, "a", 1800, 2, bounds=Bounds(asked=2000, held=2000))
+    assert within.seconds == pytest.approx(1.8, rel=0.02)
+
+
+def test_a_chunk_is_run_when_more_follows():
+    """Reading runs those that are full, an answer the rest; before that, nothing is held."""
+
+    def took(tokens, questions=1):
+        full = (tokens - 1) // 1000
+        answers = questions * (0.1 + (tokens - 1000 * full) / 1000)
+        held = 300 * bool(full)
+        return Reading("a", tokens, questions, full or 1e-5, answers, held, 600 + held)
+
+    bounds = Bounds(held=1001, chunk=1000)
+    for readings in ([took(500), took(1600)], [took(700, 2), took(1200), took(3500, 2)]):
+        for tokens in (700, 1600, 50_400, 128_200):
+            found = foresee(readings, "a", tokens, 2, bounds=bounds)
+            assert found.seconds == pytest.approx(took(tokens, 2).seconds, rel=0.15)
+        assert found.nbytes == 900
+    short = foresee([took(300), took(900)], "a", 20_500, 1, bounds=bounds)
+    assert short.seconds == pytest.approx(took(20_500).seconds, rel=0.2)
+
+
+@given(full=st.integers(2000, 10_000), each=st.floats(1e-9, 1e-3))
+def test_behind_a_full_window_reading_goes_straight_on(full, each):
+    """A token looks at those that are held."""
+
+    def took(tokens):
+        read = min(tokens, full)
+        looked = read * read / 2 + (tokens - read) * read
+        seconds = 1e-3 * tokens + each * looked
+        return Reading("a", tokens, 0, seconds, 0.0, 100 * read, None)
+
+    found = foresee([took(500), took(1500)], "a", 128_000, 0, bounds=Bounds(held=full))
+    assert found.seconds == pytest.approx(took(128_000).read_seconds, rel=0.1)
+
+
 def test_texts_that_are_only_foreseen_say_nothing_of_others():
     readings = readings_of("continue", [Answer(9, 0, 0, "", [], scores={"nats": 1.0})])
     assert readings[0].task == ""
@@ -85,6 +138,18 @@ def test_readings_have_the_length_of_their_text():
     short = Answer(1000, 0, 0, "?", ["x"], scores={"exact": 0.0}, read=40, digest="a")
     older = Answer(1000, 1, 0, "?", ["x"], scores={"exact": 0.0})
     assert [one.tokens for one in readings_of("a", [short, older])] == [40, 1000]
+
+
+def test_an_open_chunk_does_not_grow_with_the_text():
+    def held(tokens, opened):
+        return Answer(
+            tokens, 0, 0, "?", ["x"], nbytes=500 + opened, open_nbytes=opened, peak_bytes=90_000,
+            read_seconds=tokens / 1000,
+        )  # fmt: skip
+
+    readings = readings_of("a", [held(512, 5000)]) + readings_of("a", [held(1000, 10_000)])
+    assert foresee(readings, "a", 10**6, 1).nbytes == 90_000
+    assert foresee(readings, "a", 10**6, 0).seconds == pytest.approx(1000, rel=0.01)
 
 
 def test_questions_about_one_text_are_one_reading():

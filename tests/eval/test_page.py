@@ -11,6 +11,7 @@ from cometlm.eval.page import write_page
 from cometlm.eval.results import Cell, Results, as_plain, readable_seconds
 from cometlm.eval.rows import Forecast
 from cometlm.eval.runner import Answer
+from tests.browser import NARROW, seen
 
 
 def answer(index, score, tokens=1000, said="<b>no</b>", error=""):
@@ -114,7 +115,7 @@ def test_what_it_says(page):
     assert "said <b>no</b> right 12345" in text
     assert "1,140 back" in text
     assert "documents : the texts come with aclsum" in text
-    assert "summary passkey 4,000 1 would take 2.0 h, more than 1 h 2.0 h unknown 1k" in text
+    assert "summary passkey 4,000 1 would take 2.0 h, more than 1 h 2.0 h – 1k" in text
     assert "comet passkey 1,000 100, 300 15 s 30 s 2.00 4.0 KiB" in text  # foreseen, and took
     assert "4.00 one text" in text  # nats have no bounds then
     assert page.count("90–100%") == 2  # a heatmap for each method
@@ -125,6 +126,28 @@ def test_every_picture_is_said_in_words_and_figures(page):
     assert len(pictures) == page.count("as a table") >= 4
     assert "passkey: found by tokens of comet, full; the figures are in the table below" in pictures
     assert not re.findall(r"\bnan\b|\binf\b", page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_telephone(chromium, tmp_path, results, scheme):
+    """Wide tables scroll by themselves; nothing is asked for, and nothing goes wrong."""
+    results.answers["comet", "passkey"][0] = dataclasses.replace(
+        answer(0, 0.0, said="x" * 400), read=300, open_nbytes=1024
+    )
+    write_page(tmp_path / "report.html", results)
+    with seen(chromium, tmp_path / "report.html", color_scheme=scheme) as found:
+        for _ in range(2):
+            assert found.width <= NARROW
+            assert found.hidden("main section, h1, h2, nav a") == []
+            found.open_all()
+        assert found.hidden("figure, figure svg, li") == []
+        assert {"Overview", "Answers", "Skipped", "Not measured", "Time and memory"} <= set(
+            found.page.locator("main h2").all_text_contents()
+        )
+        for link in found.page.locator("nav a").all():
+            assert found.page.locator(link.get_attribute("href")).count() == 1
+        assert found.wrong == []
 
 
 def test_results_are_plain(results):
@@ -142,6 +165,31 @@ def test_results_are_plain(results):
     assert nats["scores"]["nats"] == {"mean": 4.0, "low": 0.0, "high": None}
     assert {one["method"] for one in again["differences"]} == {"full"}
     assert again["machine"]["torch"]
+
+
+def test_texts_that_are_shorter_than_was_asked_are_said(tmp_path, results):
+    def read(name, *lengths):
+        own = results.answers[name, "passkey"]
+        own[:] = [dataclasses.replace(one, read=lengths[one.index % len(lengths)]) for one in own]
+
+    read("comet", 880)
+    read("full", 880)
+    shorter = {"comet, full on passkey, 1,000 tokens": "shorter: 880 tokens",
+               "comet on passkey, 4,000 tokens": "shorter: 880 tokens"}  # fmt: skip
+    assert results.shorter_texts == shorter
+    write_page(tmp_path / "short.html", results)
+    text = text_of((tmp_path / "short.html").read_text(encoding="utf-8"))
+    assert all(f"{name}: {why}" in text for name, why in shorter.items())
+    first, *_ = as_plain(results)["cells"]
+    assert (first["read"], first["shorter"]) == ([880] * 20, "shorter: 880 tokens")
+    even = dataclasses.replace(results, uneven={"passkey"})
+    assert not even.shorter_texts
+    assert as_plain(even)["cells"][0]["shorter"] == ""
+    read("full", 1000, 899, 700, 900)
+    fresh = dataclasses.replace(results)
+    assert fresh.shorter_texts["full on passkey, 1,000 tokens"] == (
+        "10 of 20 texts shorter: 700 … 899 tokens"
+    )
 
 
 def test_means_that_are_no_numbers_are_none(results):

@@ -16,12 +16,19 @@ ONE = Answer(
 )  # fmt: skip
 
 
-def shown(num_scores, width, by):
+def test_what_an_open_chunk_holds_has_a_column_where_there_is_one():
+    assert " open " not in shown(1, 400, None)
+    line, *_ = [one for one in shown(1, 400, None, open_nbytes=25 << 20).splitlines()
+                if one.startswith("comet")]  # fmt: skip
+    assert line.split()[-7:] == ["900.0", "MiB", "25.0", "MiB", "123.0", "MiB", "1,234.5"]
+
+
+def shown(num_scores, width, by, **fields):
     names = [f"score{i}" for i in range(num_scores)]
     answers = {
         (method, "passkey"): [
             dataclasses.replace(ONE, index=i, scores={name: i / (n + 4) for n, name in
-                                                      enumerate(names)})
+                                                      enumerate(names)}, **fields)
             for i in range(4)
         ]
         for method in ("comet", "truncate")

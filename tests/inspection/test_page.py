@@ -9,6 +9,7 @@ import torch
 from cometlm.inspection import InspectedSession, pictures
 from cometlm.inspection.numbers import numbers, plain
 from cometlm.inspection.page import _decoded, percent, sources, write
+from tests.browser import NARROW, seen
 from tests.sessions import TEXT, model_of, tokenizer_of
 
 QUESTION = "Who <b>wrote</b> & why?"
@@ -48,6 +49,24 @@ def test_a_page_that_needs_nothing_else(kind, tmp_path):
     own = set() if kind == "no global" else {"gates", "shares", "ages"}
     assert names == {"attention", "parts", "sources", "tokens", "heads", *own}
     json.loads((tmp_path / "inspection.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_telephone(chromium, tmp_path, scheme):
+    pytest.importorskip("matplotlib")
+    session = session_of("overlap")
+    write(tmp_path, session, session.explain(QUESTION, answer="wind " * 40, template=False))
+    with seen(chromium, tmp_path / "index.html", color_scheme=scheme) as found:
+        assert found.width <= NARROW
+        assert found.hidden("h1, h2, summary") == []
+        found.open_all()
+        assert found.width <= NARROW
+        assert found.hidden("h1, h2, p, svg") == []
+        assert found.page.locator("h2").all_text_contents() == [
+            "The answer", "The reading", "What this does not say"
+        ]  # fmt: skip
+        assert found.wrong == []
 
 
 def test_a_page_of_a_reading(tmp_path):

@@ -233,6 +233,70 @@ def test_windows_that_cannot_be(backbone, words):
         WindowReader(backbone, words, 4)
 
 
+@pytest.mark.parametrize("stride", [1, 4, 30])
+@pytest.mark.parametrize("overlap", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_comet_counts_the_open_chunk_that_it_answers_from(family, overlap, stride):
+    """As the model's own cache holds it when the chunk was read once."""
+    model = tiny_comet(family, stride=stride, overlap=overlap)
+    reader = CometReader(Session(model))
+    for count in (1, 3, 8, 1, 17):
+        reader.read(ids_of(count))
+        session = reader.session
+        out = model.model(
+            torch.tensor([session._open]), past_key_values=session._cache, use_cache=True
+        ).past_key_values
+        chunks = [layer.open.chunk for layer in out.layers]
+        assert reader.open_nbytes == sum(chunk.nbytes for chunk in chunks) > 0
+        assert reader.nbytes == session.stats().memory_bytes + reader.open_nbytes
+    assert session.stats().memory_bytes > 0
+
+
+def test_an_open_chunk_costs_what_the_same_tokens_do_elsewhere(model, backbone, words):
+    comet, full = CometReader(Session(model, words)), CacheReader(backbone, words, 250)
+    comet.read(ids_of(20))
+    full.read(ids_of(21))  # the last one waits
+    assert comet.nbytes == comet.open_nbytes == full.nbytes
+    assert full.open_nbytes == 0
+
+
+def test_no_more_is_held_than_a_reader_bounds(empty, backbone):
+    if (most := empty.bounds.held) is None:
+        assert isinstance(empty, CacheReader | RetrieveReader)
+        return
+    reader, token = empty.fork(), bytes_per_token(backbone)
+    if isinstance(empty, CometReader):
+        reader.read(ids_of(most))
+        full = reader.nbytes - reader.open_nbytes
+        for start in range(3):
+            reader.read(ids_of(77, seed=start))
+            assert reader.nbytes - reader.open_nbytes == full
+        return
+    for start in range(5):
+        reader.read(ids_of(50, seed=start))
+        assert reader.nbytes <= most * token
+    if not isinstance(empty, SummaryReader):  # whose notes may be short
+        assert reader.nbytes >= (most - 1) * token  # the last one waits
+
+
+@pytest.mark.parametrize("overlap", [0, 3])
+@pytest.mark.parametrize("capacity", [2, 5, 9])
+def test_comet_bounds_what_it_runs_and_holds(overlap, capacity):
+    reader = CometReader(Session(tiny_comet("qwen3", overlap=overlap, capacity=capacity)))
+    bounds, folds, held = reader.bounds, 0, []
+    for tokens in range(1, 70):
+        reader.read([tokens])
+        session = reader.session
+        folds, before = session.stats().chunks, folds
+        if tokens > overlap:
+            assert bounds.run(tokens - overlap) == bounds.chunk * folds
+        held.append(session.stats().memory_bytes)
+        if folds > before:
+            last = tokens
+    assert last > bounds.held
+    assert held[bounds.held - 1] == held[-1] > held[bounds.held - 2]
+
+
 # --- loading ------------------------------------------------------------------------------------
 
 
@@ -314,18 +378,19 @@ def test_comet_has_the_capacity_that_fits(named):
     loader = Loader(str(named), "cpu", torch.float32, sizes=sizes | {"capacity": 2})
     two = METHODS["comet"].open(loader)
     two.read(ids_of(100))
-    entry = two.nbytes - one.nbytes
+    held = {one: one.nbytes - one.open_nbytes, two: two.nbytes - two.open_nbytes}
+    entry = held[two] - held[one]
     loader = Loader(str(named), "cpu", torch.float32, sizes=sizes)
-    reader = METHODS["comet"].open(loader, Budget(one.nbytes + 6 * entry + 1, "bytes"))
+    reader = METHODS["comet"].open(loader, Budget(held[one] + 6 * entry + 1, "bytes"))
     reader.read(ids_of(100))
-    assert reader.nbytes == one.nbytes + 6 * entry
+    assert reader.nbytes - reader.open_nbytes == held[one] + 6 * entry
     assert reader.session.model.config.comet_config.capacity == 7
-    with refused(f"budget of comet must be at least {one.nbytes} bytes"):
-        METHODS["comet"].open(loader, Budget(one.nbytes - 1, "bytes"))
+    with refused(f"budget of comet must be at least {held[one]} bytes"):
+        METHODS["comet"].open(loader, Budget(held[one] - 1, "bytes"))
     most = METHODS["comet"].open(loader, Budget(1 << 30, "bytes"))  # more than there are positions
     assert most.session.model.config.comet_config.row_length == 256
     fixed = Loader(str(named), "cpu", torch.float32, sizes=sizes | {"capacity": 2})
-    with refused(f"budget of comet must be at least {two.nbytes} bytes"):
-        METHODS["comet"].open(fixed, Budget(one.nbytes, "bytes"))
+    with refused(f"budget of comet must be at least {held[two]} bytes"):
+        METHODS["comet"].open(fixed, Budget(held[one], "bytes"))
     kept = METHODS["comet"].open(fixed, Budget(1 << 30, "bytes"))
     assert kept.session.model.config.comet_config.capacity == 2

@@ -60,21 +60,7 @@ def test_it_can_be_left_out(tmp_path):
 
 # --- in a browser -------------------------------------------------------------------------------
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DONE = 60_000  # milliseconds that a tiny model may take on a busy machine
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """Chromium of this machine, without a window."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="there is no playwright")
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    if program is None:
-        pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Visit:

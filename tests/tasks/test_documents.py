@@ -14,6 +14,7 @@ from cometlm.tasks import countries, make_task, manual, papers
 from cometlm.tasks import documents as asking
 from cometlm.tasks.base import split_of
 from cometlm.tasks.documents import DATA, Documents
+from cometlm.tasks.passages import Asked, Pool
 from tests.tasks.shared import decoded
 from tests.tiny import examples, refused
 
@@ -83,6 +84,36 @@ Lamp I<{number}> is in L<the cellar|perlcellar>.
 
 =cut
 """
+
+
+def test_data_that_are_missing_leave_the_others(words, folder, monkeypatch):
+    """Only where all were asked for, and nothing is trained on."""
+
+    def gone(place, split):
+        raise OSError("papers are not there; run: pip install papers")
+
+    def found(place, split):
+        return Pool([("A lamp. ",)], [Asked(("What?",), ("a lamp",), 0, (0,))])
+
+    sources = {name: replace(source, pool=found) for name, source in asking._SOURCES.items()}
+    sources["papers"] = replace(sources["papers"], pool=gone)
+    monkeypatch.setattr(asking, "_SOURCES", sources)
+    task = make_task("documents", words)
+    assert task.data == ("countries", "manual")
+    assert {name: str(error) for name, error in task.lacking.items()} == {
+        "papers": "papers are not there; run: pip install papers"
+    }
+    asked = [task.sample(i, 50).questions[0].meta["data"] for i in range(4)]
+    assert asked == ["countries", "manual"] * 2
+    assert not make_task("documents", words, data=["countries", "manual"]).lacking
+    for options in ({"data": list(DATA)}, {"split": "train"}):
+        with pytest.raises(OSError, match="pip install papers"):
+            make_task("documents", words, **options)
+    monkeypatch.setattr(
+        asking, "_SOURCES", {name: replace(one, pool=gone) for name, one in sources.items()}
+    )
+    with pytest.raises(OSError, match="pip install papers"):
+        make_task("documents", words)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,24 @@ def test_rows_of_one_context_are_one_sample(made, words, tmp_path):
     assert task.longest == len(second.context)
 
 
+@pytest.mark.parametrize(
+    ("answer", "texts"),
+    [
+        (940, ("940",)),
+        (True, ("true",)),
+        (-0.5, ("-0.5",)),
+        ([1969, "in 1969"], ("1969", "in 1969")),
+    ],
+    ids=str,
+)
+def test_numbers_are_answers_as_their_text(made, answer, texts):
+    task = made({**ROW, "answer": answer})
+    (question,) = task.sample(0, 100).questions
+    assert question.answers == texts
+    assert task.score(question, texts[0])["exact"] == 1
+    assert task.digest == made({**ROW, "answer": list(texts)}).digest
+
+
 def test_further_fields_group_reports(made):
     rows = [{**ROW, "kind": kind, "tags": ["x"]} for kind in ("who", "who", "other")]
     task = made(*rows)
@@ -76,9 +94,10 @@ def test_scores(made):
             [{"context": "x", "question": "y"}] * 7,
             "7 of 7 rows have no answer: line 1, line 2, line 3, line 4, line 5, …",
         ),
-        ([{**ROW, "answer": 5}], "no string and no list of them: line 1"),
-        ([{**ROW, "answer": []}], "no string and no list of them: line 1"),
-        ([{**ROW, "answer": ["x", ""]}], "no string and no list of them: line 1"),
+        ([{**ROW, "answer": None}], "no text, number or list of them: line 1"),
+        ([{**ROW, "answer": {"x": 5}}], "no text, number or list of them: line 1"),
+        ([{**ROW, "answer": []}], "no text, number or list of them: line 1"),
+        ([{**ROW, "answer": ["x", ""]}], "no text, number or list of them: line 1"),
         ([ROW, r'{"context": "\ud800", "question": "x", "answer": "y"}'], "Unicode text: line 2"),
         ([{"question": "x", "answer": "y"}], "one of context and context_file: line 1"),
         ([{**ROW, "context_file": "x"}], "one of context and context_file: line 1"),

@@ -26,8 +26,14 @@ from cometlm.device import as_dtype
 from cometlm.eval.comparison import Comparison, Watch
 from cometlm.eval.config import EvalConfig, MethodConfig, TaskConfig, read_config
 from cometlm.eval.page import write_page
-from cometlm.eval.report import summarize
-from cometlm.eval.results import Cell, name_of, readable_seconds, write_results
+from cometlm.eval.report import is_shorter, summarize
+from cometlm.eval.results import (
+    Cell,
+    changed_settings,
+    name_of,
+    readable_seconds,
+    write_results,
+)
 from cometlm.eval.rows import Forecast, Rows
 from cometlm.eval.runner import Answer
 from cometlm.eval.tables import tables
@@ -247,6 +253,7 @@ def _run(
     try:
         comparison = Comparison(config, kept, _Teller(by, len(config.tasks) > 1))
         is_interrupted = False
+        _tell_of_others(summary, page, comparison)
         try:
             comparison.run()
         except KeyboardInterrupt:
@@ -268,6 +275,20 @@ def _run(
     is_answered = any(line.count for line in results.lines.values())
     if not comparison.is_whole or not (is_answered or comparison.skipped):
         raise typer.Exit(1)
+
+
+def _tell_of_others(summary: Path | None, page: Path | None, comparison: Comparison) -> None:
+    """Say before anything is measured that results of other settings will be replaced."""
+    if summary is None:
+        return
+    changed = changed_settings(summary, comparison.results.settings)
+    if changed:
+        files = summary if page is None else f"{summary} and {page}"
+        _tell(
+            f"{files} are of other settings ({', '.join(changed)}) and will be replaced; "
+            "rows are kept, so that those settings make them again, or give another --out",
+            "yellow",
+        )
 
 
 def _write(comparison: Comparison, page: Path | None, summary: Path | None) -> None:
@@ -327,7 +348,8 @@ class _Teller(Watch):
         said = answer.error or (f"{answer.said!r} of {answers[0]!r}" if answers else "")
         scores = "  ".join(f"{name} {score:.2f}" for name, score in answer.scores.items())
         what = f"{cell.method}  {cell.task}" if self._of_several else cell.method
-        _tell(f"{what}  {answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}")
+        short = f"{answer.read:,} of " if is_shorter(answer.read, answer.tokens) else ""
+        _tell(f"{what}  {short}{answer.tokens:,} tokens  sample {answer.index}  {scores}  {said}")
 
 
 def _tell(line: str, style: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
 import sys
@@ -104,9 +105,11 @@ def _check_tasks(names: Sequence[str]) -> None:
     known = TaskManager()
     for name in names:
         if not known.match_tasks([name]):
+            close = difflib.get_close_matches(name, known.all_tasks, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(
                 f"--lm-eval {name}: lm-evaluation-harness has no such task; `lm_eval ls tasks` "
-                "lists them"
+                f"lists them{hint}"
             )
 
 

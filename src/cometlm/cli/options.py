@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
@@ -264,6 +265,8 @@ class VerbCommand(TyperCommand):
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             if type(error) is not typer.BadParameter or error.param is None:
+                if not error.message and getattr(error.param, "name", None) == "model":
+                    error.message = f"Try: {ctx.command_path} smollm2 {shlex.join(line)}"
                 raise  # a missing argument: there the usage helps
             given, _, _ = self.make_parser(ctx).parse_args(line)
             said = error.message[:1].lower() + error.message[1:].rstrip(".")

@@ -162,7 +162,7 @@ def log_axis(
 ) -> Axis:
     """Values by their order of magnitude, between ticks of `factors × base ** n`.
 
-    Those that have none, 0, stand where the axis begins.
+    Those that have none, 0, stand a tick below the others, which says 0.
     """
     positive = [value for value in values if value > 0] or [1.0]
     least, most = min(positive), max(positive)
@@ -170,8 +170,12 @@ def log_axis(
     known = [factor * power for power in powers for factor in factors]
     first = max(n for n, tick in enumerate(known) if tick <= least)
     last = next(n for n, tick in enumerate(known) if n > first and tick >= most)
-    ticks = known[first : last + 1]
-    return Axis(label, ticks[0], ticks[-1], _some(ticks), True, readable)
+    if len(positive) == len(values):
+        ticks = known[first : last + 1]
+        return Axis(label, ticks[0], ticks[-1], _some(ticks), True, readable)
+    ticks, zero = known[first - 1 : last + 1], known[first - 1]
+    named = lambda value: readable(value if value > zero else 0.0)  # noqa: E731
+    return Axis(label, zero, ticks[-1], _some(ticks), True, named)
 
 
 def bytes_axis(label: str, values: Sequence[float]) -> Axis:

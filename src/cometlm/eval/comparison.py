@@ -8,7 +8,6 @@ or a task's data, leaves the others: it is noted, and they go on.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -48,7 +47,7 @@ class Watch:
         """A cell is about to be read; its method has so many seconds left, if that is known."""
 
     def skipped(self, cell: Cell, why: str) -> None:
-        """A cell would take more than the limits."""
+        """A cell would take more than the limits, or its task makes no text that is so short."""
 
     def answered(self, cell: Cell, answer: Answer) -> None:
         """A question was answered; the answer is kept."""
@@ -67,6 +66,7 @@ class Comparison:
         answers: of each method to each task by place, also those that were known.
         forecasts: what cells were foreseen to take.
         lacking_methods, lacking_tasks, lacking_cells: what could not be had, and why.
+        lacking_data: of tasks that go on without them, likewise.
         settings: of the rows of each method and task that were looked at.
 
     Raises:
@@ -82,10 +82,11 @@ class Comparison:
         self.lacking_methods: dict[str, Exception] = {}
         self.lacking_tasks: dict[str, Exception] = {}
         self.lacking_cells: dict[Cell, Exception] = {}
+        self.lacking_data: dict[str, Exception] = {}
         self.settings: dict[tuple[str, str], dict[str, Any]] = {}
         self._loader: Loader | None = None
         self._tasks: dict[str, dict[str, Task]] = {}  # by model, since tokenizers differ
-        self._tried: list[tuple[str, Task]] = []
+        self._too_short: dict[Task, dict[int, str]] = {}  # lengths of those that were tried
         self._readings: dict[str, list[Reading]] = {}
         self.cells = [cell for method in config.methods for cell in self._cells_of(method)]
 
@@ -103,7 +104,7 @@ class Comparison:
 
     @property
     def skipped(self) -> dict[Cell, str]:
-        """Cells that would take more than the limits, and why."""
+        """Cells that would take more than the limits, or need longer texts, and why."""
         return {cell: one.skipped for cell, one in self.forecasts.items() if one.skipped}
 
     @property
@@ -112,13 +113,14 @@ class Comparison:
         are_missing = [
             isinstance(error, OSError | ImportError) for error in self.lacking_methods.values()
         ]
-        return not (any(are_missing) or self.lacking_tasks or self.lacking_cells)
+        of_tasks = [self.lacking_tasks, self.lacking_data, self.lacking_cells]
+        return not (any(are_missing) or any(of_tasks))
 
     @property
     def lacking(self) -> dict[str, Exception]:
         """What could not be had, as people read it, and why."""
         cells = {name_of(cell): error for cell, error in self.lacking_cells.items()}
-        return {**self.lacking_methods, **self.lacking_tasks, **cells}
+        return {**self.lacking_methods, **self.lacking_tasks, **self.lacking_data, **cells}
 
     @property
     def results(self) -> Results:
@@ -130,6 +132,12 @@ class Comparison:
             answers={name: list(own.values()) for name, own in self.answers.items()},
             forecasts=self.forecasts,
             lacking={name: str(error) for name, error in self.lacking.items()},
+            uneven={
+                name
+                for made in self._tasks.values()
+                for name, task in made.items()
+                if not task.fills
+            },
         )
 
     def model_of(self, method: str) -> str:
@@ -158,14 +166,14 @@ class Comparison:
     def _try(self, tasks: dict[str, Task], lengths: dict[str, list[int]]) -> None:
         """Make a short text of each task, to know before any is read what is wrong or missing."""
         for name, task in tasks.items():
-            if (name, task) in self._tried:
+            if task in self._too_short:
                 continue
-            self._tried.append((name, task))
             try:
-                _first_sample(task, lengths[name][0])
+                self._too_short[task] = _too_short(task, lengths[name])
             except ValueError as error:
                 raise ValueError(f"tasks.{name}: {error}") from error
             except (OSError, ImportError) as error:
+                self._too_short[task] = {}
                 self._note(self.lacking_tasks, name, name, error)
 
     def _lengths(self, name: str, task: Task) -> list[int]:
@@ -185,7 +193,10 @@ class Comparison:
             made: dict[str, Task] = {}
             for name in self.config.tasks:
                 try:
-                    made[name] = self._make_task(name, tokenizer)
+                    made[name] = task = self._make_task(name, tokenizer)
+                    for data, error in task.lacking.items():
+                        part = f"{data} of {name}"
+                        self._note(self.lacking_data, part, part, error)
                 except ValueError as error:
                     raise ValueError(f"tasks.{name}: {error}") from error
                 except (OSError, ImportError) as error:
@@ -233,12 +244,6 @@ class Comparison:
         self._loader = loader
         own = self.config.methods[method]
         opens: Any = METHODS[own.method or method].open
-        known = set(inspect.signature(opens).parameters) - {"loader", "budget"}
-        if unknown := own.options.keys() - known:
-            raise ValueError(
-                f"options of the method {method} are {', '.join(sorted(known)) or 'none'}, got "
-                f"{', '.join(sorted(unknown))}"
-            )
         reader: Reader = opens(loader, self.config.budget_of(method), **own.options)
         return reader
 
@@ -298,6 +303,10 @@ class Comparison:
         found = self.answers[cell.method, cell.task]
         self._take_known([cell])  # another task with the same settings may just have been asked
         own = [one for one in found.values() if one.tokens == cell.tokens]
+        if why := self._too_short[task].get(cell.tokens, ""):
+            self.forecasts[cell] = Forecast(cell.tokens, skipped=why)
+            self.watch.skipped(cell, why)
+            return
         try:
             forecast = self._forecast(cell, reader, task, is_begun=bool(own))
         except (ValueError, OSError, ImportError) as error:
@@ -307,7 +316,7 @@ class Comparison:
             self.watch.skipped(cell, forecast.skipped)
             return
         if len({one.index for one in own}) < cell.samples:
-            self.watch.begins(cell, forecast, self._seconds_left(left))
+            self.watch.begins(cell, forecast, self._seconds_left(left, reader))
         new: list[Answer] = []
         limits: dict[str, Any] = {"max_new_tokens": self.config.max_new_tokens}
         limits["device"] = self._loader.device
@@ -363,9 +372,9 @@ class Comparison:
         usual = task.usual_length(cell.tokens)
         if task.longest is None:  # where a task has no more texts, it makes shorter ones
             usual = min(usual, len(sample.context))
-        return foresee(readings, name, cell.tokens, questions, usual)
+        return foresee(readings, name, cell.tokens, questions, usual, reader.bounds)
 
-    def _seconds_left(self, cells: Sequence[Cell]) -> float | None:
+    def _seconds_left(self, cells: Sequence[Cell], reader: Reader) -> float | None:
         """What those cells will take, all of one method; None where nothing is known of one.
 
         Those that the limits will skip, or whose task's data are not there, take nothing.
@@ -379,10 +388,10 @@ class Comparison:
                 one.index for one in self.answers[cell.method, cell.task].values()
                 if one.tokens == cell.tokens
             }  # fmt: skip
-            questions = questions_of(readings, cell.task)
             name = cell.task if any(one.task for one in readings) else ""
             usual = self._tasks_of(cell.method)[cell.task].usual_length(cell.tokens)
-            forecast = foresee(readings, name, cell.tokens, questions or 1, usual)
+            asked = questions_of(readings, cell.task) or 1
+            forecast = foresee(readings, name, cell.tokens, asked, usual, reader.bounds)
             if forecast.seconds is None:
                 return None
             if own or not _refusal(self.config.limits, forecast, cell):
@@ -417,6 +426,26 @@ def _first_sample(task: Task, tokens: int) -> Sample:
         except ValueError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _too_short(task: Task, lengths: Sequence[int]) -> dict[int, str]:
+    """Lengths of which a task can make no text, though it can of longer ones, and why.
+
+    Args:
+        lengths: from short to long.
+
+    Raises:
+        ValueError: what the first one raised, if it makes texts of none.
+    """
+    errors: dict[int, ValueError] = {}
+    for tokens in lengths:
+        try:
+            _first_sample(task, tokens)
+        except ValueError as error:
+            errors[tokens] = error
+        else:
+            return {tokens: str(error) for tokens, error in errors.items()}
+    raise errors[lengths[0]]
 
 
 def _refusal(limits: Limits, forecast: Forecast, cell: Cell) -> str:

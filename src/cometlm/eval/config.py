@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from cometlm.checkpoints.backbones import Bits
 from cometlm.device import as_dtype
 from cometlm.fields import build, read_fields
-from cometlm.methods import METHODS, Budget
+from cometlm.methods import Budget, check_options
 from cometlm.tasks import TASKS
 
 Shared = Literal["shared"]
@@ -146,7 +146,7 @@ class EvalConfig:
         _check_counts("", self.lengths, self.samples)
         _parse_budget("budget", self.budget)
         for name, method in self.methods.items():
-            _named(f"methods.{name}", METHODS.find, method.method or name)
+            _checked(f"methods.{name}", check_options, method.method or name, method.options)
             _check_counts(f"methods.{name}.", (), method.samples)
             if method.budget != SHARED:
                 _parse_budget(f"methods.{name}.budget", method.budget)
@@ -162,7 +162,7 @@ class EvalConfig:
                     f"samples of tasks.{name} must say how many texts of {length} tokens there are"
                 )
         if task.data is None:
-            _named(f"tasks.{name}", TASKS.find, task.task or name)
+            _checked(f"tasks.{name}", TASKS.find, task.task or name)
             return
         for field_, value in (("task", task.task), ("options", task.options)):
             if value:
@@ -223,9 +223,9 @@ def _by_name(name: str, value: Any) -> Any:
     return value
 
 
-def _named(where: str, find: Any, name: str) -> None:
+def _checked(where: str, check: Callable[..., Any], *arguments: Any) -> None:
     try:
-        find(name)
+        check(*arguments)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -2,9 +2,11 @@
 
 Seconds follow a law with terms of at least 0: a constant and one that is linear in the length. A
 quadratic term is tried only of a method whose held bytes grow with the text, since one that holds
-the same does the same for every token. The law is fitted by relative error; of laws that fit alike
-the simplest is taken. What the answers take is fitted apart, for each task where it is known.
-Bytes at the highest point are the most that stood beside what was held, and what will be held.
+the same does the same for every token. What a method bounds (`Reader.bounds`) does not go on
+growing: an answer takes what the tokens take that it reads, and behind a full window reading goes
+straight on. The law is fitted by relative error; of laws that fit alike the simplest is taken. What
+the answers take is fitted apart, for each task where it is known. Bytes at the highest point are
+the most that stood beside what was held, and what will be held.
 
 A forecast is as good as the lengths that it was made from. Results show it beside what it took.
 """
@@ -22,7 +24,7 @@ import torch
 from cometlm.eval.metrics import NATS
 from cometlm.eval.rows import Forecast
 from cometlm.eval.runner import Answer, answers_to
-from cometlm.methods.base import Reader
+from cometlm.methods.base import UNBOUNDED, Bounds, Reader
 from cometlm.tasks.base import Sample
 
 _WARM_UP = 64  # tokens of a first reading, which is slower
@@ -40,7 +42,7 @@ class Reading:
         tokens: that the text has.
         questions: that were answered.
         read_seconds, answer_seconds: of all questions together.
-        nbytes: most bytes held.
+        nbytes: most bytes held, an open chunk's apart: these come and go as the text grows.
         peak_bytes: most in use; None where nothing says.
     """
 
@@ -76,7 +78,7 @@ def _reading(task: str, answers: Sequence[Answer]) -> Reading:
         questions=0 if is_foreseen else len(answers),
         read_seconds=max(answer.read_seconds for answer in answers),
         answer_seconds=sum(answer.answer_seconds for answer in answers),
-        nbytes=max(answer.nbytes for answer in answers),
+        nbytes=max(answer.nbytes - answer.open_nbytes for answer in answers),
         peak_bytes=max(peaks, default=None),
     )
 
@@ -96,7 +98,8 @@ def calibrate(
         sample: whose beginning is read, at most half of it.
         device, max_new_tokens: see `evaluate`.
     """
-    longer = min(_CALIBRATED, len(sample.context) // 2)
+    least = 3 * empty.bounds.chunk // 2  # that at least one is run before it is asked
+    longer = min(max(_CALIBRATED, least), len(sample.context) // 2)
     found: list[Reading] = []
     for tokens in (min(_WARM_UP, longer), longer // 3, longer):
         if tokens > 1:
@@ -121,6 +124,7 @@ def foresee(
     tokens: int,
     questions: float,
     usual: float | None = None,
+    bounds: Bounds = UNBOUNDED,
 ) -> Forecast:
     """What a text will take of a method.
 
@@ -130,21 +134,31 @@ def foresee(
         tokens: of the longest text; bytes are foreseen of it.
         questions: that are asked about a text.
         usual: tokens of a text on average; seconds are foreseen of it. Default: `tokens`.
+        bounds: of the method's reader.
     """
     usual = tokens if usual is None else usual
     alike = [one for one in readings if bool(one.task) == bool(task)]
     if not alike:
         return Forecast(tokens)
     grows = _grows(alike)
-    seconds = law([(one.tokens, one.read_seconds) for one in alike], grows)(usual)
     own = [one for one in alike if one.task == task]
     answers = [
-        (one.tokens, one.answer_seconds / one.questions) for one in own or alike if one.questions
+        (int(bounds.left(one.tokens)), one.answer_seconds / one.questions)
+        for one in own or alike
+        if one.questions
     ]
+    run = bounds.run if task else float  # what is only foreseen is run as a whole
+    reads = [(int(run(one.tokens)), one.read_seconds) for one in alike if run(one.tokens)]
+    # Of texts within a chunk it is answers that say how long one takes.
+    seconds = law(reads or answers, grows)(run(usual), bounds.held)
     if questions and answers:
-        seconds += questions * law(answers, grows)(usual)
+        seconds += questions * law(answers, grows)(bounds.left(usual))
     lengths = sorted({one.tokens for one in alike})
-    return Forecast(tokens, seconds, _peak(alike, tokens), lengths)
+    return Forecast(tokens, seconds, _peak(alike, tokens, bounds.held), lengths)
+
+
+def _bounded(tokens: float, most: int | None) -> float:
+    return tokens if most is None else min(tokens, most)
 
 
 def questions_of(readings: Sequence[Reading], task: str) -> float | None:
@@ -159,8 +173,19 @@ class Law:
     def __init__(self, powers: Sequence[int], factors: Sequence[float]) -> None:
         self.terms = dict(zip(powers, factors, strict=True))
 
-    def __call__(self, length: float) -> float:
-        """What it says of a length."""
+    def __call__(self, length: float, bend: float | None = None) -> float:
+        """What it says of a length.
+
+        Args:
+            bend: the length behind which it goes straight on.
+        """
+        if bend is not None and length > bend:
+            slope = sum(
+                factor * power * bend ** (power - 1)
+                for power, factor in self.terms.items()
+                if power
+            )
+            return self(bend) + slope * (length - bend)
         return sum(factor * length**power for power, factor in self.terms.items())
 
 
@@ -203,26 +228,27 @@ def _fitted(
 
 def _grows(readings: Sequence[Reading]) -> bool:
     """Whether what is held grows with the text, by the two greatest lengths."""
-    (shorter, less), (longer, more) = _last_two(readings)
+    (shorter, less), (longer, more) = _last_two((one.tokens, one.nbytes) for one in readings)
     if longer == shorter or not less:
         return True
     return math.log(max(more, 1) / less) / math.log(longer / shorter) > _GROWS
 
 
-def _last_two(readings: Sequence[Reading]) -> list[tuple[int, int]]:
+def _last_two(points: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Most bytes held at the two greatest lengths; one length stands for both."""
     held: dict[int, int] = {}
-    for one in readings:
-        held[one.tokens] = max(one.nbytes, held.get(one.tokens, 0))
+    for length, nbytes in points:
+        held[length] = max(nbytes, held.get(length, 0))
     ordered = sorted(held.items())
     return [ordered[-2] if len(ordered) > 1 else ordered[-1], ordered[-1]]
 
 
-def _peak(readings: Sequence[Reading], tokens: int) -> int | None:
+def _peak(readings: Sequence[Reading], tokens: int, most: int | None) -> int | None:
     beside = [one.peak_bytes - one.nbytes for one in readings if one.peak_bytes is not None]
     if not beside:
         return None
-    (shorter, less), (longer, more) = _last_two(readings)
+    points = ((int(_bounded(one.tokens, most)), one.nbytes) for one in readings)
+    (shorter, less), (longer, more) = _last_two(points)
     slope = max(0.0, (more - less) / (longer - shorter)) if longer > shorter else more / longer
-    held = max(0.0, more + slope * (tokens - longer))
+    held = max(0.0, more + slope * (_bounded(tokens, most) - longer))
     return max(0, *beside) + round(held)

@@ -101,6 +101,7 @@ def write_page(path: Path, results: Results) -> None:
         ],
         samples={name: _samples(results, name) for name in results.methods},
         nats=NATS,
+        has_open=any(line.open_nbytes for line in results.lines.values()),
     )
     write_whole(path, text.encode())
 
@@ -259,7 +260,7 @@ def _by_length(results: Results, task: str) -> Chart | None:
     for cell, line in results.lines.items():
         if cell.task == task and score in line.scores:
             mean, low, high = line.scores[score]
-            note = f"n = {line.count}"
+            note = ", ".join(filter(None, (f"n = {line.count}", results.shorter(cell))))
             point = Point(cell.tokens, mean, note=note)
             if math.isfinite(high):  # nats of one text have no bounds
                 point = Point(cell.tokens, mean, low, high, note)

@@ -12,6 +12,13 @@ from typing import Any
 from cometlm.eval.metrics import NATS, difference_interval, mean_interval
 from cometlm.eval.runner import Answer
 
+_NEARLY = 0.9  # of the tokens that were asked for: what a text may have and pass for as long
+
+
+def is_shorter(read: int, tokens: int) -> bool:
+    """Whether a text has far fewer tokens than were asked for."""
+    return 0 < read < _NEARLY * tokens
+
 
 @dataclass(frozen=True)
 class Line:
@@ -23,6 +30,9 @@ class Line:
         count: how many there are.
         scores: mean, low and high of each score.
         nbytes: most bytes held.
+        open_nbytes: most of them that were an open chunk's.
+        read: tokens of each text, from the shortest to the longest; rows that are older than the
+            field do not say.
         peak_bytes: most bytes in use; None where nothing says.
         read_seconds, answer_seconds: means, of a question.
         error: what was said of those that the method could not answer, "" if there are none.
@@ -34,6 +44,8 @@ class Line:
     count: int
     scores: dict[str, tuple[float, float, float]]
     nbytes: int
+    open_nbytes: int
+    read: list[int]
     peak_bytes: int | None
     read_seconds: float
     answer_seconds: float
@@ -44,6 +56,16 @@ class Line:
     def seconds(self) -> float:
         """Mean of reading and answering together."""
         return self.read_seconds + self.answer_seconds
+
+    @property
+    def shorter(self) -> str:
+        """What is to be said of texts with far fewer tokens than were asked for; "" if nothing."""
+        short = [read for read in self.read if is_shorter(read, self.tokens)]
+        if not short:
+            return ""
+        some = "" if len(short) == len(self.read) else f"{len(short)} of {len(self.read)} texts "
+        span = " … ".join(f"{read:,}" for read in dict.fromkeys((short[0], short[-1])))
+        return f"{some}shorter: {span} tokens"
 
 
 @dataclass(frozen=True)
@@ -155,6 +177,8 @@ def _line(tokens: int, group: Any, answers: list[Answer]) -> Line:
         count=len(answered),
         scores=scores,
         nbytes=max((answer.nbytes for answer in answered), default=0),
+        open_nbytes=max((answer.open_nbytes for answer in answered), default=0),
+        read=sorted({answer.index: answer.read for answer in answered if answer.read}.values()),
         peak_bytes=max(peaks, default=None),
         read_seconds=_mean(answer.read_seconds for answer in answered),
         answer_seconds=_mean(answer.answer_seconds for answer in answered),

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,7 @@ class Results:
         answers: of each method to each task.
         forecasts: what cells were foreseen to take.
         lacking: what could not be had, and why.
+        uneven: tasks whose texts are not meant to have as many tokens as are asked for.
     """
 
     settings: Mapping[str, Any]
@@ -69,6 +70,7 @@ class Results:
     answers: Mapping[tuple[str, str], Sequence[Answer]]
     forecasts: Mapping[Cell, Forecast]
     lacking: Mapping[str, str]
+    uneven: Collection[str] = ()
 
     @cached_property
     def methods(self) -> list[str]:
@@ -99,6 +101,23 @@ class Results:
         found = self.answers.get((cell.method, cell.task), [])
         own = [answer for answer in found if answer.tokens == cell.tokens]
         return sorted(own, key=lambda answer: answer.place)
+
+    def shorter(self, cell: Cell) -> str:
+        """What is to be said of texts that are shorter than was asked for; "" if nothing."""
+        line = self.lines.get(cell)
+        return "" if line is None or cell.task in self.uneven else line.shorter
+
+    @cached_property
+    def shorter_texts(self) -> dict[str, str]:
+        """The same of all cells, said once of methods whose texts have the same lengths."""
+        found: dict[tuple[str, int, str], list[str]] = {}
+        for cell in self.cells:
+            if why := self.shorter(cell):
+                found.setdefault((cell.task, cell.tokens, why), []).append(cell.method)
+        return {
+            f"{', '.join(methods)} on {task}, {tokens:,} tokens": why
+            for (task, tokens, why), methods in found.items()
+        }
 
     def main_score(self, task: str) -> str:
         """Of a task's scores, the one to show where there is room for one; "" if it has none."""
@@ -154,6 +173,23 @@ def write_results(path: Path, results: Results) -> None:
     write_whole(path, text.encode() + b"\n")
 
 
+def changed_settings(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Settings that a file of results was not made with; all of them if it holds something else.
+
+    Args:
+        path: of `write_results`; it may be missing, and nothing has changed then.
+        settings: see `Results`.
+    """
+    if not path.exists():
+        return []
+    try:
+        kept = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError):
+        kept = {}
+    plain = json.loads(json.dumps(settings))
+    return [name for name in plain if name not in kept or kept[name] != plain[name]]
+
+
 def as_plain(results: Results) -> dict[str, Any]:
     """Results as JSON has them."""
     return {
@@ -193,8 +229,11 @@ def _plain_cell(results: Results, cell: Cell) -> dict[str, Any]:
     plain["texts"] = len({answer.index for answer in answers})
     if line is not None:
         plain |= _plain_figures(line)
-        plain |= {"bytes": line.nbytes, "peak_bytes": line.peak_bytes}
+        plain |= {"bytes": line.nbytes, "open_bytes": line.open_nbytes}
+        plain["peak_bytes"] = line.peak_bytes
         plain |= {"read_seconds": line.read_seconds, "answer_seconds": line.answer_seconds}
+        plain["read"] = line.read
+        plain["shorter"] = results.shorter(cell)
         plain["errors"] = {"count": line.num_errors, "first": line.error}
     plain["skipped"] = "" if forecast is None else forecast.skipped
     plain["foreseen"] = _plain_forecast(results, cell, forecast)

@@ -52,6 +52,8 @@ class Answer:
         error: why there is no answer, "" if there is one.
         read: tokens that the context has; 0 in rows that are older than the field.
         digest: of the context's token ids; "" in such rows.
+        open_nbytes: those of `nbytes` that are an open chunk's; 0 in such rows, whose `nbytes` do
+            not have them.
     """
 
     tokens: int
@@ -69,6 +71,7 @@ class Answer:
     error: str = ""
     read: int = 0
     digest: str = ""
+    open_nbytes: int = 0
 
     @property
     def is_retried(self) -> bool:
@@ -249,16 +252,14 @@ def _asked(
             start = time.perf_counter()
             said = asked.answered(reader)
             took = time.perf_counter() - start
-            nbytes = reader.nbytes  # some methods build now what they hold, and have built it here
+            held = _held(reader)  # some methods build now what they hold, and have built it here
         except TooLongError as error:
             yield replace(unsaid, error=str(error))
             continue
         except (torch.OutOfMemoryError, MemoryError) as error:
             yield replace(unsaid, error=_out_of_memory(error))
             return  # some of the text may have been read, and the rest takes no less
-        answer = replace(
-            unsaid, said=said, nbytes=nbytes, read_seconds=seconds, answer_seconds=took
-        )
+        answer = replace(unsaid, said=said, read_seconds=seconds, answer_seconds=took, **held)
         yield answer if task is None else _scored(answer, task, question)
 
 
@@ -283,7 +284,7 @@ def _foreseen(reader: Reader, sample: Sample) -> Answer:
         reader.check_room(len(context))
         reader.read(context[:1])
         found = [token.loglikelihood for token in reader.read_foreseen(context[1:])]
-        nbytes = reader.nbytes
+        held = _held(reader)
     except TooLongError as error:
         return replace(unsaid, error=str(error))
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -293,9 +294,14 @@ def _foreseen(reader: Reader, sample: Sample) -> Answer:
     return replace(
         unsaid,
         scores={NATS: -sum(found) / len(found)},
-        nbytes=nbytes,
         read_seconds=time.perf_counter() - start,
+        **held,
     )
+
+
+def _held(reader: Reader) -> dict[str, Any]:
+    """What an answer says of the bytes that are held."""
+    return {"nbytes": reader.nbytes, "open_nbytes": reader.open_nbytes}
 
 
 def _out_of_memory(error: Exception) -> str:

@@ -93,6 +93,8 @@ def tables(results: Results, by: str | None = None) -> Iterator[RenderableType]:
         yield _figures(results, task, by)
         yield from _errors(results, task, by)
         yield from _differences(results, task, by)
+    for name, why in results.shorter_texts.items():
+        yield Text(f"{name}: {why}")
     for name, why in results.lacking.items():
         yield Text(f"{name}: {why}")
 
@@ -101,19 +103,21 @@ def _figures(results: Results, task: str, by: str | None) -> Grid:
     """A line for each method and length; one without figures where there are none."""
     lines = {name: summarize(results.answers.get((name, task), []), by) for name in results.methods}
     scores = list(dict.fromkeys(s for own in lines.values() for one in own for s in one.scores))
-    others = ["held", "peak", "seconds"]
+    has_open = any(one.open_nbytes for own in lines.values() for one in own)
+    others = ["held", *(["open"] if has_open else []), "peak", "seconds"]
     table = Grid("means and 95% intervals", _keys(by), scores, others)
     for name, own in lines.items():
         for line in own:
             group = [_group(line.group)] if by else []
             figures = [_interval(line.scores.get(score)) for score in scores]
-            rest = ["–", "–", "–"]
+            rest = ["–"] * len(others)
             if line.count:
-                held = [readable_bytes(count) for count in (line.nbytes, line.peak_bytes)]
+                opened = [line.open_nbytes] if has_open else []
+                held = map(readable_bytes, [line.nbytes, *opened, line.peak_bytes])
                 rest = [*held, f"{line.seconds:,.1f}"]
             table.add_row(name, f"{line.tokens:,}", *group, str(line.count), *figures, *rest)
         if not own:
-            table.add_row(name, "–", *(["–"] if by else []), "0", *["–"] * (len(scores) + 3))
+            table.add_row(name, "–", *(["–"] if by else []), "0", *["–"] * len(scores + others))
     return table
 
 

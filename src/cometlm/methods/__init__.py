@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
+
 from cometlm.core.foreseen import Foreseen
 from cometlm.methods.base import Budget, Method, Reader, TooLongError
 from cometlm.methods.comet import Comet
@@ -30,4 +33,32 @@ METHODS: Registry[type[Method]] = Registry(
     },
 )
 
-__all__ = ["METHODS", "Budget", "Foreseen", "Loader", "Method", "Reader", "TooLongError"]
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Refuse options that a method's `open` does not take.
+
+    Args:
+        name: one of `METHODS`.
+        options: their names.
+
+    Raises:
+        ValueError: no method of that name, or an option that it does not have.
+    """
+    known = set(inspect.signature(METHODS.find(name).open).parameters) - {"loader", "budget"}
+    if unknown := set(options) - known:
+        raise ValueError(
+            f"options of the method {name} are {', '.join(sorted(known)) or 'none'}, got "
+            f"{', '.join(sorted(unknown))}"
+        )
+
+
+__all__ = [
+    "METHODS",
+    "Budget",
+    "Foreseen",
+    "Loader",
+    "Method",
+    "Reader",
+    "TooLongError",
+    "check_options",
+]

@@ -11,16 +11,20 @@ methods obey it as far as they can; each one's docstring says what it counts. No
   A token costs the same in all of them: what `full` holds for one.
 - `retrieve` holds an index and all token ids besides, which grow with the text; no budget bounds
   them, `nbytes` shows them.
-- `comet` counts its memory. Its open chunk is run again for each question, and the keys and values
-  of that are not counted; nor are those of a piece of text that `window` reads, or of the prompts
-  by which `summary` rewrites: the peak of a process shows them.
-- `rmt` and `xl` count as `comet` does. `xl` holds tokens, so a budget in tokens is its capacity;
-  the open chunk comes on top.
+- `comet` counts its memory, and the keys and values of its open chunk, which is run for the first
+  question and kept for others. A budget bounds the memory alone; the open chunk comes on top, and
+  grows up to `chunk_size` text tokens with their compression tokens. `open_nbytes` says how much of
+  `nbytes` it is.
+- Nobody counts what is computed in passing: the keys and values to which the open chunk projects
+  memory slots, those of a piece of text that `window` reads, or of the prompts by which `summary`
+  rewrites. The peak of a process shows them.
+- `rmt` and `xl` count as `comet` does. `xl` holds tokens, so a budget in tokens is its capacity.
 - `comet` has a trained memory's capacity changed to what fits, also beyond what it was trained at.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +106,35 @@ class Budget:
 
 def _no_budget(text: str) -> str:
     return f"budget must be tokens like 512, or bytes like 3MB or 1.5GiB, got {text!r}"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Tokens that a reader deals with at most, however long a text is; None: with more and more.
+
+    Attributes:
+        asked: that an answer reads, or looks at.
+        held: behind which what is held does not grow, an open chunk apart.
+        chunk: that are run together when more follows; an answer runs what is behind the last of
+            these. 0: everything is run when it is read.
+    """
+
+    asked: int | None = None
+    held: int | None = None
+    chunk: int = 0
+
+    def run(self, tokens: float) -> float:
+        """Those of a text's tokens that reading it runs."""
+        return (math.ceil(tokens / self.chunk) - 1) * self.chunk if self.chunk else tokens
+
+    def left(self, tokens: float) -> float:
+        """Those that an answer deals with."""
+        if self.chunk:
+            return tokens - self.run(tokens)
+        return tokens if self.asked is None else min(tokens, self.asked)
+
+
+UNBOUNDED = Bounds()
 
 
 class Reader(ABC):
@@ -188,6 +221,16 @@ class Reader(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that are held of what was read: a memory, or keys and values."""
+
+    @property
+    def open_nbytes(self) -> int:
+        """Those of them that are an open chunk's, which no budget bounds; 0 of most methods."""
+        return 0
+
+    @property
+    def bounds(self) -> Bounds:
+        """What does not grow with the text, by which a forecast goes; all does, unless it says."""
+        return UNBOUNDED
 
 
 class Method(ABC):

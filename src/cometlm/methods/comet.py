@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from cometlm.config import position_limit
+from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.core.foreseen import Foreseen
-from cometlm.methods.base import Budget, Method, Reader, generation_options
+from cometlm.methods.base import Bounds, Budget, Method, Reader, generation_options
 from cometlm.methods.loader import Loader
 from cometlm.session.session import Session
 
@@ -20,7 +23,7 @@ class Comet(Method):
 
     A budget in tokens changes nothing: what is held is the memory's sizes. Under one in bytes the
     memory has the largest `capacity` that fits, unless the loader was given one, which then has to
-    fit.
+    fit. The open chunk's keys and values come on top.
     """
 
     @classmethod
@@ -92,17 +95,27 @@ def _within(loader: Loader, nbytes: int) -> CometForCausalLM:
     return loader.with_memory(capacity=capacity)
 
 
-@torch.no_grad()
 def _bytes_of_memory(model: CometForCausalLM) -> tuple[int, int]:
-    """Bytes of global memory, with layers' own states, and of one slot of temporary memory.
-
-    They are found by reading one token.
-    """
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    out = model.model(ids, use_cache=True, chunk_lengths=[[1]], close_last=True, hidden_to_keep=1)
-    cache = out.past_key_values
+    """Bytes of global memory, with layers' own states, and of one slot of temporary memory."""
+    cache = _cache_of_a_token(model, chunk_lengths=[[1]], close_last=True)
     entry = sum(block.nbytes for layer in cache.layers for block in layer.memory.entries)
     return cache.nbytes - entry, entry
+
+
+def _bytes_of_item(model: CometForCausalLM) -> int:
+    """Bytes of the keys and values of an open chunk's text or compression token."""
+    cache = _cache_of_a_token(model)
+    chunks = [layer.open.chunk for layer in cache.layers if layer.open is not None]
+    return sum(chunk.nbytes // chunk.key.shape[2] for chunk in chunks if chunk.nbytes)
+
+
+@torch.no_grad()
+def _cache_of_a_token(model: CometForCausalLM, **options: Any) -> CometCache:
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    cache: CometCache = model.model(
+        ids, use_cache=True, hidden_to_keep=1, **options
+    ).past_key_values
+    return cache
 
 
 class CometReader(Reader):
@@ -111,6 +124,7 @@ class CometReader(Reader):
     def __init__(self, session: Session) -> None:
         self.session = session
         self.tokenizer = session.tokenizer
+        self._item_nbytes: int | None = None  # until it is asked for
 
     def read(self, ids: Sequence[int]) -> None:
         """See `Reader.read`; no text is too long."""
@@ -122,7 +136,9 @@ class CometReader(Reader):
 
     def fork(self) -> CometReader:
         """See `Reader.fork`."""
-        return CometReader(self.session.fork())
+        fork = copy.copy(self)
+        fork.session = self.session.fork()
+        return fork
 
     def answer(self, ids: Sequence[int] = (), **generation: Any) -> str:
         """See `Reader.answer`."""
@@ -143,5 +159,26 @@ class CometReader(Reader):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory; the open chunk is held as token ids, which are not counted."""
-        return self.session.stats().memory_bytes
+        """Bytes of memory, and of the open chunk's keys and values."""
+        return self.session.stats().memory_bytes + self.open_nbytes
+
+    @property
+    def open_nbytes(self) -> int:
+        """Bytes of keys and values of the open chunk as it is: text and compression tokens.
+
+        A session makes them when it is first asked about the chunk; until then it has token ids.
+        """
+        if self._item_nbytes is None:
+            self._item_nbytes = _bytes_of_item(self.session.model)
+        sizes, text = self.session.model.config.comet_config, self.session.open_tokens
+        compressions = text // sizes.stride if sizes.temporary_memory else 0
+        return (text + compressions) * self._item_nbytes
+
+    @property
+    def bounds(self) -> Bounds:
+        """See `Reader.bounds`: a chunk is run when it is full, the open one by an answer."""
+        sizes = self.session.model.config.comet_config
+        chunk = sizes.chunk_size - sizes.overlap
+        entries = sizes.compression_tokens(sizes.chunk_size)
+        filling = math.ceil(sizes.capacity / entries) if entries else 1  # chunks
+        return Bounds(held=filling * chunk + sizes.overlap + 1, chunk=chunk)

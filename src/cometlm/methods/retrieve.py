@@ -26,7 +26,7 @@ from typing import Any
 
 from cometlm.core.foreseen import Foreseen
 from cometlm.extras import EVAL, lacks
-from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
+from cometlm.methods.base import Bounds, Budget, Method, Reader, TooLongError, generation_options
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
 from cometlm.sequences import num_shared
@@ -113,6 +113,11 @@ class RetrieveReader(Reader):
         """Bytes of the ids that were read, and of the index with its words."""
         held = self._num_read * self._ids.itemsize
         return held + (self._indexed().nbytes if self._num_read else 0)
+
+    @property
+    def bounds(self) -> Bounds:
+        """See `Reader.bounds`: a prompt; the index, which takes little time, has none."""
+        return Bounds(asked=self._limit)
 
     # --- inside -----------------------------------------------------------------------------
 

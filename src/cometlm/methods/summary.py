@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cometlm.core.foreseen import Foreseen
-from cometlm.methods.base import Budget, Method, Reader
+from cometlm.methods.base import Bounds, Budget, Method, Reader
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
 from cometlm.session.chat_template import Turn, render_turn
@@ -133,6 +133,12 @@ class SummaryReader(Reader):
     def nbytes(self) -> int:
         """Bytes of keys and values of the notes and the rest."""
         return self._reader().nbytes
+
+    @property
+    def bounds(self) -> Bounds:
+        """See `Reader.bounds`: the notes and the rest."""
+        most = self.part + self.most_notes + len(self._encode(_BEFORE) + self._encode(_AFTER))
+        return Bounds(asked=most, held=most)
 
     # --- inside -----------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cometlm.core.foreseen import Foreseen
-from cometlm.methods.base import Budget, Method, Reader, TooLongError, generation_options
+from cometlm.methods.base import Bounds, Budget, Method, Reader, TooLongError, generation_options
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
 
@@ -71,6 +71,13 @@ class TruncateReader(Reader):
     def nbytes(self) -> int:
         """Bytes of keys and values of the tokens that are kept."""
         return self._reader(0).nbytes
+
+    @property
+    def bounds(self) -> Bounds:
+        """See `Reader.bounds`: the tokens that are kept."""
+        limit = self._empty.limit
+        kept = None if limit is None else limit - limit // _SHARE
+        return Bounds(asked=kept, held=kept)
 
     def _reader(self, room: int) -> CacheReader:
         """Who has read the last tokens that fit beside so many others."""

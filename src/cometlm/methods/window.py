@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cometlm.compat import CACHE
-from cometlm.methods.base import Budget, Method
+from cometlm.methods.base import Bounds, Budget, Method
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader, max_positions
 
@@ -69,6 +69,11 @@ class WindowReader(CacheReader):
         self.piece = min(self.piece, max(1, held // _PIECES))
         self._held = held
         self._position = 0  # of the next token
+
+    @property
+    def bounds(self) -> Bounds:
+        """See `Reader.bounds`: the window with its sinks."""
+        return Bounds(asked=self._held, held=self._held)
 
     def _forward(self, ids: list[int], logits_to_keep: int) -> Tensor:
         logits = super()._forward(ids, logits_to_keep)

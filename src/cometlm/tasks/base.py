@@ -14,6 +14,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from cometlm.session.chat_template import render_turn
@@ -85,6 +86,8 @@ class Task(ABC):
         num_samples: how many samples there are; None: as many as are asked for.
         longest: tokens of the longest context, of a task whose texts have their own lengths; None:
             they are made as long as is asked for.
+        lacking: of several data that samples are made of, those that cannot be had, and why; the
+            others are taken.
 
     Raises:
         ValueError: another split.
@@ -92,6 +95,7 @@ class Task(ABC):
 
     num_samples: int | None = None
     longest: int | None = None
+    lacking: Mapping[str, Exception] = MappingProxyType({})
 
     def __init__(self, tokenizer: Any, *, split: Split = "test", seed: int = 0) -> None:
         if split not in SPLITS:
@@ -107,6 +111,11 @@ class Task(ABC):
         Raises:
             ValueError: `tokens` is too few for what has to stand in it.
         """
+
+    @property
+    def fills(self) -> bool:
+        """Whether contexts are meant to have nearly as many tokens as are asked for."""
+        return self.longest is None
 
     def usual_length(self, tokens: int) -> float:
         """Tokens of a context, on average, where as many as `tokens` are asked for."""

@@ -48,6 +48,18 @@ _SOURCES: dict[Data, _Source] = {
 }
 
 
+def _pool(name: Data, folder: Path | None, split: Split) -> Pool:
+    """The documents of one source.
+
+    Raises:
+        OSError, ImportError: as `Documents`.
+    """
+    source = _SOURCES[name]
+    if source.needs_rouge:
+        check_rouge()
+    return source.pool(folder, split)
+
+
 class Documents(Task):
     """Questions about documents that stand among others.
 
@@ -55,7 +67,8 @@ class Documents(Task):
         tokenizer, split, seed: see `Task`.
         data: "papers" (what they set out to do, how and with which outcome, in a sentence),
             "countries" (short facts), "manual" (questions of Perl's FAQ), or several, taken in
-            turn; all of them if empty.
+            turn; all of them if empty, and to measure with (the split "test") those that can be
+            had: `lacking` says which cannot.
         questions: of a text at most, each about a passage of its own.
         folder: of `data`, which is then one: where it lies, instead of where it is installed.
 
@@ -76,17 +89,27 @@ class Documents(Task):
         folder: str | None = None,
     ) -> None:
         super().__init__(tokenizer, split=split, seed=seed)
-        self.data: tuple[Data, ...] = (data,) if isinstance(data, str) else tuple(data) or DATA
-        for name in self.data:
+        asked: tuple[Data, ...] = (data,) if isinstance(data, str) else tuple(data)
+        for name in asked:
             if name not in DATA:
                 raise ValueError(f"data must be of {', '.join(DATA)}, got {name!r}")
-        if folder is not None and len(self.data) > 1:
-            raise ValueError(f"folder must come with one data, got {', '.join(self.data)}")
+        wanted = asked or DATA
+        if folder is not None and len(wanted) > 1:
+            raise ValueError(f"folder must come with one data, got {', '.join(wanted)}")
         self.questions = bounds("questions", questions, 64)[0]
-        if any(_SOURCES[name].needs_rouge for name in self.data):
-            check_rouge()
         place = None if folder is None else Path(folder)
-        self._pools = {name: _SOURCES[name].pool(place, split) for name in self.data}
+        self._pools: dict[Data, Pool] = {}
+        lacking: dict[str, Exception] = {}
+        for name in wanted:
+            try:
+                self._pools[name] = _pool(name, place, split)
+            except (OSError, ImportError) as error:
+                if asked or split != "test":
+                    raise
+                lacking[name] = error
+        if not self._pools:
+            raise next(iter(lacking.values()))
+        self.data, self.lacking = tuple(self._pools), lacking
         self._ids = cache(self._encoded)
 
     def sample(self, index: int, tokens: int) -> Sample:

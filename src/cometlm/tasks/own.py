@@ -4,9 +4,9 @@
     {"context_file": "contract.txt", "question": "When does it end?", "answer": ["May", "in May"]}
 
 A `context_file` is UTF-8 text; its path is relative to the JSON lines. Of a list of answers each is
-right. Further fields with a word, a number, true or false are what a report may group by. Rows
-with the same context and the same further fields are one sample, so the text is read once for all
-its questions, which are asked when it has been read.
+right; a number, true or false is taken as its text. Further fields with a word, a number, true or
+false are what a report may group by. Rows with the same context and the same further fields are one
+sample, so the text is read once for all its questions, which are asked when it has been read.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _texts(path: Path) -> list[Text]:
     refuse(_is_no_unicode, "hold half of a surrogate pair, which is no Unicode text")
     refuse(lambda row: not _is_text(row.get("question")), "have no question")
     refuse(lambda row: "answer" not in row, "have no answer")
-    refuse(lambda row: not _answers(row), "have an answer that is no string and no list of them")
+    refuse(lambda row: not _answers(row), "have an answer that is no text, number or list of them")
     refuse(
         lambda row: ("context" in row) == ("context_file" in row),
         "do not have one of context and context_file",
@@ -125,9 +125,10 @@ def _is_text(value: Any) -> bool:
 
 
 def _answers(row: dict[str, Any]) -> tuple[str, ...]:
-    """The answers of a row; none if one of them is no text."""
+    """The answers of a row as text; none if one of them has none."""
     given = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    return tuple(given) if all(_is_text(answer) for answer in given) else ()
+    texts = [json.dumps(one) if isinstance(one, int | float) else one for one in given]
+    return tuple(texts) if all(map(_is_text, texts)) else ()
 
 
 def _read(path: Path, where: str) -> str:

@@ -95,6 +95,11 @@ class Ruler(Task):
         self._name = task
         self._sizes: dict[int, int] = {}  # of a haystack, by tokens
 
+    @property
+    def fills(self) -> bool:
+        """See `Task.fills`: the question and the answer count among a text's tokens, too."""
+        return False
+
     def sample(self, index: int, tokens: int) -> Sample:
         """A text that has at most `tokens` tokens together with its question and the answer.
 
