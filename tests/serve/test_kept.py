@@ -120,6 +120,22 @@ def test_open_chunks_leave_memory_before_sessions():
     assert store.sessions == 3
 
 
+def test_the_newest_open_chunk_stays_where_sessions_fill_the_memory():
+    one = session_after(59)  # as long as an open chunk gets
+    one.begin_answer()
+    budget = 6 * one.stats().open_bytes
+    store = SessionStore(memory_bytes=budget)
+    for length in range(50, 80):
+        if length % 12 == 0:  # the end of a chunk
+            continue
+        session = store.get(put(store, length), "ann")[1]
+        session.begin_answer()
+        put(store, 20)
+        assert session.stats().open_bytes > 0
+        assert store.memory_bytes <= budget
+    assert store.sessions < 30
+
+
 def test_what_left_memory_is_read_from_the_folder(tmp_path):
     store = SessionStore(folder=folder_of(tmp_path), memory_bytes=0)
     names = [put(store, length) for length in (20, 50)]

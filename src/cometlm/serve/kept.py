@@ -32,6 +32,7 @@ __all__ = ["FullError", "Listed", "NotKeptError", "SessionStore"]
 _log = logging.getLogger(__name__)
 _SWEEP = 60.0  # seconds between two looks for what has expired
 _LEFT = 15 / 16  # of the budget, where room was made: else each session would have to make some
+_OPEN_SHARE = 4  # of the budget, a quarter is for open chunks before it is for sessions
 
 
 class NotKeptError(KeyError):
@@ -414,12 +415,12 @@ class _Memory:
         Args:
             prefers_passing: those that pass go first.
         """
-        self._give_up_open_chunks()
-        gone = []
-        while self.nbytes > self.budget:
+        open_bytes, gone = self._give_up_open_chunks(), []
+        while self.nbytes + open_bytes > self.budget:
             oldest = next(iter(self._held))
             if prefers_passing:
                 oldest = next((name for name in self._held if name in self._passing), oldest)
+            open_bytes -= self._held[oldest][1].stats().open_bytes
             self.let_go(oldest)
             gone.append(oldest)
         return gone
@@ -429,14 +430,15 @@ class _Memory:
         """Bytes of open chunks as far as they were run, which come on top."""
         return sum(session.stats().open_bytes for _, session, _ in [*self._held.values()])
 
-    def _give_up_open_chunks(self) -> None:
-        """Where there is no room, of those not used for longest: they can be run again."""
-        left = self.open_bytes
-        for _, session, _ in self._held.values():
-            if self.nbytes + left <= self.budget:
-                break
-            left -= session.stats().open_bytes
-            session.release()
+    def _give_up_open_chunks(self) -> int:
+        """Of those not used for longest, which can be run again; bytes of those that stay."""
+        room = max(self.budget - self.nbytes, self.budget // _OPEN_SHARE)
+        kept = 0
+        for _, session, _ in reversed(self._held.values()):
+            if kept + session.stats().open_bytes > room:
+                session.release()
+            kept += session.stats().open_bytes
+        return kept
 
     def let_go(self, name: str) -> None:
         """Hold a session no longer."""
