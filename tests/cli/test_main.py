@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 
 import cometlm
+import cometlm_command
 from cometlm import Session, load
 from cometlm.cli import console, main
 from cometlm.cli.demo import PASSKEY
@@ -265,7 +266,7 @@ def test_output_goes_into_a_pipe():
 def test_the_installed_command_is_this_one(command):
     """`tests/test_wheel.py` runs it in an environment of its own."""
     (installed,) = metadata.entry_points(group="console_scripts", name="cometlm")
-    assert installed.load() is main.run
+    assert installed.load() is cometlm_command.run
     code, _, err = command("read")
     assert code == 2
     assert re.search(r"Usage: .*\bread\b", err)
