@@ -23,6 +23,7 @@ export class Failure extends Error {
 /** A request; the answer if it is a good one. A `Failure` otherwise, an AbortError if it was stopped. */
 export async function request(path, { method = "GET", json, form, signal } = {}) {
   const headers = {};
+  const sent = key;
   if (key) headers.Authorization = `Bearer ${key}`;
   if (json) headers["Content-Type"] = "application/json";
   let answer;
@@ -32,6 +33,8 @@ export async function request(path, { method = "GET", json, form, signal } = {})
     throw error.name === "AbortError" ? error : unreachable();
   }
   if (answer.ok) return answer;
+  // Refused for a key that is no longer the one: nobody has to be asked for it again.
+  if (answer.status === 401 && key !== sent) return request(path, { method, json, form, signal });
   const told = await answer.json().catch(() => ({}));
   throw failure(told.error ?? {}, answer.status, Number(answer.headers.get("Retry-After")) || 0);
 }

@@ -745,14 +745,18 @@ $("key-form").addEventListener("submit", () => {
   start();
 });
 
+let starts = 0;
 async function start() {
+  const mine = ++starts;
   trouble(null);
   try {
     const models = await get("v1/models");
+    if (mine !== starts) return; // another key came meanwhile; what is being written is not to be lost
     model = models.data[0].id;
     $("model").textContent = model;
     document.title = `${model} · cometlm`;
   } catch (error) {
+    if (mine !== starts) return;
     trouble(error);
   }
   await show(here());
