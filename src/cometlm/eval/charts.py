@@ -174,7 +174,10 @@ def log_axis(
         ticks = known[first : last + 1]
         return Axis(label, ticks[0], ticks[-1], _some(ticks), True, readable)
     ticks, zero = known[first - 1 : last + 1], known[first - 1]
-    named = lambda value: readable(value if value > zero else 0.0)  # noqa: E731
+
+    def named(value: float) -> str:
+        return readable(value if value > zero else 0.0)
+
     return Axis(label, zero, ticks[-1], _some(ticks), True, named)
 
 
