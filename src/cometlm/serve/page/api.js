@@ -33,9 +33,9 @@ export async function request(path, { method = "GET", json, form, signal } = {})
     throw error.name === "AbortError" ? error : unreachable();
   }
   if (answer.ok) return answer;
+  const told = await answer.json().catch(() => ({}));
   // Refused for a key that is no longer the one: nobody has to be asked for it again.
   if (answer.status === 401 && key !== sent) return request(path, { method, json, form, signal });
-  const told = await answer.json().catch(() => ({}));
   throw failure(told.error ?? {}, answer.status, Number(answer.headers.get("Retry-After")) || 0);
 }
 
