@@ -16,6 +16,7 @@ from cometlm.core.memory import (
     TemporaryMemory,
     join_ragged,
     push,
+    push_ragged,
 )
 from tests.tiny import error, scramble, tiny_backbone
 
@@ -61,13 +62,13 @@ def ragged(draw):
     for _ in range(2):
         width = draw(st.integers(0, 6))
         sides.append((width, [draw(st.integers(0, width)) for _ in range(batch)]))
-    extra = draw(st.sampled_from([(), (2,), (2, 3)]))
-    return batch, *sides, extra, draw(st.sampled_from([None, 1, 2, 5, 100]))
+    return batch, *sides
 
 
-@given(ragged())
-def test_join_ragged_equals_lists(case):
-    batch, (old_width, old_lengths), (new_width, new_lengths), extra, limit = case
+@given(ragged(), st.sampled_from([(), (2,), (2, 3)]), st.sampled_from([None, 1, 2, 5, 100]))
+def test_joining_rows_equals_lists(case, extra, limit):
+    batch, (old_width, old_lengths), (new_width, new_lengths) = case
+    extra = extra if limit is None else ()
     torch.manual_seed(0)
     old = torch.randn(batch, *extra, old_width, 3)
     new = torch.randn(batch, *extra, new_width, 3)
@@ -77,11 +78,13 @@ def test_join_ragged_equals_lists(case):
         rows = [old[b, ..., i, :] for i in range(old_lengths[b])]
         rows += [new[b, ..., i, :] for i in range(new_lengths[b])]
         want.append(rows if limit is None else rows[-limit:])
-    joined = join_ragged(old, old_lengths, new, new_lengths, limit)
+    given_rows = (old, old_lengths, new, new_lengths)
+    joined = join_ragged(*given_rows) if limit is None else push_ragged(*given_rows, limit)
     assert joined.shape == (batch, *extra, max(len(rows) for rows in want), 3)
     for b, rows in enumerate(want):
         for i, row in enumerate(rows):
             assert torch.equal(joined[b, ..., i, :], row)
+    assert joined.isfinite().all()  # filling, too: it is masked, and nothing masks a NaN
     assert torch.equal(old, copies[0])
     assert torch.equal(new, copies[1])
 

@@ -320,15 +320,16 @@ def attend_masked(
 
     Args:
         mask: bool, [I, S] or [1 or B, 1, I, S].
-        grouped: let the kernel group the heads of a key. Default: on CPUs; fused kernels of other
-            devices take a mask or groups, but not both.
+        grouped: let the kernel group the heads of a key. Default: on CPUs, for more than a few
+            items; fused kernels of other devices take a mask or groups, but not both.
     """
-    heads, key_heads = query.shape[1], row.key.shape[1]
-    grouped = query.device.type == "cpu" if grouped is None else grouped
+    (heads, items), key_heads = query.shape[1:3], row.key.shape[1]
+    is_few = items <= _FEW_ITEMS
+    grouped = query.device.type == "cpu" and not is_few if grouped is None else grouped
     if grouped or heads == key_heads:
         return sdpa(query, *row, mask, dropout, scale=scale, enable_gqa=heads != key_heads)
-    groups, items = heads // key_heads, query.shape[2]
-    if items > _FEW_ITEMS:
+    groups = heads // key_heads
+    if not is_few:
         row = KeyValue(*(x.repeat_interleave(groups, 1) for x in row))
         return sdpa(query, *row, mask, dropout, scale=scale)
     # Query heads that share a key head are treated as further items: no key is copied.

@@ -25,7 +25,7 @@ from cometlm.backbones.recurrence import OwnState
 from cometlm.core.attention import CellCall
 from cometlm.core.fixed_layout import FixedLayout
 from cometlm.core.layout import ChunkLayout, take
-from cometlm.core.memory import LayerMemory, LayerMemoryWeights, join_ragged, push
+from cometlm.core.memory import LayerMemory, LayerMemoryWeights, join_ragged, push, push_ragged
 from cometlm.core.rows_apart import run_apart
 from cometlm.core.state import LayerState, OpenChunk
 from cometlm.device import sent
@@ -324,7 +324,7 @@ class Cell(nn.Module):
             for row, count, piece in zip(layout.rows, layout.compressions, layout.step, strict=True)
         ]
         before = [row.entries for row in layout.rows]
-        return (join_ragged(old, before, new, added, limit=capacity),)
+        return (push_ragged(old, before, new, added, capacity),)
 
 
 _OTHER_ATTENTION = (

@@ -187,29 +187,35 @@ def push(blocks: Sequence[Tensor], new: Tensor, capacity: int) -> tuple[Tensor, 
 
 
 def join_ragged(
-    old: Tensor,
-    old_lengths: Sequence[int],
-    new: Tensor,
-    new_lengths: Sequence[int],
-    limit: int | None = None,
+    old: Tensor, old_lengths: Sequence[int], new: Tensor, new_lengths: Sequence[int]
 ) -> Tensor:
     """Per row: the first `old_lengths[b]` of old, then the first `new_lengths[b]` of new.
 
     Args:
         old: [B, …, S, W]; new: [B, …, T, W]. Rows are counted along the last axis but one.
-        limit: keep only the last `limit` of the joined rows.
 
     Returns:
         [B, …, longest, W]. What follows a shorter row's own length is filling, to be masked.
     """
+    longest = max(o + n for o, n in zip(old_lengths, new_lengths, strict=True))
+    most, count = max(old_lengths), new.shape[-2]
+    # One copy, since this is done for each token of rows that are decoded together.
+    joined = F.pad(old[..., :most, :], (0, 0, 0, count))
+    place = torch.tensor(list(old_lengths))[:, None] + torch.arange(count)
+    rows = torch.arange(len(place), device=new.device)[:, None]
+    joined.movedim(-2, 1)[rows, sent(place, new.device)] = new.movedim(-2, 1)
+    return joined[..., :longest, :]
+
+
+def push_ragged(
+    old: Tensor, old_lengths: Sequence[int], new: Tensor, new_lengths: Sequence[int], capacity: int
+) -> Tensor:
+    """The last `capacity` rows [B, longest, E] of what `join_ragged` of [B, S, E] gives."""
     ends = [o + n for o, n in zip(old_lengths, new_lengths, strict=True)]
-    drops = [max(0, end - limit) if limit is not None else 0 for end in ends]
-    longest = max(end - drop for end, drop in zip(ends, drops, strict=True))
-    slot = torch.arange(longest)[None, :] + torch.tensor(drops)[:, None]
+    drops = torch.tensor([max(0, end - capacity) for end in ends])[:, None]
+    slot = torch.arange(min(capacity, max(ends))) + drops
     first = torch.tensor(list(old_lengths))[:, None]
-    source = torch.where(slot < first, slot, old.shape[-2] + slot - first)
-    both = torch.cat([old, new], dim=-2)
-    index = sent(source.clamp(max=both.shape[-2] - 1), both.device)
-    for _ in range(both.dim() - 3):
-        index = index[:, None]
-    return both.gather(-2, index[..., None].expand(*both.shape[:-2], longest, both.shape[-1]))
+    source = torch.where(slot < first, slot, old.shape[1] + slot - first)
+    both = torch.cat([old, new], dim=1)
+    index = sent(source.clamp(max=both.shape[1] - 1), both.device)
+    return both[torch.arange(len(both), device=both.device)[:, None], index]
