@@ -143,6 +143,51 @@ def test_in_a_frame_text_is_what_it_is_elsewhere(tokenizer, text):
         assert written == f"a{text}a"
 
 
+@examples(60)
+@given(texts=st.lists(TEXTS, min_size=2, max_size=4), most=st.sampled_from([0, 8, 1000]))
+def test_a_frame_in_parts_has_the_ids_of_the_whole(tokenizer, texts, most):
+    """Whatever of it was tokenised before, and whether that is remembered or not."""
+    plain = PlainText(tokenizer)
+    plain._frame_parts._most = most
+    for end in range(1, len(texts) + 1):
+        frame = "".join(texts[:end])
+        whole, _ = plain.encode_frame_with_spans(frame, unused_mark(frame))
+        assert plain.encode_frame(frame, unused_mark(frame)) == whole
+    assert plain._frame_parts._held <= most
+
+
+STRANGE = {
+    "takes white space in front": AddedToken("<|r|>", lstrip=True, special=True),
+    "takes white space behind": AddedToken("<|r|>", rstrip=True, special=True),
+    "is one between words only": AddedToken("<|r|>", single_word=True, special=True),
+    "overlaps another": AddedToken("><|end", special=True),
+    "is looked for in what is left": AddedToken("<|r|>", normalized=True, special=True),
+}
+
+
+@pytest.mark.parametrize("token", STRANGE.values(), ids=STRANGE)
+@examples(40)
+@given(parts=st.lists(st.sampled_from(["<|r|>", "<|end|>", ">", " ", "a", "\n"]), max_size=8))
+def test_tokens_that_are_no_borders(token, parts):
+    tokenizer = _bytes()
+    tokenizer.add_special_tokens({"additional_special_tokens": [token, "<|end|>"]})
+    plain, frame = PlainText(tokenizer), "".join(parts)
+    assert plain.encode_frame(frame, "*") == plain.encode_frame_with_spans(frame, "*")[0]
+
+
+def test_what_was_tokenised_before_is_not_tokenised_again(monkeypatch):
+    tokenizer = _bytes()
+    plain, taken = PlainText(tokenizer), []
+    encode = plain._frame_parts._encode
+    monkeypatch.setattr(
+        plain._frame_parts, "_encode", lambda parts: taken.append(parts) or encode(parts)
+    )
+    plain.encode_frame("<|end|>a bed", "*")
+    plain.encode_frame("<|end|>a bed<|end|> bed", "*")
+    plain.encode_frame("<|end|>a bed<|end|> bed", "*")
+    assert taken == [["<|end|>a bed"], ["<|end|> bed"]]
+
+
 def test_white_space_that_a_token_takes_with_it():
     tokenizer = _bytes()
     tokenizer.add_special_tokens(

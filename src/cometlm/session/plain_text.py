@@ -24,6 +24,8 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 
+from cometlm.session.frame_parts import FrameParts
+
 Spans = list[tuple[int, int]]
 _PRIVATE = range(0xF8D0, 0xF8FF)  # characters that no text should have
 _GUARDS = ("\n", ".", "0")
@@ -31,8 +33,8 @@ _GUARDS = ("\n", ".", "0")
 ENCODING = threading.RLock()
 
 
-def encoded(tokenizer: Any, text: str, *, special: bool, **options: Any) -> Any:
-    """What a tokenizer makes of a text, without special tokens around it.
+def encoded(tokenizer: Any, text: str | list[str], *, special: bool, **options: Any) -> Any:
+    """What a tokenizer makes of a text or several, without special tokens around it.
 
     Args:
         special: control tokens that are written in it count as such.
@@ -85,6 +87,8 @@ class PlainText:
         self.num_tokens = num_tokens(tokenizer)
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._added = {token.content: token for token in added.values()}
+        self._is_fast = bool(getattr(tokenizer, "is_fast", False))
+        self._frame_parts = FrameParts(added, self._encode_each)
         # Some that a tokenizer calls special are not marked as such among those that it added.
         special = set(getattr(tokenizer, "all_special_tokens", ()))
         special |= {token.content for token in added.values() if token.special}
@@ -111,7 +115,7 @@ class PlainText:
 
         A slow tokenizer has no such places: its spans are empty.
         """
-        if not getattr(self.tokenizer, "is_fast", False):
+        if not self._is_fast:
             return self._encode_slowly(text), []
         ids, spans = encoded_with_spans(self.tokenizer, text, special=False)
         if self._ids.isdisjoint(ids):
@@ -125,7 +129,9 @@ class PlainText:
             text: with the control tokens of what it was given marked (`escaped`).
             mark: with this character.
         """
-        return self.encode_frame_with_spans(text, mark)[0]
+        if mark in text or self.takes_alike or not self._is_fast:
+            return self.encode_frame_with_spans(text, mark)[0]
+        return self._frame_parts.encode(text)
 
     def encode_frame_with_spans(self, text: str, mark: str) -> tuple[list[int], Spans]:
         """The same, and where in the marked text each one's characters stand, as elsewhere."""
@@ -183,6 +189,10 @@ class PlainText:
         return changes and any(self._added[content].normalized for content in self.control)
 
     # --- inside -----------------------------------------------------------------------------
+
+    def _encode_each(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = encoded(self.tokenizer, texts, special=True)["input_ids"]
+        return ids
 
     @cached_property
     def _ids(self) -> frozenset[int]:
