@@ -9,8 +9,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -71,10 +72,18 @@ class Server:
         self._running.kill()
         self._running.wait()
 
-    def client(self) -> openai.OpenAI:
-        """One that gives up at the first error, since each is to be seen."""
+    def client(self, sending: Callable[[Any], object] = lambda request: None) -> openai.OpenAI:
+        """One that gives up at the first error, since each is to be seen.
+
+        Args:
+            sending: is told when a request is made and about to leave.
+        """
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=PATIENCE,
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [sending]}),
         )
 
     def get(self, path: str) -> str:

@@ -22,7 +22,8 @@ class Streamed:
 
     Attributes:
         text: the answer.
-        first: seconds from the request to the first text, or to the end of an empty answer.
+        made: seconds that the client took to make the request.
+        first: seconds from when it left to the first text, or to the end of an empty answer.
         gaps: seconds between one text and the next.
         name: the answer's id.
         prompt_tokens: of the whole conversation before the answer.
@@ -32,6 +33,7 @@ class Streamed:
     """
 
     text: str = ""
+    made: float = float("nan")
     first: float = float("nan")
     gaps: list[float] = field(default_factory=list)
     name: str = ""
@@ -44,7 +46,13 @@ class Streamed:
 def chat(server: Server, messages: list[dict[str, str]], tokens: int, **more: Any) -> Streamed:
     """Stream one greedy answer to its end."""
     seen, begin, last = Streamed(), time.perf_counter(), 0.0
-    events = server.client().chat.completions.create(
+
+    def sending(request: Any) -> None:
+        nonlocal begin
+        now = time.perf_counter()
+        seen.made, begin = now - begin, now
+
+    events = server.client(sending).chat.completions.create(
         model=server.model,
         messages=messages,
         max_tokens=tokens,

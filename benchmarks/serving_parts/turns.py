@@ -55,6 +55,9 @@ def _told(seen: list[Streamed]) -> dict[str, Any]:
         "tokens of the last prompt": seen[-1].prompt_tokens,
         "median seconds to the first token, turns 5 to 15": statistics.median(early),
         "median seconds to the first token, the last eleven": statistics.median(late),
+        "median seconds that the client took to make a request, the last eleven": statistics.median(
+            one.made for one in seen[-11:]
+        ),
         "ratio": statistics.median(late) / statistics.median(early),
         "cached share of what came before, last turn": cached[-1],
         "cached share of what came before, least from turn 100 on": min(cached[98:], default=None),

@@ -35,6 +35,17 @@ class Running:
     def post(self, path, **body):
         return self.http.post(path, json={"model": "tiny", **body})
 
+    @contextlib.contextmanager
+    def one_running_and_one_waiting(self, messages):
+        """While a server with one place writes an answer, and holds back another."""
+        body = {"model": "tiny", "messages": messages, "max_tokens": 30000, "stream": True}
+        path = "/v1/chat/completions"
+        with self.http.stream("POST", path, json=body) as first:
+            lines = first.iter_lines()  # who forgets it hangs up
+            next(lines)
+            with self.http.stream("POST", path, json=body):
+                yield
+
     def refused(self, path, status=400, **body):
         """The error of a request that is refused."""
         answer = self.post(path, **body)

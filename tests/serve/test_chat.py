@@ -442,16 +442,11 @@ def test_who_hangs_up_frees_the_place(stream):
 
 def test_too_many_requests():
     service = service_of(most_running=1, most_waiting=1)
-    with running(service) as server:
-        body = {"model": "tiny", "messages": HELLO, "max_tokens": 30000, "stream": True}
-        with server.http.stream("POST", CHAT, json=body) as first:
-            lines = first.iter_lines()  # who forgets it hangs up
-            next(lines)
-            with server.http.stream("POST", CHAT, json=body):
-                answer = server.post(CHAT, messages=HELLO)
-                assert answer.status_code == 429
-                assert answer.headers["retry-after"] == "5"
-                assert answer.json()["error"]["type"] == "rate_limit_error"
+    with running(service) as server, server.one_running_and_one_waiting(HELLO):
+        answer = server.post(CHAT, messages=HELLO)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["type"] == "rate_limit_error"
 
 
 def test_an_error_of_the_model_is_a_500(monkeypatch):

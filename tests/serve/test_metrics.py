@@ -68,15 +68,11 @@ def test_what_a_few_requests_leave(tmp_path):
 def test_requests_that_run_and_wait():
     service = service_of(most_running=1, most_waiting=1, rates=Rates(3))
     with running(service) as server:
-        body = {"model": "tiny", "messages": HELLO, "max_tokens": 30000, "stream": True}
-        with server.http.stream("POST", CHAT, json=body) as first:
-            lines = first.iter_lines()  # who forgets it hangs up
-            next(lines)
-            with server.http.stream("POST", CHAT, json=body):
-                assert server.post(CHAT, messages=HELLO).json()["error"]["code"] == "busy"
-                limited = server.post(CHAT, messages=HELLO).json()["error"]["code"]
-                assert limited == "rate_limit_exceeded"
-                found = numbers(server)
+        with server.one_running_and_one_waiting(HELLO):
+            assert server.post(CHAT, messages=HELLO).json()["error"]["code"] == "busy"
+            limited = server.post(CHAT, messages=HELLO).json()["error"]["code"]
+            assert limited == "rate_limit_exceeded"
+            found = numbers(server)
         for name in ("num_requests_running", "num_requests_waiting"):
             assert found[name,] == 1
         for code in ("busy", "rate_limit_exceeded"):
