@@ -152,6 +152,22 @@ def test_sizes_are_refused_before_weights_are_loaded(folder, monkeypatch):
         cometlm.load(str(folder), device="cpu", **SIZES, overlap=12)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "overlap"),
+    [
+        ({}, 256),
+        ({"capacity": 64}, 256),
+        ({"chunk_size": 2048}, 256),
+        ({"chunk_size": 96}, 24),
+        ({"chunk_size": 3}, 0),
+        ({"chunk_size": 96, "overlap": 90}, 90),
+    ],
+)
+def test_the_overlap_of_another_chunk_size_is_at_most_a_quarter_of_it(sizes, overlap):
+    config = Source.resolve("smollm2").memory_config(**sizes)
+    assert config.comet_config.overlap == overlap
+
+
 # --- names that lead nowhere --------------------------------------------------------------------
 
 

@@ -111,7 +111,8 @@ class Source:
         """The config of the trained memory, read with other sizes.
 
         Args:
-            sizes: `CometConfig` fields, and `seed`.
+            sizes: `CometConfig` fields, and `seed`. With another `chunk_size` and no `overlap`, the
+                memory's own overlap is at most a quarter of it.
 
         Returns:
             A copy; or None where the memory is to be a new one: for a backbone, and for a built-in
@@ -257,7 +258,12 @@ def _resized(config: CometModelConfig, sizes: Mapping[str, Any]) -> CometModelCo
     if "seed" in sizes:
         return None
     own = config.comet_config
-    wanted = own.replace(**known_sizes(sizes))
+    wanted = own.replace(**{"overlap": 0, **known_sizes(sizes)})
+    if "overlap" not in sizes:
+        is_same = wanted.chunk_size == own.chunk_size
+        # Its own may be most of a shorter chunk, or more than all of it.
+        most = own.overlap if is_same else wanted.chunk_size // 4
+        wanted = wanted.replace(overlap=min(own.overlap, most))
     free = {name: getattr(own, name) for name in RUNTIME_SIZES}
     if not wanted.gate:
         free["gate"] = own.gate  # the weights of one are left out
