@@ -13,9 +13,11 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+
+from transformers import AddedToken
 
 _MOST = 1 << 20  # ids that are remembered: some 10 MB with their texts
+_A_PART = 32  # ids that take as much as what is kept beside those of a part
 
 
 class FrameParts:
@@ -26,23 +28,24 @@ class FrameParts:
     Args:
         added: the tokens that were added to a tokenizer, by their ids.
         encode: ids of several texts.
-        most: ids that are remembered; those that were not used for longest go first.
+        most: ids that are remembered, and `_A_PART` for each part; what was not used for longest
+            goes first.
     """
 
     def __init__(
         self,
-        added: Mapping[int, Any],
+        added: Mapping[int, AddedToken],
         encode: Callable[[list[str]], Sequence[Sequence[int]]],
         most: int = _MOST,
     ) -> None:
         # Tokens that are looked for in what a normaliser makes of a text are no borders.
-        cutting = {token.content: (i, token) for i, token in added.items() if not token.normalized}
-        longest = sorted(cutting, key=len, reverse=True)
+        cutting = [token for token in added.values() if not token.normalized]
+        longest = sorted((token.content for token in cutting), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest)) or "(?!)")
         # Before a token that takes white space in front of it, the part before would keep it.
-        self._borders = {text: i for text, (i, token) in cutting.items() if not token.lstrip}
+        self._borders = {token.content for token in cutting if not token.lstrip}
         # Whether such a token is one depends on what stands beside it.
-        self._can_cut = not any(token.single_word for _, token in cutting.values())
+        self._can_cut = not any(token.single_word for token in cutting)
         self._encode = encode
         self._known: OrderedDict[str, array[int]] = OrderedDict()
         self._held, self._most = 0, most
@@ -55,7 +58,7 @@ class FrameParts:
             found = {part: self._known[part] for part in parts if part in self._known}
         missing = [part for part in dict.fromkeys(parts) if part not in found]
         for part, ids in zip(missing, self._encode(missing) if missing else (), strict=True):
-            found[part] = array("q", ids)
+            found[part] = array("i", ids)
         self._remember(found)
         return [number for part in parts for number in found[part]]
 
@@ -70,8 +73,8 @@ class FrameParts:
             for part, ids in found.items():
                 if part not in self._known:
                     self._known[part] = ids
-                    self._held += len(ids)
+                    self._held += len(ids) + _A_PART
                 self._known.move_to_end(part)
             while self._held > self._most:
                 _, ids = self._known.popitem(last=False)
-                self._held -= len(ids)
+                self._held -= len(ids) + _A_PART
