@@ -175,6 +175,15 @@ def test_tokens_that_are_no_borders(token, parts):
     assert plain.encode_frame(frame, "*") == plain.encode_frame_with_spans(frame, "*")[0]
 
 
+def test_a_token_behind_a_normaliser_is_no_border():
+    tokenizer = KINDS["a space in front of every part"]()
+    tokenizer.chat_template = ""  # so that <lamp> and its like are no control tokens
+    plain = PlainText(tokenizer)
+    assert not plain.takes_alike
+    for frame in ("a<lamp>a", "<|end|>a<lamp>a<|end|><lamp>"):
+        assert plain.encode_frame(frame, "*") == plain.encode_frame_with_spans(frame, "*")[0]
+
+
 def test_what_was_tokenised_before_is_not_tokenised_again(monkeypatch):
     tokenizer = _bytes()
     plain, taken = PlainText(tokenizer), []
