@@ -180,3 +180,15 @@ def test_a_model_in_bfloat16_reads_about_as_exactly_as_while_it_learns(new, monk
             got = model(ids[:, -new:], past_key_values=past).logits
         off[learning] = float((got.detach().double() - want).norm() / want.norm())
     assert off[False] < 1.5 * off[True]
+
+
+@pytest.mark.parametrize("cut", [5, 17])  # inside the first chunk; behind a memory
+def test_dropout_of_weights_in_an_open_chunk(cut):
+    """Its rows are kept up to a round number, and nothing is drawn for those."""
+    model, ids = tiny_comet("llama").train(), random_ids(20)[None]
+    for cell in model.model.cells:
+        cell.layer.self_attn.attention_dropout = 1e-12  # next to none: the numbers stay
+    with torch.no_grad():
+        begun = model(ids[:, :cut], use_cache=True).past_key_values
+        more = model(ids[:, cut:], past_key_values=begun, use_cache=True).logits
+        assert error(more, model.eval()(ids).logits[:, cut:]) < 1e-9

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -358,10 +359,14 @@ def hub(monkeypatch):
             assert filename == "README.md"
             return state.has_card
 
-        def upload_folder(self, *, repo_id, folder_path, ignore_patterns=None, **options):
+        def upload_folder(
+            self, *, repo_id, folder_path, ignore_patterns=None, delete_patterns=(), **options
+        ):
             state.repo, state.options = repo_id, options
             kept = ignore_patterns or []
-            state.files = {
+            gone = [name for name in state.files for one in delete_patterns if fnmatch(name, one)]
+            state.files = {name: data for name, data in state.files.items() if name not in gone}
+            state.files |= {
                 str(path.relative_to(folder_path)): path.read_bytes()
                 for path in sorted(Path(folder_path).rglob("*"))
                 if path.is_file() and path.name not in kept
@@ -386,6 +391,16 @@ def test_push_to_hub_leaves_a_card_that_is_there(model, hub):
     hub.has_card = True
     model.push_to_hub("tiny-comet")
     assert "README.md" not in hub.files
+    assert "model.safetensors" in hub.files
+
+
+def test_push_to_hub_takes_an_adapter_away_that_was_there(named, hub):
+    model = attached(named)
+    model.add_adapter(cometlm.lora_config(2))
+    model.push_to_hub("tiny-comet")
+    assert {"lora/adapter_config.json", "lora/adapter_model.safetensors"} <= hub.files.keys()
+    attached(named).push_to_hub("tiny-comet")
+    assert not [name for name in hub.files if name.startswith("lora")]
     assert "model.safetensors" in hub.files
 
 

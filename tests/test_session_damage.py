@@ -163,7 +163,6 @@ TENSORS = {
     "an id above the vocabulary": (ids(5, 96), "token ids"),
     "a negative id": (ids(-1), "token ids"),
     "a huge id": (ids(2**62), "token ids"),
-    "an open chunk that is empty": (ids(), "token ids"),
 }
 
 
@@ -288,7 +287,7 @@ def test_more_than_the_chunks_hold_is_refused(small, good, tmp_path, name, value
 
 
 def test_less_than_an_overlap_leaves_is_refused(tmp_path):
-    """Each fold reads more than it and leaves more than it open."""
+    """Each fold reads more than it and leaves as much open."""
     session = Session(tiny_comet("llama", overlap=4))
     session.read(random_ids(40))
     session.save(tmp_path / "s")
@@ -296,7 +295,7 @@ def test_less_than_an_overlap_leaves_is_refused(tmp_path):
     assert_same(Session.load(tmp_path / "s", session.model), session)
 
     refuse(session.model, tmp_path / "s", with_document(good, setter("tokens", 19)), "damaged")
-    refuse(session.model, tmp_path / "s", with_tensors(good, ids(5, 6, 7, 8)), "damaged")
+    refuse(session.model, tmp_path / "s", with_tensors(good, ids(5, 6, 7)), "damaged")
 
 
 STREAMS = [

@@ -73,6 +73,18 @@ def test_what_a_full_memory_takes_is_known_before(kind):
     assert session.stats().memory_bytes == want
 
 
+@pytest.mark.parametrize("kind", ["llama", "overlap"])
+def test_a_session_that_has_just_made_room_for_a_question(kind, tmp_path):
+    session, question = session_of(kind), [7] * 8
+    session.read([5] * 10)
+    next(session.asking_in_one_chunk(question))
+    assert session.open_tokens == session.model.config.comet_config.overlap
+    loaded = reloaded(session, tmp_path / "s")
+    for one in (session, loaded):
+        one.read(question)
+    assert_same(loaded, session)
+
+
 def test_an_unread_session(tmp_path):
     loaded = reloaded(session_of(), tmp_path / "s")
     assert loaded.stats() == SessionStats(0, 0, 0)

@@ -166,6 +166,7 @@ def attend(
     if isinstance(layout, FixedLayout):
         return attend_masked(query, chunk, layout.mask(window), scale)
     if not layout.uniform or (dropout and memory is not None):
+        chunk = KeyValue(*(x[:, :, : max(layout.slots)] for x in chunk))  # without filling
         row = chunk if memory is None else _joined(memory, chunk)
         return attend_masked(query, row, layout.full_mask(window), scale, dropout)
     same_width = query.shape[-1] == chunk.value.shape[-1]  # else latent attention

@@ -196,7 +196,7 @@ def load(
         ids = file.get_tensor("open").tolist()
         layers = [_layer(file, model, i, wanted) for i in range(len(model.model.cells))]
     vocabulary = model.config.vocab_size
-    few = row.folds and len(ids) <= sizes.overlap  # a fold leaves the overlap open, and new text
+    few = row.folds and len(ids) < sizes.overlap  # which a fold leaves open
     if few or any(not 0 <= token < vocabulary for token in ids):
         raise ValueError(f"{path} is damaged: its token ids are none of this model's")
     cache = CometCache(tuple(layers), (row,), sizes, sizes.row_length)
