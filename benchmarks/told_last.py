@@ -1,12 +1,12 @@
 """Is what was told last answered, wherever a chunk ended before?
 
-    python benchmarks/told_last.py [--model smollm2] [--overlaps 8 256] [--behind 0 900 2000] [--gap 0]
+    python benchmarks/told_last.py [--overlaps 8 256] [--behind 0 900 2000] [--gap 0]
 
-A text is read, then a fact in a sentence of its own, `--gap` tokens of another text, and the fact is
-asked for in other words, in a session each. Where question and answer no longer fit into the open
-chunk, the session ends it in front of them, and all but its last `overlap` tokens are in the memory.
-Facts, names, questions and texts are the held-out ones of the task `facts`. Prints the share whose
-answer was said, with its 95% interval; writes out/told_last.json.
+A text is read, then a fact in a sentence of its own, `--gap` tokens of another text, and the fact
+is asked for in other words, in a session each. Where question and answer no longer fit into the
+open chunk, the session ends it in front of them, and all but its last `overlap` tokens are in the
+memory. Facts, names, questions and texts are the held-out ones of the task `facts`. Prints the
+share whose answer was said, with its 95% interval; writes out/told_last.json.
 """
 
 from __future__ import annotations

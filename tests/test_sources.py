@@ -4,10 +4,13 @@ import gzip
 import io
 import os
 from array import array
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cometlm.session.sources import pieces
 from cometlm.text_file import read_blocks, read_text
@@ -198,6 +201,20 @@ def test_a_character_over_the_border_of_two_reads(tmp_path):
     for shift in range(4):
         words = "x" * (8192 - shift) + "☂️\r\n" * 3
         assert taken(words.encode()) == words.replace("\r\n", "\n")
+
+
+@given(st.lists(st.integers(0, 40), max_size=6), st.booleans())
+def test_bytes_in_pieces_are_one_text_wherever_they_are_cut(cuts, marked):
+    words = "für\r\nmich ☂️\rund"
+    data = b"\xef\xbb\xbf" * marked + words.encode()
+    places = [0, *sorted(cuts), len(data)]
+    parts = [data[begin:end] for begin, end in pairwise(places)]
+    assert taken(iter(parts)) == taken(data) == "für\nmich ☂️\nund"
+
+
+def test_a_wrong_byte_in_pieces_is_named():
+    with pytest.raises(ValueError, match="the bytes is not UTF-8 text: byte 5, in line 2"):
+        taken([b"one", b"\n\xc3", b"(", "more"])
 
 
 def test_zero_bytes_are_refused_with_their_line():

@@ -121,6 +121,17 @@ def test_keys(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "begin", ["", "# ours", "# ours\n", f"bob {'a' * 64}", f"bob {'a' * 64}\n"]
+)
+def test_a_key_is_added_to_a_file_that_was_written_by_hand(tmp_path, begin):
+    path = tmp_path / "keys"
+    path.write_text(begin)
+    key = new_key(path, "eve")
+    assert Keys.read(path).owner_of(key) is not None
+    assert path.read_text().startswith(begin)
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [("", "holds no key"), ("ann 12", "line 1"), (f"a {'0' * 64}\na {'1' * 64}", "line 2")],
 )

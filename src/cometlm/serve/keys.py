@@ -36,16 +36,7 @@ class Keys:
             ValueError: a line that is none; a name that stands twice; no key at all.
             OSError: it cannot be read.
         """
-        hashes: dict[str, str] = {}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            said = line.partition("#")[0].strip()
-            if not said:
-                continue
-            found = _LINE.fullmatch(said)
-            if not found or found[1] in hashes:
-                why = "its name stands twice" if found else "it is no `NAME HASH`"
-                raise ValueError(f"{path}, line {number}: {why}")
-            hashes[found[1]] = found[2]
+        hashes = _hashes_in(path)
         if not hashes:
             raise ValueError(f"{path} holds no key; `cometlm key NAME --keys {path}` makes one")
         return cls(hashes)
@@ -77,11 +68,32 @@ def new_key(path: str | Path, name: str) -> str:
         raise ValueError(f"a name must be 1 … 64 letters, digits or any of . _ @ -, got {name!r}")
     if not target.exists():
         target.touch(mode=0o600)
-    elif target.stat().st_size and name in Keys.read(target)._hashes:
+    elif name in _hashes_in(target):
         raise ValueError(f"{path} has a key of the name {name!r} already")
+    ended = target.read_bytes()[-1:] in (b"", b"\n")  # by hand a last line may be without its end
     with target.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write(f"{'' if ended else chr(10)}{line}\n")
     return key
+
+
+def _hashes_in(path: str | Path) -> dict[str, str]:
+    """Hashes of a file's keys, by name.
+
+    Raises:
+        ValueError: a line that is none; a name that stands twice.
+        OSError: it cannot be read.
+    """
+    hashes: dict[str, str] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        said = line.partition("#")[0].strip()
+        if not said:
+            continue
+        found = _LINE.fullmatch(said)
+        if not found or found[1] in hashes:
+            why = "its name stands twice" if found else "it is no `NAME HASH`"
+            raise ValueError(f"{path}, line {number}: {why}")
+        hashes[found[1]] = found[2]
+    return hashes
 
 
 def _hash(key: str) -> str:

@@ -7,6 +7,7 @@ that can be known.
 from __future__ import annotations
 
 import io
+import itertools
 import operator
 import os
 import reprlib
@@ -35,7 +36,8 @@ def pieces(source: Source, encoding: str = UTF8) -> Iterator[str | list[int]]:
 
     Args:
         source: text; bytes of text; a path or an open file; token ids as a sequence, an array or a
-            tensor [N] or [1, N]; a mapping with the `input_ids` of one text; an iterable of these.
+            tensor [N] or [1, N]; a mapping with the `input_ids` of one text; an iterable of these,
+            in which bytes that follow each other are one text, cut anywhere.
         encoding: of bytes, and of files that were not opened as text.
 
     Raises:
@@ -45,10 +47,10 @@ def pieces(source: Source, encoding: str = UTF8) -> Iterator[str | list[int]]:
     given: Any = source
     if isinstance(given, str):
         yield from cut_blocks(given)
-    elif isinstance(given, memoryview) and given.format not in _BYTES:
-        yield from pieces(given.tolist(), encoding)
-    elif isinstance(given, (bytes, bytearray, memoryview)):
+    elif _is_bytes(given):
         yield from read_blocks(io.BytesIO(given), "the bytes", encoding)
+    elif isinstance(given, memoryview):
+        yield from pieces(given.tolist(), encoding)
     elif isinstance(given, os.PathLike):
         with open(given, "rb") as file:
             yield from read_blocks(file, os.fspath(given), encoding)
@@ -70,12 +72,28 @@ def _of_iterable(given: Any, encoding: str) -> Iterator[str | list[int]]:
         for i, item in enumerate(given):
             if not _is_id(item):
                 _check(item, f"item {i} of what read()")
-    for i, item in enumerate(given):
-        if _is_id(item):
-            yield [operator.index(item)]
-        else:
-            _check(item, f"item {i} of what read()")
-            yield from pieces(item, encoding)
+    for is_bytes, items in itertools.groupby(enumerate(given), lambda one: _is_bytes(one[1])):
+        if is_bytes:  # as a download gives them: they may be cut anywhere
+            joined = cast("IO[bytes]", _Joined(item for _, item in items))
+            yield from read_blocks(joined, "the bytes", encoding)
+            continue
+        for i, item in items:
+            if _is_id(item):
+                yield [operator.index(item)]
+            else:
+                _check(item, f"item {i} of what read()")
+                yield from pieces(item, encoding)
+
+
+class _Joined:
+    """Bytes in pieces as one file, which gives what has come."""
+
+    def __init__(self, parts: Iterable[bytes | bytearray | memoryview]) -> None:
+        self._parts = iter(parts)
+
+    def read(self, size: int) -> bytes:
+        """The next piece that is not empty, of any size; at the end none."""
+        return next((bytes(part) for part in self._parts if len(part)), b"") if size else b""
 
 
 def _check(given: Any, where: str) -> None:
@@ -90,6 +108,12 @@ def _check(given: Any, where: str) -> None:
     elif not (isinstance(given, (Iterable, os.PathLike)) or _is_array(given) or _is_file(given)):
         shown = reprlib.repr(given)
         raise ValueError(f"{where} got is {shown}, a {type(given).__name__}; give {_TAKEN}")
+
+
+def _is_bytes(given: Any) -> bool:
+    if isinstance(given, memoryview):
+        return given.format in _BYTES
+    return isinstance(given, (bytes, bytearray))
 
 
 def _is_file(given: Any) -> bool:
