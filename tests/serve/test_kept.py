@@ -11,6 +11,7 @@ import time
 import openai
 import pytest
 
+from cometlm.serve import kept as kept_module
 from cometlm.serve.folder import Folder, Kept
 from cometlm.serve.kept import FullError, NotKeptError, SessionStore
 from cometlm.serve.trail import Trail
@@ -240,6 +241,30 @@ def test_what_is_written_anew_is_never_taken_from_memory(place):
         one.put(Kept(name, "ann", "conversation", 5), session_after(length))
         for server in (one, two):
             assert_same(server.get(name, "ann")[1], session_after(length))
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_what_another_server_renews_does_not_expire(place, looks, monkeypatch):
+    """A conversation in use would else be lost a lifetime after another server first saw it."""
+    monkeypatch.setattr(kept_module, "_SWEEP", 0.0)
+    refresh = 0.0 if looks else 1e6
+    one, two = (SessionStore(folder=folder_of(place), refresh=refresh) for _ in range(2))
+    begun, name = time.time(), one.ids.new("conv_", "ann")
+    one.put(Kept(name, "ann", "conversation", 5, expires=begun + 50), session_after(50))
+    assert two.get(name, "ann")[0].expires == begun + 50
+    time.sleep(0.02)  # by which the files' times differ
+    one.put(Kept(name, "ann", "conversation", 5, expires=begun + 500), session_after(80))
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 100)
+    if looks:
+        assert [listed.expires for listed in two.all_of("ann")] == [begun + 500]
+    put(two, 20, owner="bob")
+    for server in (one, two):
+        assert_same(server.get(name, "ann")[1], session_after(80))
+    monkeypatch.setattr(time, "time", lambda: now() + 1000)
+    put(two, 30, owner="bob")
+    assert gone(one, name)
+    assert folder_of(place).find(name) is None
 
 
 def test_what_another_server_just_used_stays(place):

@@ -169,6 +169,18 @@ class Index:
         )
         return {name for (name,) in rows}
 
+    def sizes_and_use(self, kinds: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """Bytes of sessions of some kinds, and when they were used last."""
+        rows = self._run(
+            f"SELECT id, nbytes, used FROM sessions WHERE kind IN ({_places(kinds)})", kinds
+        )
+        return {name: (nbytes, used) for name, nbytes, used in rows}
+
+    def kind(self, name: str) -> str | None:
+        """What a session is; None: it is not known."""
+        rows = self._run("SELECT kind FROM sessions WHERE id = ?", (name,))
+        return rows[0][0] if rows else None
+
     def passing(self) -> set[str]:
         """Sessions that are in memory only."""
         return {name for (name,) in self._run("SELECT id FROM sessions WHERE is_passing")}

@@ -18,12 +18,13 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cometlm.serve.folder import CHANGING, TURN, Folder, Kept
 from cometlm.serve.ids import Ids
 from cometlm.serve.index import Index, Listed
+from cometlm.serve.objects import ChangedError, Found
 from cometlm.serve.trail import beginnings
 from cometlm.session.session import Session
 
@@ -206,7 +207,7 @@ class SessionStore:
         else:
             kept, session = held
             self._check_still_there(name)
-        if _is_over(kept.expires):
+        if _is_over(kept.expires) and kept.kind not in CHANGING:  # those may be renewed just now
             with contextlib.suppress(OSError):  # it is not given out in any case
                 self._forget(name)
         if kept.owner != owner or _is_over(kept.expires):
@@ -280,7 +281,8 @@ class SessionStore:
             _log.error("%s cannot be read: %s", name, error)
             raise NotKeptError(name, was_given=True) from error
         with self._lock:
-            if found is not None and self._index.listed(name, kept.owner) is None:
+            is_known = self._index.listed(name, kept.owner) is not None
+            if found is not None and (kept.kind in CHANGING or not is_known):
                 self._index.add(kept, found.nbytes, found.used)  # another server wrote it
             self._hold(kept, session, _nbytes(kept, session))
         self._make_room()
@@ -320,12 +322,22 @@ class SessionStore:
         with self._looking:
             self._looked, began = time.monotonic(), time.time()
             there, known = folder.all(), self._index.names()
-            for kept, found in folder.describe(there[name] for name in there.keys() - known):
+            new = (there.keys() - known) | self._written_anew(there)
+            for kept, found in folder.describe(there[name] for name in new):
                 self._index.add(kept, found.nbytes, found.used)
             for name in there.keys() & known:
                 self._index.use(name, there[name].used)
             # What was put since this began is not in the list yet.
             self._index.remove((known & self._index.names(before=began)) - there.keys())
+
+    def _written_anew(self, there: Mapping[str, Found]) -> set[str]:
+        """Of kinds that change, what another server has written since, or used."""
+        known = self._index.sizes_and_use(CHANGING)
+        return {
+            name
+            for name, seen in known.items()
+            if name in there and seen != (there[name].nbytes, there[name].used)
+        }
 
     # --- budgets ----------------------------------------------------------------------------
 
@@ -365,9 +377,29 @@ class SessionStore:
         self._swept = time.monotonic()
         try:
             for name in self._index.expired():
-                self._forget(name)
+                self._expire(name)
         except OSError as error:
             _log.warning("what has expired cannot be removed now: %s", error)
+
+    def _expire(self, name: str) -> None:
+        """Forget what has expired; another server may have renewed what is written anew.
+
+        Raises:
+            OSError: the store cannot be used now.
+        """
+        if self._folder is None or self._index.kind(name) not in CHANGING:
+            self._forget(name)
+            return
+        with contextlib.suppress(ChangedError), self._folder.changing(name):
+            found = self._folder.find(name)
+            described = [] if found is None else list(self._folder.describe([found]))
+            if found is not None and not described:
+                return  # it cannot be read now
+            if any(not _is_over(kept.expires) for kept, _ in described):
+                for kept, found in described:
+                    self._index.add(kept, found.nbytes, found.used)
+            else:
+                self._forget(name)
 
     def _forget(self, name: str) -> None:
         if self._folder is not None:
