@@ -1,6 +1,7 @@
 """Sessions of a key: listed, taken home, brought back, forked and deleted."""
 
 import io
+import json
 import time
 
 import pytest
@@ -140,6 +141,9 @@ def damaged(path):
         return save({**tensors, **changed}, metadata)
 
     name = next(name for name in tensors if name.startswith("state"))
+    document = json.loads(metadata["cometlm"])
+    document.pop("digest")  # as older files
+    document["stream"] = {"text": "ab cd " * 50_000, "done": 0, "started": True}
     return {
         "text": b"Hello",
         "nothing": b"",
@@ -150,6 +154,7 @@ def damaged(path):
         "shape": written(**{name: tensors[name][:, :1].clone()}),
         "ids": written(open=torch.tensor([10**9])),
         "long": written(open=torch.zeros(10**6, dtype=torch.int64)),
+        "waiting": save(tensors, {"cometlm": json.dumps(document)}),
         "deep": save(tensors, {"cometlm": "[" * 10**5}),
         "infinite": written(**{name: tensors[name].clone().fill_(float("-inf"))}),
         "a dtype without infinity": written(x=torch.zeros(8, dtype=torch.float8_e4m3fn)),
@@ -177,6 +182,8 @@ def test_files_that_are_no_session(tmp_path):
         long = upload(server, damaged(tmp_path / "one")["long"])
         assert long.status_code == 400
         assert "at most 65536" in long.json()["error"]["message"]
+        waiting = upload(server, damaged(tmp_path / "one")["waiting"])
+        assert "at most 294912 characters, got 300000" in waiting.json()["error"]["message"]
 
 
 def test_a_session_of_another_model_is_refused(tmp_path):

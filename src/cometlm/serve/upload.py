@@ -1,8 +1,8 @@
 """Session files that clients send: read by the session's own loader, and trusted in nothing.
 
 The loader refuses what is no session of this model, by its header. A file may still claim a memory
-that is not finite, or an open chunk without end; both are refused here, before anything of them is
-used. A file takes at most twice its size of memory until it is refused or read.
+that is not finite, or an open chunk or a waiting text without end; these are refused here, before
+anything of them is used. A file takes at most twice its size of memory until it is refused or read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import IO, Any
 from safetensors import safe_open
 
 from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.session.file import document_of
 from cometlm.session.header import read_header
 from cometlm.session.session import Session
+from cometlm.session.token_stream import most_waiting
 
 _MOST_OPEN = 1 << 16  # ids of an open chunk; whole chunks are folded, so real ones are shorter
 
@@ -42,7 +44,7 @@ def load_upload(
         with open(path, "wb") as copy:
             shutil.copyfileobj(file, copy)
         try:
-            _check_open_chunk(path)
+            _check_lengths(path)
             session = Session.load(path, model, tokenizer, made_by=made_by)
             _check_finite(path)
         except ValueError as error:
@@ -50,17 +52,25 @@ def load_upload(
         return session
 
 
-def _check_open_chunk(path: str) -> None:
-    """Refuse an open chunk that is too long, by the header, before its ids are read."""
+def _check_lengths(path: str) -> None:
+    """Refuse an open chunk or a waiting text that no reading leaves, before they are used."""
     with open(path, "rb") as file:
-        _, tensors = read_header(file, os.path.getsize(path), path)
+        texts, tensors = read_header(file, os.path.getsize(path), path)
     shape = tensors.get("open", {}).get("shape")
     match shape:
         case [int(length)] if length <= _MOST_OPEN:
-            return
-    raise ValueError(
-        f"the file's open chunk must be a list of at most {_MOST_OPEN} tokens, got {shape!r:.80}"
-    )
+            pass
+        case _:
+            raise ValueError(
+                f"the file's open chunk must be a list of at most {_MOST_OPEN} tokens, got "
+                f"{shape!r:.80}"
+            )
+    waiting = len((document_of(texts, path)["stream"] or {"text": ""})["text"])
+    if waiting > most_waiting():
+        raise ValueError(
+            f"the file's text that is not tokenised yet must have at most {most_waiting()} "
+            f"characters, got {waiting}"
+        )
 
 
 def _check_finite(path: str) -> None:

@@ -21,6 +21,12 @@ from cometlm.session.plain_text import (
 _CONTEXT = 1024  # characters in front of the window whose tokens are known
 _WINDOW = 16384  # characters to collect before tokenising
 _MARGIN = 512  # characters at the end that wait for what follows
+_LONGEST_WORD = 8  # windows of text without white space, which is cut anywhere then
+
+
+def most_waiting() -> int:
+    """Characters that a stream never holds more of, if it is fed a window at a time."""
+    return 2 * (_LONGEST_WORD + 1) * _WINDOW
 
 
 class TokenStream:
@@ -155,6 +161,6 @@ class TokenStream:
             if start > limit or spans[i - 1][1] > start:
                 continue
             word = self._text[start].isspace() and not self._text[start - 1].isspace()
-            if word or len(self._text) - self._done > 8 * _WINDOW:
+            if word or len(self._text) - self._done > _LONGEST_WORD * _WINDOW:
                 return i
         return 0
