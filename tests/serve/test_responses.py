@@ -5,8 +5,11 @@ import json
 import openai
 import pytest
 
+from cometlm.serve.folder import Folder
+from cometlm.serve.kept import SessionStore
+from cometlm.session import file
 from tests.serve.running import running, service_of
-from tests.sessions import TEXT, session_of
+from tests.sessions import TEXT, model_of, session_of, tokenizer_of
 
 PATH = "/v1/responses"
 
@@ -175,3 +178,22 @@ def test_images_are_refused(server):
     parts = [{"type": "input_image", "image_url": "x"}]
     error = server.refused(PATH, input=[{"role": "user", "content": parts}])
     assert error["param"] == "input[0].content[0]"
+
+
+def test_more_than_can_be_kept_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """Beside a session its file takes some megabytes of what was said, and no more."""
+    store = SessionStore(folder=Folder(tmp_path, model_of("llama"), tokenizer_of("llama")))
+    monkeypatch.setattr(file, "MOST_NOTED", 20_000)
+    with running(service_of(store=store)) as server:
+        long = "Я" * 4_000  # seven bytes each
+        for refused in (
+            server.http.post(PATH, json={"model": "tiny", "input": long}),
+            server.http.post(
+                "/v1/conversations", json={"items": [{"role": "user", "content": long}]}
+            ),
+        ):
+            assert refused.status_code == 413
+            assert "may take 20000 bytes" in refused.json()["error"]["message"]
+        assert store.sessions == 0
+        assert ask(server, "a" * 4_000).status == "incomplete"
+        assert ask(server, long, store=False).status == "incomplete"

@@ -6,6 +6,7 @@ from typing import Any
 
 from cometlm.serve.engine import BusyError, StoppedError
 from cometlm.serve.kept import FullError, NotKeptError
+from cometlm.session.file import NotesError
 
 UNKNOWN = "this field is unknown or not supported; leave it out"
 INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "rate_limit_error"
@@ -77,6 +78,8 @@ def as_api_error(error: BaseException, param: str | None = None) -> ApiError:
         )
     if isinstance(error, StoppedError):
         return ApiError(str(error), status=503, kind=SERVER, code="stopping")
+    if isinstance(error, NotesError):
+        return ApiError(f"nothing was kept: {error.strerror}", status=413, param=param)
     if isinstance(error, FullError):  # no later try is better
         return ApiError(str(error), status=503, kind=SERVER, code="store")
     if isinstance(error, OSError):

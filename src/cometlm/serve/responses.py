@@ -23,6 +23,7 @@ from cometlm.serve.schema import ResponseBody, sampling_of
 from cometlm.serve.service import Prompt, Run, Service, Writing
 from cometlm.serve.start import find_start
 from cometlm.serve.thread import Thread, change, turn
+from cometlm.session.file import NotesError, noted
 from cometlm.session.writer import Likely
 
 router = APIRouter()
@@ -48,6 +49,8 @@ async def _begun(
     body: ResponseBody, request: Request, service: Service, owner: str
 ) -> tuple[_Reply, Run]:
     items = items_of(body.input)
+    if body.store is not False:
+        _check_can_be_kept(items)
     most = service.most_tokens(
         body.max_output_tokens, service.limits.usual_tokens, "max_output_tokens"
     )
@@ -74,6 +77,18 @@ async def _begun(
     writing = Writing(sampling, most, keeps=body.store is not False)
     reply = _Reply(service, body, owner, prompt, items, most, found.thread, request)
     return reply, service.run(prompt, writing, owner)
+
+
+def _check_can_be_kept(items: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse, before any of it is read, what could not be kept with the answer.
+
+    Raises:
+        ApiError: it is too long.
+    """
+    try:
+        noted({"input": list(items)})
+    except NotesError as error:
+        raise as_api_error(error, "input") from error
 
 
 class ResponseQuery(BaseModel):

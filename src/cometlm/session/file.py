@@ -12,6 +12,7 @@ A SHA-256 of it all (`digest` in the document; older files have none) tells one 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -45,7 +46,12 @@ FORMAT = 1
 _KEY = "cometlm"
 _NOTES = "notes"
 _DIGEST = "digest"
+MOST_NOTED = 64 << 20  # bytes of notes: safetensors takes a header of 100 MB, and escapes it again
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class NotesError(OSError):
+    """What is to be noted beside a session is more than its file takes."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ def save(
 
     Raises:
         ValueError: a pipe or a device.
-        OSError: it cannot be written; an older file of that name is as it was.
+        OSError: it cannot be written (`NotesError`: for its notes); an older file of that name is
+            as it was.
     """
     target = _resolved(path)
     (row,) = session.cache.rows
@@ -117,10 +124,26 @@ def save(
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {_KEY: json.dumps(document)}
     if notes is not None:
-        metadata[_NOTES] = json.dumps(dict(notes))
+        metadata[_NOTES] = noted(notes)
     document[_DIGEST] = _digest(metadata, plain)
     metadata[_KEY] = json.dumps(document)
     write_whole(target, to_bytes(plain, metadata))
+
+
+def noted(notes: Mapping[str, Any]) -> str:
+    """Notes as a file has them.
+
+    Raises:
+        NotesError: they are more than it takes.
+    """
+    text = json.dumps(dict(notes))
+    taken = len(text) + text.count("\\") + text.count('"')  # these are escaped again
+    if taken > MOST_NOTED:
+        raise NotesError(
+            errno.EFBIG,
+            f"what is noted beside a session may take {MOST_NOTED} bytes of its file, got {taken}",
+        )
+    return text
 
 
 def check_target(path: Path) -> None:
