@@ -24,7 +24,7 @@ SIZE = 8 << 20  # of files that would grow: much more than the slack
 LOADING = """
 import pathlib, resource, sys
 from cometlm import Session
-from cometlm.session.file import identity
+from cometlm.session.identity import identity
 from tests.tiny import tiny_comet
 
 def used():

@@ -45,7 +45,7 @@ def with_document(data, change):
     """The file with another document; `change` edits it, or is its text."""
     header, body = parts(data)
     document = json.loads(header["__metadata__"]["cometlm"])
-    document.pop("digest")  # as older files
+    del document["digest"], document["made_by"]["settings"]  # as older files
     if callable(change):
         change(document)
         change = json.dumps(document)
@@ -60,7 +60,7 @@ def with_tensors(data, change):
     kept = {name: (entry, body[slice(*entry["data_offsets"])]) for name, entry in header.items()}
     change(kept)
     document = json.loads(metadata["cometlm"])
-    document.pop("digest")  # as older files
+    del document["digest"], document["made_by"]["settings"]  # as older files
     metadata["cometlm"] = json.dumps(document)
     made, out = {"__metadata__": metadata}, b""
     for name, (entry, raw) in kept.items():
@@ -247,6 +247,9 @@ DOCUMENTS = {
         "damaged",
     ),
     "an origin of numbers": (setter("made_by", "backbone", 7), "damaged"),
+    "settings of a list": (setter("made_by", "settings", "[]"), "damaged"),
+    "settings of numbers": (setter("made_by", "settings", 7), "damaged"),
+    "settings and no digest": (setter("made_by", "settings", "{}"), "digest"),
     "a model of lists": (setter("model", "name", []), "damaged"),
     **{
         f"{name} = {value}": (setter(name, value), "damaged")

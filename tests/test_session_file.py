@@ -29,7 +29,7 @@ from tests.sessions import (
     session_of,
     tokenizer_of,
 )
-from tests.tiny import random_ids, tiny_backbone
+from tests.tiny import SMALL, random_ids, tiny_backbone
 
 pytestmark = pytest.mark.usefixtures("small_windows")
 
@@ -92,6 +92,19 @@ def test_an_unread_session(tmp_path):
     for session in (loaded, want):
         session.read(TEXT)
     assert_same(loaded, want)
+
+
+def test_a_backbone_that_uses_its_weights_otherwise_is_refused(tmp_path):
+    """Rotary positions, among others, are in no weight."""
+    backbones = [tiny_backbone("llama") for _ in range(3)]
+    backbones[1].config.rms_norm_eps *= 1 + 1e-7  # as a file of GGUF rounds it
+    backbones[2].config.rope_parameters["rope_theta"] = 50.0
+    session, same, other = (Session(cometlm.attach(one, **SMALL)) for one in backbones)
+    session.read(random_ids(40).tolist())
+    session.save(tmp_path / "s")
+    Session.load(tmp_path / "s", same.model)
+    with pytest.raises(ValueError, match=r"rope_theta is 10000\.0, this model's is 50\.0"):
+        Session.load(tmp_path / "s", other.model)
 
 
 def test_saving_changes_nothing(tmp_path):

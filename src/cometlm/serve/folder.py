@@ -20,8 +20,9 @@ from typing import Any
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.serve.objects import Found, objects_at
 from cometlm.serve.trail import Trail
-from cometlm.session.file import document_of, identity, notes_of, read_notes
+from cometlm.session.file import document_of, notes_of, read_notes
 from cometlm.session.header import read_metadata
+from cometlm.session.identity import identity
 from cometlm.session.session import Session
 
 TURN = "turn"  # the kind of what only says where a chat went on; see `start`

@@ -37,7 +37,8 @@ from cometlm.serve.tools import (
 )
 from cometlm.serve.trail import Trail
 from cometlm.session.chat_template import ChatOptions, Conversation, Message, UntakenError
-from cometlm.session.file import full_bytes, identity
+from cometlm.session.file import full_bytes
+from cometlm.session.identity import identity
 from cometlm.session.options import stop_ids
 from cometlm.session.plain_text import PlainText, prefix_ids
 from cometlm.session.session import Session

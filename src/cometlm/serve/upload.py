@@ -33,7 +33,7 @@ def load_upload(
         file: the bytes; they are copied to disk, piece by piece.
         model: whose session it has to be.
         tokenizer: its tokenizer.
-        made_by: the model's `session.file.identity`.
+        made_by: the model's `session.identity.identity`.
 
     Raises:
         ValueError: it is no session of this model, or one that no reading leaves; no path is

@@ -4,7 +4,7 @@ Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemo
 `own.{layer}.{name}` as `LayerState` holds a layer's own state, and `open` [n], the token ids of the
 open chunk, its overlap among them. The document (metadata key
 `cometlm`) says the rest: chunks folded, the end of the text that is not tokenised yet, which
-weights and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
+weights, settings and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
 and lengths against the file before anything is allocated; what it cannot know is checked here,
 also before a tensor is read. Whoever saves may note something beside it (metadata key `notes`).
 A SHA-256 of it all (`digest` in the document; older files have none) tells one that has rotted.
@@ -31,8 +31,6 @@ from cometlm import __version__
 from cometlm.backbones.families import device_of
 from cometlm.checkpoints.atomic_write import write_whole
 from cometlm.checkpoints.backbones import Bits, bits_of
-from cometlm.checkpoints.fingerprint import fingerprint
-from cometlm.checkpoints.merge import weights_before_merging
 from cometlm.checkpoints.source import kind_of
 from cometlm.config import CometConfig
 from cometlm.core.cache import CometCache
@@ -41,6 +39,7 @@ from cometlm.core.layout import RowCounts
 from cometlm.core.memory import LayerMemory
 from cometlm.core.state import LayerState
 from cometlm.session.header import loads, read_metadata
+from cometlm.session.identity import SETTINGS, difference, identity, is_settings, is_sizes
 
 FORMAT = 1
 _KEY = "cometlm"
@@ -193,13 +192,8 @@ def load(
     """
     metadata = _metadata(path)
     document = document_of(metadata, path)
-    its, here = document["made_by"], made_by or identity(model)
-    for part, ours in here.items():
-        if its[part] != ours and not (part == "config" and _same_sizes(its[part], ours)):
-            raise ValueError(
-                f"{path} is a session of another model: its {part} is {its[part]}, this "
-                f"model's is {ours}"
-            )
+    if differs := difference(document["made_by"], made_by or identity(model)):
+        raise ValueError(f"{path} is a session of another model: {differs}")
     sizes = model.config.comet_config
     row = _counts(sizes, document)
     least, most = row.folds * (sizes.overlap + 1), row.folds * sizes.chunk_size
@@ -211,9 +205,10 @@ def load(
     wanted = _wanted(model, row)
     with _opened(path) as file:
         _check_tensors(path, file, wanted)
-        if _DIGEST in document:
+        # Older files have no digest, nor settings; where one alone is gone, the file has rotted.
+        if _DIGEST in document or SETTINGS in document["made_by"]:
             tensors = {name: file.get_tensor(name) for name in wanted}
-            its_digest = document.pop(_DIGEST)
+            its_digest = document.pop(_DIGEST, None)
             if its_digest != _digest({**metadata, _KEY: json.dumps(document)}, tensors):
                 raise ValueError(f"{path} is damaged: its digest is that of another content")
         ids = file.get_tensor("open").tolist()
@@ -284,17 +279,6 @@ def notes_of(metadata: Mapping[str, str], name: object) -> dict[str, Any]:
     return notes
 
 
-def identity(model: CometForCausalLM) -> dict[str, str]:
-    """Digests of everything that a memory depends on."""
-    comet = "model.comet."
-    weights = weights_before_merging(model)
-    return {
-        "backbone": fingerprint((n, w) for n, w in weights.items() if not n.startswith(comet)),
-        "memory weights": fingerprint((n, w) for n, w in weights.items() if n.startswith(comet)),
-        "config": json.dumps(model.config.comet_config.to_dict(), sort_keys=True),
-    }
-
-
 def describe_model(model: CometForCausalLM) -> dict[str, str]:
     """How `cometlm.load` makes the model again: name or path, dtype, sizes and quantization."""
     name = model.config.name_or_path or model.config.backbone
@@ -337,22 +321,6 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _same_sizes(made_by: str, ours: str) -> bool:
-    """Whether two configurations are one, though an older file lacks what is newer."""
-    if not _is_sizes(made_by):
-        return False
-    return CometConfig.from_dict(json.loads(made_by)) == CometConfig.from_dict(json.loads(ours))
-
-
-def _is_sizes(text: str) -> bool:
-    try:
-        values = loads(text)
-        CometConfig.from_dict(values)
-    except (ValueError, TypeError, AttributeError):
-        return False
-    return isinstance(values, dict)
 
 
 def _metadata(path: str | Path) -> dict[str, str]:
@@ -465,6 +433,7 @@ def _check(path: object, document: Any) -> None:
         for name, keys in parts.items()
     )
     sound = sound and isinstance(document.get("text", ""), str)
+    sound = sound and is_settings(document["made_by"].get(SETTINGS, "{}"))
     stream = document.get("stream")
     sound = (
         sound
@@ -483,5 +452,5 @@ def _check(path: object, document: Any) -> None:
         )
     )
     sound = sound and document["model"].get("quantization", "") in ("", *get_args(Bits))
-    if not sound or not _is_sizes(document["model"]["sizes"]):
+    if not sound or not is_sizes(document["model"]["sizes"]):
         raise ValueError(f"{path} is damaged: its document is not what a session writes")

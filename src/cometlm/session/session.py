@@ -472,7 +472,7 @@ class Session:
         Args:
             path: where to.
             notes: JSON values that the file holds beside it; `session.file.read_notes` has them.
-            made_by: `session.file.identity` of the model, for those who save often: it looks at
+            made_by: `session.identity.identity` of the model, for those who save often: it looks at
                 all weights.
 
         Raises:
