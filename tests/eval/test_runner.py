@@ -87,6 +87,32 @@ def test_what_is_known_is_not_asked_again(words):
     assert set(left) == every.keys() - known.keys()
 
 
+class Cut(Counter):
+    """Answers with where what it has read was cut, on which some methods depend."""
+
+    cuts = ()
+
+    def read(self, ids):
+        super().read(ids)
+        self.cuts = (*self.cuts, len(self.ids))
+
+    def fork(self):
+        fork = super().fork()
+        fork.cuts = self.cuts
+        return fork
+
+    def answer(self, ids=(), **generation):
+        return f"{self.cuts}<|im_end|>"
+
+
+def test_a_text_is_read_in_the_same_pieces_whatever_is_known(words):
+    every = {one.place: one for one in evaluate(Cut(words), Counting(words), [10], 1)}
+    assert [one.said for one in every.values()] == ["(5,)", "(5, 10)"]
+    known = {(10, 0, 1): every[10, 0, 1]}
+    (left,) = evaluate(Cut(words), Counting(words), [10], 1, known=known)
+    assert left.said == every[left.place].said
+
+
 def test_what_answers_something_else_is_asked_again(words):
     """Files that a task is made of may change between two runs."""
 

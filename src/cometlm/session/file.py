@@ -2,12 +2,12 @@
 
 Tensors: `state.{layer}` [1, M, D] and `entries.{layer}` [1, n, E] as `LayerMemory` holds them,
 `own.{layer}.{name}` as `LayerState` holds a layer's own state, and `open` [n], the token ids of the
-open chunk, its overlap among them. The document (metadata key
-`cometlm`) says the rest: chunks folded, the end of the text that is not tokenised yet, which
-weights, settings and sizes made the memory, and which library wrote it. safetensors checks shapes, offsets
-and lengths against the file before anything is allocated; what it cannot know is checked here,
-also before a tensor is read. Whoever saves may note something beside it (metadata key `notes`).
-A SHA-256 of it all (`digest` in the document; older files have none) tells one that has rotted.
+open chunk, its overlap among them. The document (metadata key `cometlm`) says the rest: chunks
+folded, the end of the text that is not tokenised yet, which weights, settings and sizes made the
+memory, and which library wrote it. safetensors checks shapes, offsets and lengths against the file
+before anything is allocated; what it cannot know is checked here, also before a tensor is read.
+Whoever saves may note something beside it (metadata key `notes`). A SHA-256 of it all (`digest` in
+the document; older files have none) tells one that has rotted.
 """
 
 from __future__ import annotations
