@@ -64,10 +64,12 @@ def test_its_steps_are_those_of_a_run(options, tmp_path):
         assert error(models[0](ids).logits, models[1](ids).logits) < 1e-3
 
 
-@pytest.mark.parametrize("whiten", [False, True])
-def test_it_goes_on_where_it_was_stopped(options, tmp_path, whiten):
+@pytest.mark.parametrize(("whiten", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.3)])
+def test_it_goes_on_where_it_was_stopped(options, tmp_path, whiten, dropout):
     """After a crash, or because its time is over; whitened gates alone begin anew."""
     options["gates"] = {"whiten": whiten, "batches": 1}
+    if dropout:
+        options |= {"mode": "lora", "lora": {"r": 2, "dropout": dropout}}
     whole = looped(options, output=str(tmp_path / "whole"))
     config = config_of({**options, "output": str(tmp_path / "parts")})
 

@@ -155,6 +155,8 @@ class _Loop:
             read, parts = batch.ids.numel(), self._fixed_step(batch)
         else:
             read = batch["input_ids"].numel()
+            # What dropout draws depends on the step, not on where this stretch of the run began.
+            torch.manual_seed(self.config.seed + self.step)
             loss, parts = self._loss(batch)
             loss.backward()
         clip = float(self.config.trainer.get("max_grad_norm", _CLIP))
