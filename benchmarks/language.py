@@ -112,7 +112,7 @@ def main() -> None:
     result["prose"] = beside(model, backbone, prose(tokenizer, size, args.rows))
     everyday = prompts_of("everyday", "test")[: args.prompts]
     theirs: list[list[int]] = []
-    for name in ("everyday", "faq"):
+    for name in ("everyday", "knowledge", "faq"):
         prompts = prompts_of(name, "test")[: args.prompts]
         say(f"{len(prompts)} {name} prompts …")
         asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]

@@ -7,6 +7,7 @@ may.
 """
 
 import os
+import signal
 
 _ASKED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _SHORT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # of GNU's library, and of LLVM's
@@ -16,6 +17,8 @@ def run() -> None:
     """Entry point. What the environment says of waiting is left as it is."""
     if not any(name in os.environ for name in _ASKED):
         os.environ.update(_SHORT)
-    from cometlm.cli.main import run as cli
-
+    try:
+        from cometlm.cli.main import run as cli
+    except KeyboardInterrupt:  # torch and transformers take seconds
+        raise SystemExit(128 + signal.SIGINT) from None
     cli()

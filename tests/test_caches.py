@@ -14,6 +14,10 @@ def test_when_there_is_a_cache():
     assert model(ids).past_key_values.tokens_read == 20
     assert model(ids, use_cache=False).past_key_values is None
     model.train()
+    assert model(ids).past_key_values.tokens_read == 20
+    assert model(ids, labels=ids).past_key_values is None
+    assert model(ids, labels=ids, use_cache=True).past_key_values.tokens_read == 20
+    model.activation_checkpointing_enable()
     assert model(ids).past_key_values is None
     assert model(ids, use_cache=True).past_key_values.tokens_read == 20
     model.eval()

@@ -216,7 +216,7 @@ def test_prompts_of_train_and_test_are_others(tmp_path, monkeypatch):
     own.write_text("\n")
     with refused("own.txt must hold prompts, a line each, got none"):
         prompts_of(str(own), "train")
-    with refused("prompts must be everyday, faq or a file, got 'nothing'"):
+    with refused("prompts must be everyday, knowledge, faq or a file, got 'nothing'"):
         prompts_of("nothing", "train")
 
 

@@ -184,6 +184,24 @@ def test_what_is_held_of_it_is_counted_and_given_up():
     assert session.stats().open_bytes == 0
 
 
+def test_asking_runs_the_chunks_of_text_whose_tokens_are_known():
+    """`read` collects some pages before it tokenises them; each question would run them again."""
+    session, want = session_of(), session_of()
+    for one in (session, want):
+        one.read(TEXT * 6)
+    assert session.stats().chunks == 0
+    with tokens_run(session) as first:
+        said = session.ask("Who?", max_new_tokens=3, **GREEDY)
+    with tokens_run(session) as second:
+        assert session.ask("Who?", max_new_tokens=3, **GREEDY) == said
+    assert sum(second) < sum(first) / 3
+    assert session.stats().chunks > 0
+    for one in (session, want):
+        one.read(TEXT)
+        list(one.finish())
+    assert_same(session, want)
+
+
 def test_a_short_open_chunk_is_not_prepared(monkeypatch):
     monkeypatch.setattr(session_module, "_WORTH_RUNNING", 64)
     session = with_open("llama", 4)

@@ -286,8 +286,21 @@ def test_a_damaged_weight_file_is_refused(saved):
         CometForCausalLM.from_pretrained(saved)
 
 
-def test_a_nameless_backbone_is_said_to_be(tmp_path):
+def test_a_backbone_that_was_made_of_a_config_is_saved(tmp_path):
+    """No name brings it back."""
     model = cometlm.attach(tiny_backbone("llama"), **SIZES)
+    model.save_pretrained(tmp_path)
+    loaded = CometForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    model.detached()
+    cometlm.attach(model._backbone, **SIZES).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "backbone").is_dir()
+
+
+def test_a_checkpoint_that_names_no_backbone(tmp_path):
+    """As those of backbones without a name did that were saved before."""
+    model = cometlm.attach(tiny_backbone("llama"), **SIZES)
+    model._backbone.only_copy = False
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"names no backbone .*give backbone="):
         CometForCausalLM.from_pretrained(tmp_path)

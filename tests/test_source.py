@@ -80,7 +80,7 @@ def test_a_built_in_model_comes_with_the_memory_that_ships():
     assert not source.is_checkpoint
     assert source.has_memory
     assert Path(source.memory_location, "model.safetensors").exists()
-    assert source.comet_config().chunk_size == 1024
+    assert source.comet_config().chunk_size == 2048
     assert source.comet_config(seed=0).chunk_size == BUILT_IN["smollm2"].sizes["chunk_size"]
 
 
@@ -155,9 +155,9 @@ def test_sizes_are_refused_before_weights_are_loaded(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "overlap"),
     [
-        ({}, 256),
-        ({"capacity": 64}, 256),
-        ({"chunk_size": 2048}, 256),
+        ({}, 512),
+        ({"capacity": 64}, 512),
+        ({"chunk_size": 4096}, 512),
         ({"chunk_size": 96}, 24),
         ({"chunk_size": 3}, 0),
         ({"chunk_size": 96, "overlap": 90}, 90),

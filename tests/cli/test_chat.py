@@ -142,6 +142,31 @@ def test_ctrl_c_ends_an_answer_and_keeps_it(talk, monkeypatch, model):
     assert len(turn) < counts[0] < counts[1]
 
 
+def test_ctrl_c_ends_reading_and_keeps_what_was_read(talk, monkeypatch, model, text_file):
+    read = Session.reading
+
+    def interrupted(self, *args, **options):
+        for number, stats in enumerate(read(self, *args, **options)):
+            yield stats
+            if number == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "reading", interrupted)
+    code, _, err = talk(f"/read {text_file}", "/save s")
+    assert code == 0
+    assert "stopped; what was read of it stays" in err
+    assert 0 < kept("s", model).characters < len(TEXT)
+
+
+def test_a_file_that_cannot_be_read_leaves_the_conversation_as_it_was(talk, model, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"words " * 4_000 + b"\xff")
+    _, session = answers(model, "Who?")
+    code, _, err = talk("Who?", f"/read {tmp_path / 'bad.txt'}", "/save s")
+    assert code == 0
+    assert "bad.txt is not UTF-8" in err
+    assert_same(kept("s", model), session)
+
+
 def test_a_system_message_is_said_once(talk, monkeypatch):
     """Also behind an answer that was interrupted; and again where no answer was given yet."""
     chat, said, printed = Session.chat, [], console.print_stream
@@ -206,6 +231,14 @@ def test_what_is_in_no_file_is_said_at_the_end(talk, model):
     for lines in ([], ["/stats"], ["Who?", "/save s"]):
         assert "in no file" not in talk(*lines)[2]
     assert "in no file" in talk("Why?", options=["--session", "s"])[2]
+
+
+def test_what_is_lost_is_counted_in_the_branch_that_is_left(talk, model):
+    _, session = answers(model, "Who?")
+    tokens = session.stats().tokens
+    err = talk("Who?", "/fork", "Why?", "/save s", "/back")[2]
+    assert f"\n{tokens} tokens of this conversation are in no file" in err
+    assert "in no file" not in talk("Who?", "/save s", "/fork", "Why?", "/back")[2]
 
 
 def test_save_writes_over_no_text(talk, model, text_file):

@@ -192,6 +192,19 @@ def test_a_bad_byte_at_the_start_leaves_an_older_session(command, model, text_fi
     assert Path("s").read_bytes() == before
 
 
+def test_a_reading_that_fails_is_kept_beside_another_session(command, model, text_file):
+    command("read", "tiny", text_file, "--save", "s")
+    before = Path("s").read_bytes()
+    Path("bad.txt").write_bytes((TEXT * 3).encode()[:9_000] + b"\xff")
+    code, _, err = command("read", "tiny", "bad.txt", "--save", "s")
+    assert code == 1
+    assert "saved s.part; s is as it was" in err
+    assert Path("s").read_bytes() == before
+    assert 4_000 < kept("s.part", model).characters <= 9_000
+    command("read", "tiny", "bad.txt", "--session", "s", "--save", "s")  # it goes on from there
+    assert Path("s").read_bytes() != before
+
+
 def test_a_full_disk_is_one_line(command, monkeypatch, text_file):
     def full(handle):
         raise OSError(28, "No space left on device")

@@ -55,6 +55,15 @@ def test_another_file_is_refused_and_stays(tmp_path, line):
     assert path.read_text() == line + "\n"
 
 
+@pytest.mark.parametrize("text", ["hello", '[{"context": "a"}]', '{"settings": {}, "x": 1}\nhello'])
+def test_another_file_whose_last_line_has_no_end_is_refused_and_stays(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="must hold rows of evaluations"):
+        Rows(path)
+    assert path.read_text() == text
+
+
 def test_without_a_file():
     results = Rows()
     results.append(SETTINGS, ONE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from cometlm.checkpoints.backbones import cache_folder
 from cometlm.cli import options
 from cometlm.cli.console import (
+    ReadingProgress,
     describe,
     err,
     load_quietly,
@@ -27,7 +29,7 @@ from cometlm.cli.terminal import as_path, read_message
 from cometlm.device import readable_bytes
 from cometlm.session.file import check_target
 from cometlm.session.session import Session
-from cometlm.text_file import UTF8, check_encoding
+from cometlm.text_file import UTF8, check_encoding, read_blocks
 
 HELP = """\
 /save PATH   keep the session in a file
@@ -35,7 +37,7 @@ HELP = """\
 /back        drop what came after the last /fork
 /stats       what was read, and the bytes held
 /read PATH   read a text file into the session
-/quit        leave (also Ctrl-D); Ctrl-C ends an answer
+/quit        leave (also Ctrl-D); Ctrl-C ends an answer, or reading
 //…          a message that begins with /"""
 
 # What must not end a conversation, which may be in no file: a message that is no text, a full
@@ -95,7 +97,7 @@ class Conversation:
         encoding: str = UTF8,
     ) -> None:
         self._session = session
-        self._forks: list[Session] = []
+        self._forks: list[tuple[Session, int]] = []  # each with `_kept` as it was
         self._generation = generation
         self._system = system
         self._turns = session.turns  # answered before this conversation
@@ -161,12 +163,12 @@ class Conversation:
         elif word == "/fork":
             fork = self._session.fork()
             fork.release()  # many forks may wait
-            self._forks.append(fork)
+            self._forks.append((fork, self._kept))
             err.print(f"forked ({len(self._forks)} to go back to)", highlight=False)
         elif word == "/back":
             if not self._forks:
                 raise ValueError("there is no fork to go back to")
-            self._session = self._forks.pop()
+            self._session, self._kept = self._forks.pop()
             err.print("back where you forked", highlight=False)
         elif word == "/stats":
             stats = self._session.stats()
@@ -178,10 +180,23 @@ class Conversation:
         elif word == "/read":
             if not rest:
                 raise ValueError("/read needs a path")
-            self._session.read(as_path(rest), encoding=self._encoding)
-            self._command("/stats", "")
+            self._read(as_path(rest))
         else:
             err.print(HELP, highlight=False)
+
+    def _read(self, path: Path) -> None:
+        """Read a file: all of it, what came before Ctrl-C, or nothing where there is an error."""
+        work = self._session.fork()
+        with path.open("rb") as file, ReadingProgress(os.stat(path).st_size) as progress:
+            blocks = progress.counting(read_blocks(file, str(path), self._encoding))
+            try:
+                for stats in work.reading(blocks):
+                    progress.show(stats)
+            except KeyboardInterrupt:
+                progress.stop()
+                err.print("stopped; what was read of it stays", highlight=False)
+        self._session = work
+        self._command("/stats", "")
 
 
 @contextlib.contextmanager

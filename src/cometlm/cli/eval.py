@@ -249,6 +249,8 @@ def _run(
     """
     if page is not None and not page.parent.is_dir():  # say it now, not after an hour
         raise ValueError(f"--report {page}: its folder is missing")
+    if page is not None and page.is_dir():
+        raise ValueError(f"--report {page} is a directory; name a file")
     kept = Rows(rows)
     try:
         comparison = Comparison(config, kept, _Teller(by, len(config.tasks) > 1))

@@ -182,8 +182,8 @@ class GenerationOptions:
             common["stop_strings"] = list(self.stop)
         if self.temperature == 0:
             return {**common, "do_sample": False}
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p or 1.0}
-        return {**common, **sampling}
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return {**common, "do_sample": True, "temperature": self.temperature, "top_p": top_p}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ def read(
     reader = kind.load(begin, loaded, tokenizer) if begin else kind(loaded, tokenizer)
     if not resume:
         reader.characters = 0
-    stopped = read_all(reader, texts, special, save)
+    stopped = read_all(reader, texts, special, save, begin is not None and begin == save)
     if stopped:
         raise typer.Exit(stopped)
     if reader.stats().tokens == 0:
@@ -145,10 +145,18 @@ class Texts:
 
 
 class _Keeper:
-    """Saves a session from time to time; one save that fails is no reason to stop reading."""
+    """Saves a session from time to time; one save that fails is no reason to stop reading.
 
-    def __init__(self, reader: Session, save: Path | None) -> None:
+    Args:
+        reader: what is saved.
+        save: where to; None: nowhere.
+        goes_on: from what stands there. Another session there is replaced by a whole reading only,
+            or by one that was stopped or took long; not by one that failed.
+    """
+
+    def __init__(self, reader: Session, save: Path | None, goes_on: bool) -> None:
         self._reader, self._save = reader, save
+        self._is_anothers = save is not None and save.exists() and not goes_on
         self._last = time.monotonic()
 
     def passing(self, blocks: Iterator[str]) -> Iterator[str]:
@@ -162,6 +170,7 @@ class _Keeper:
             return
         try:
             self._reader.save(self._save)
+            self._is_anothers = False
         except OSError as error:
             err.print(
                 f"{self._save} could not be saved ({error}); reading goes on, and so do tries",
@@ -171,21 +180,27 @@ class _Keeper:
             )
         self._last = time.monotonic()
 
-    def keep(self) -> None:
-        """Save what was read, if there is a place for it."""
-        if self._save is not None and self._reader.stats().tokens:
-            self._reader.save(self._save)
-            with contextlib.suppress(OSError):
-                err.print(f"saved {self._save}", highlight=False, soft_wrap=True)
+    def keep(self, failed: bool = False) -> None:
+        """Save what was read, if there is a place for it; beside another session if this failed."""
+        if self._save is None or not self._reader.stats().tokens:
+            return
+        beside = failed and self._is_anothers
+        target = self._save.with_name(f"{self._save.name}.part") if beside else self._save
+        self._reader.save(target)
+        rest = f"; {self._save} is as it was" if beside else ""
+        with contextlib.suppress(OSError):
+            err.print(f"saved {target}{rest}", highlight=False, soft_wrap=True)
 
 
-def _read_all(reader: Session, texts: Texts, special: bool, save: Path | None) -> int:
+def _read_all(
+    reader: Session, texts: Texts, special: bool, save: Path | None, goes_on: bool
+) -> int:
     """Read to the end or to a signal; keep what was read whatever happens.
 
     Returns:
         The exit code of a read that was stopped, or 0.
     """
-    keeper = _Keeper(reader, save)
+    keeper, failed = _Keeper(reader, save, goes_on), True
     progress = ReadingProgress(texts.size, reader.stats().tokens)
     with progress, InterruptLater(say) as interrupt:
         try:
@@ -197,15 +212,16 @@ def _read_all(reader: Session, texts: Texts, special: bool, save: Path | None) -
                 if interrupt.asked:
                     break
                 keeper.keep_if_due()
+            failed = False
         except KeyboardInterrupt:
-            interrupt.asked = interrupt.asked or signal.SIGINT
+            interrupt.asked, failed = interrupt.asked or signal.SIGINT, False
         finally:
             with contextlib.suppress(OSError):  # a terminal that is closed
                 progress.stop()
                 if reader.stats().tokens:
                     word = "interrupted after" if interrupt.asked else "read"
                     err.print(f"{word} {progress.summary(reader.stats())}", highlight=False)
-            keeper.keep()
+            keeper.keep(failed)
     return interrupt.exit_code if interrupt.asked else 0
 
 
@@ -214,7 +230,9 @@ def say(line: str) -> None:
     err.print(line, highlight=False)
 
 
-def _read_together(reader: Session, texts: Texts, special: bool, save: Path | None) -> int:
+def _read_together(
+    reader: Session, texts: Texts, special: bool, save: Path | None, goes_on: bool
+) -> int:
     """Read to the end with other ranks; all of them save when they have read as much.
 
     Ctrl-C reaches each rank somewhere else, so it ends the job; `--resume` goes on from the last

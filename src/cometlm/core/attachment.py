@@ -23,6 +23,8 @@ from cometlm.core import attention
 from cometlm.core.backbone_check import difference
 from cometlm.core.model import checkpointing
 
+_HELD = "_has_cometlm_memory"  # an attribute of backbones that are attached
+
 
 class AttachmentMixin:
     """A model that is made of a backbone, and gives it back."""
@@ -40,15 +42,21 @@ class AttachmentMixin:
             ValueError: as `attach`.
         """
         bare = base_of(backbone)
-        held = isinstance(bare, AttachmentMixin)
-        if held or bare.config._attn_implementation == attention.NAME:
+        if isinstance(bare, AttachmentMixin) or getattr(bare, _HELD, False):
             raise ValueError(f"{type(bare).__name__} already has a memory; detach() it first")
+        if bare.config._attn_implementation == attention.NAME:
+            raise ValueError(
+                f"this {type(bare).__name__} shares its config object with a model that has a "
+                "memory: make it of a copy (copy.deepcopy(config))"
+            )
         kind: Any = cls
         with torch.random.fork_rng(devices=[]):
             torch.random.manual_seed(seed)  # modules initialise themselves on the CPU
             name = str(bare.config.name_or_path or "")
             model = kind(CometModelConfig.around(text_config(bare), config, name), bare)
         object.__setattr__(model, "_given", backbone)
+        if not name:  # made of a config: no name brings these weights back
+            model.mark_only_copy()
         return cast("Self", model)
 
     def _hold(self, undo: Undo) -> None:
@@ -71,6 +79,7 @@ class AttachmentMixin:
         # Not registered as a submodule: its parts are, and detach() gives it back whole.
         for name, value in (("backbone", backbone), ("given", backbone), ("undo", undo)):
             object.__setattr__(self, f"_{name}", value)
+        setattr(backbone, _HELD, True)
         self._places = places
         take_adapters(model, backbone)
         model.model.take_over_checkpointing()
@@ -157,6 +166,7 @@ class AttachmentMixin:
             model.mark_only_copy()  # whoever gives it a memory again must not name it instead
         self._hand_back()
         self._undo()
+        delattr(self._backbone, _HELD)
         object.__setattr__(self, "_undo", None)
         return self._given
 

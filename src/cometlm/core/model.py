@@ -135,7 +135,8 @@ class CometModel(CometPreTrainedModel):
             attention_mask: [B, N], or longer with the past in front; each row's ones must be
                 contiguous, padding may stand left or right.
             past_key_values: what an earlier call returned; left as it was. `cache` is another name.
-            use_cache: return a cache. Default: the config's, but not while training.
+            use_cache: return a cache. Default: the config's; while training none with a loss alone
+                or where chunks are recomputed.
             chunk_size: text tokens per chunk in this call. Default: the config's. It must not be
                 less than what an open chunk holds.
             stride: compression stride of this call. Default: the config's.
@@ -176,7 +177,9 @@ class CometModel(CometPreTrainedModel):
         text = TextBatch.of(input_ids, attention_mask, self.config.vocab_size, home)
         cache = self.cache_for(past_key_values, text.batch)
         if use_cache is None:
-            use_cache = bool(self.config.use_cache) and not self.training
+            # A loss alone is not gone on from, nor, in transformers, what is computed again.
+            no_cache = scored is not None or self.training_plan.recomputation is not None
+            use_cache = bool(self.config.use_cache) and not (self.training and no_cache)
         steps, sizes = self._steps(text, cache, budget, options)
         keep = options.get("hidden_to_keep", 0)
         observer = self.training_plan.observer if self._learning and scored else None

@@ -124,7 +124,7 @@ class Rows:
         self._file.seek(0)
         end = 0
         for line in self._file:
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and _ROW.startswith(line[: len(_ROW)]):
                 break  # a process was killed while it wrote
             try:
                 row = json.loads(line)
@@ -137,6 +137,9 @@ class Rows:
             self._rows.append(row)
             end += len(line)
         self._file.truncate(end)
+
+
+_ROW = b'{"settings": '  # how each begins
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

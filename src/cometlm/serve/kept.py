@@ -391,15 +391,15 @@ class SessionStore:
             self._forget(name)
             return
         with contextlib.suppress(ChangedError), self._folder.changing(name):
-            found = self._folder.find(name)
-            described = [] if found is None else list(self._folder.describe([found]))
-            if found is not None and not described:
-                return  # it cannot be read now
-            if any(not _is_over(kept.expires) for kept, _ in described):
-                for kept, found in described:
+            there = self._folder.find(name)
+            if there is None:
+                self._forget_here(name)
+                return
+            for kept, found in self._folder.describe([there]):  # none, if it cannot be read now
+                if _is_over(kept.expires):
+                    self._forget(name)
+                else:
                     self._index.add(kept, found.nbytes, found.used)
-            else:
-                self._forget(name)
 
     def _forget(self, name: str) -> None:
         if self._folder is not None:

@@ -227,6 +227,9 @@ class Session:
 
         `ask` does so by itself. Text whose tokens may still change is left out.
         """
+        if not self._is_answering:  # what chat() has written so far is not in this session
+            for _ in self.settle():
+                pass
         with self._state:
             memory, ids = self._cache, tuple(self._open)
             known, begin = self._run, self._num_ready(ids)

@@ -136,8 +136,8 @@ class Keep:
         tokens: of each batch that are held to the backbone.
         prose_share: how many of them are running text; the others are answers to prompts.
         corpora: where running text comes from.
-        prompts: "everyday", "faq", "tasks" (the questions of the run's tasks, which nothing
-            answers here) and files of your own, a prompt a line.
+        prompts: "everyday", "knowledge", "faq", "tasks" (the questions of the run's tasks, which
+            nothing answers here) and files of your own, a prompt a line.
         answer_tokens: tokens of an answer at most.
     """
 
@@ -145,7 +145,7 @@ class Keep:
     tokens: int = 512
     prose_share: float = 0.5
     corpora: tuple[str, ...] = CORPORA_OF["train"]
-    prompts: tuple[str, ...] = ("everyday", "faq", TASK_QUESTIONS)
+    prompts: tuple[str, ...] = ("everyday", "knowledge", "faq", TASK_QUESTIONS)
     answer_tokens: int = 64
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,9 @@ def prompts_of(name: str, split: Split) -> list[str]:
     """The prompts of a name, always in the same order.
 
     Args:
-        name: "everyday" (small talk, facts, chores), "faq" (what Perl's manual is asked; Debian's
-            package), or a file of your own, which is the same for both splits.
+        name: "everyday" (small talk, facts, chores), "knowledge" (what is widely known), "faq"
+            (what Perl's manual is asked; Debian's package), or a file of your own, which is the
+            same for both splits.
         split: which of them.
 
     Raises:
@@ -40,8 +42,9 @@ def prompts_of(name: str, split: Split) -> list[str]:
     return found
 
 
-def _everyday(split: Split) -> list[str]:
-    return _lines(Path(__file__).parent / f"everyday-{split}.txt")
+def _listed(name: str, split: Split) -> list[str]:
+    """Those of a file here."""
+    return _lines(Path(__file__).parent / f"{name}-{split}.txt")
 
 
 def _faq(split: Split) -> list[str]:
@@ -57,4 +60,8 @@ def _lines(path: Path, beginning: str = "") -> list[str]:
     return [line for line in lines if line and line.startswith(beginning)]
 
 
-SOURCES: dict[str, Callable[[Split], list[str]]] = {"everyday": _everyday, "faq": _faq}
+SOURCES: dict[str, Callable[[Split], list[str]]] = {
+    "everyday": partial(_listed, "everyday"),
+    "knowledge": partial(_listed, "knowledge"),
+    "faq": _faq,
+}
