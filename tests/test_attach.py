@@ -42,6 +42,17 @@ def test_attach_twice():
     cometlm.attach(backbone, **SMALL)
 
 
+def test_two_models_of_one_config_object():
+    """What a config says of attention is what an attached model needs."""
+    first = tiny_backbone("qwen3")
+    model = cometlm.attach(first, **SMALL)
+    second = type(first)(first.config)
+    with refused("was made of the config object of a model that has a memory"):
+        cometlm.attach(second, **SMALL)
+    cometlm.detach(model)
+    cometlm.attach(second, **SMALL)
+
+
 def test_a_model_with_a_memory_gets_no_second_one():
     model = tiny_comet("qwen3")
     with refused("CometForCausalLM already has a memory; detach() it first"):

@@ -168,6 +168,14 @@ def test_the_overlap_of_another_chunk_size_is_at_most_a_quarter_of_it(sizes, ove
     assert config.comet_config.overlap == overlap
 
 
+def test_a_dtype_by_its_name(folder):
+    assert (
+        cometlm.load(str(folder), device="cpu", **SIZES, dtype="float64")[0].dtype == torch.float64
+    )
+    with pytest.raises(ValueError, match=r"floating-point dtype .*, got 'foo'"):
+        cometlm.load(str(folder), device="cpu", **SIZES, dtype="foo")
+
+
 # --- names that lead nowhere --------------------------------------------------------------------
 
 

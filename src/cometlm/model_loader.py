@@ -15,7 +15,7 @@ from cometlm.checkpoints.source import Source
 from cometlm.config import CometModelConfig
 from cometlm.core.attach import attach
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.device import default_dtype, find_device
+from cometlm.device import as_dtype, default_dtype, find_device
 
 
 class QuantizationWarning(UserWarning):
@@ -26,7 +26,7 @@ def load(
     name: str | os.PathLike[str] | Source,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     merge: bool = True,
     quantization: Bits | QuantizationConfigMixin | None = None,
     **sizes: Any,
@@ -40,7 +40,7 @@ def load(
             is a name that was resolved before.
         device: where to put it; "auto" spreads it over all devices. Default: the accelerator if
             there is one, else the CPU.
-        dtype: default bfloat16, but float32 on CPUs without bfloat16 products.
+        dtype: or its name; default bfloat16, but float32 on CPUs without bfloat16 products.
         merge: merge a checkpoint's LoRA adapter into the backbone, which then reads faster; False
             keeps it apart, to be trained or saved again. See `merge_lora`.
         quantization: keep the backbone, never the memory, in "4bit" or "8bit" (it needs
@@ -56,18 +56,19 @@ def load(
         The model in evaluation mode, and the tokenizer.
 
     Raises:
-        ValueError: a device that is not here; a built-in model that is not installed or not the
-            one expected; other sizes for a checkpoint; what `attach` raises; a library that
-            quantises and is not installed.
+        ValueError: a device that is not here; a dtype that is none; a built-in model that is not
+            installed or not the one expected; other sizes for a checkpoint; what `attach` raises; a
+            library that quantises and is not installed.
         OSError: a directory or hub id that cannot be read; a built-in model's converted copy cannot
             be kept.
     """
     spread = str(device) == "auto"
     place = find_device(device)
+    kind = (as_dtype(dtype) if isinstance(dtype, str) else dtype) or default_dtype(place)
     where: dict[str, Any] = {
-        "dtype": dtype or default_dtype(place),
+        "dtype": kind,
         "device_map": "auto" if spread else None,
-        "quantization_config": quantization_of(quantization, dtype or default_dtype(place)),
+        "quantization_config": quantization_of(quantization, kind),
     }
     if quantization is not None and not spread:
         where["device_map"] = {"": place}  # weights are quantised where they will be used

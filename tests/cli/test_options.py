@@ -87,6 +87,14 @@ def test_a_session_is_asked_with_the_quantization_given(command, loads, model):
     assert [given.get("quantization") for _, given in loads] == [None, "8bit"]
 
 
+@pytest.mark.parametrize("option", ["--speed", "--memory", "--bandwidth"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_what_a_plan_counts_with_is_more_than_nothing(command, option, value):
+    code, _, err = command("plan", "tiny", option, value)
+    assert code == 1
+    assert f"{option} must be more than 0, got {value}" in err
+
+
 def test_plan_refuses_a_quantised_backbone_that_is_trained_or_counted(command, loads):
     code, _, err = command("plan", "tiny", "--quantization", "4bit")
     assert code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,12 @@ def plan(
     """Simulate one training step: the wave, a naive split of chunks, and a split of layers."""
     if picture is not None:
         check_can_draw()
+    given = {"speed": speed, "memory": memory, "bandwidth": bandwidth}
+    for name, value in given.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} must be more than 0, got {value:g}")
+    if not 0 <= latency < math.inf:
+        raise ValueError(f"--latency must be at least 0, got {latency:g}")
     if loading.quantization is not None and speed is not None:
         raise ValueError(
             f"--quantization {loading.quantization} is for costs that are measured: leave out "

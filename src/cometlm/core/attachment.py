@@ -46,8 +46,8 @@ class AttachmentMixin:
             raise ValueError(f"{type(bare).__name__} already has a memory; detach() it first")
         if bare.config._attn_implementation == attention.NAME:
             raise ValueError(
-                f"this {type(bare).__name__} shares its config object with a model that has a "
-                "memory: make it of a copy (copy.deepcopy(config))"
+                f"this {type(bare).__name__} was made of the config object of a model that has a "
+                "memory: make each of a config of its own"
             )
         kind: Any = cls
         with torch.random.fork_rng(devices=[]):
