@@ -224,8 +224,14 @@ def options(counting, count):
     return {"logits_processor": LogitsProcessorList([counting]), "max_new_tokens": count, **GREEDY}
 
 
+def settled(session):
+    """The session, with the chunks run that a question would run in it."""
+    list(session.settle())
+    return session
+
+
 def test_an_answer_that_nobody_listens_to_ends(session):
-    want, threads, counting = session.fork(), threading.active_count(), Counting()
+    want, threads, counting = settled(session).fork(), threading.active_count(), Counting()
     pieces = session.ask("Why?", stream=True, **options(counting, 5000))
     assert next(pieces)
     pieces.close()
@@ -235,7 +241,7 @@ def test_an_answer_that_nobody_listens_to_ends(session):
 
 
 def test_a_stream_that_is_never_begun_does_nothing(session):
-    want, threads = session.fork(), threading.active_count()
+    want, threads = settled(session).fork(), threading.active_count()
     session.ask("Why?", stream=True)
     session.chat("Why?", stream=True)
     assert threading.active_count() == threads
@@ -271,7 +277,7 @@ def going_on_from(mirror, model, count):
 @pytest.mark.parametrize("verb", ["ask", "chat"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_before_the_first_token_reaches_the_caller(session, verb, stream):
-    want, threads = session.fork(), threading.active_count()
+    want, threads = settled(session).fork(), threading.active_count()
     with pytest.raises(RuntimeError, match="the lamp went out"):
         "".join(getattr(session, verb)("Why?", stream=stream, **options(Counting(0), 50)))
     assert threading.active_count() == threads
@@ -305,7 +311,7 @@ def test_an_error_in_the_middle_of_a_chat_keeps_what_was_written(session):
     ids=str,
 )
 def test_wrong_generation_options_are_refused(session, verb, stream, wrong_options):
-    want = session.fork()
+    want = settled(session).fork()
     with pytest.raises(ValueError, match=r"\w"):
         "".join(getattr(session, verb)("Why?", stream=stream, **wrong_options))
     assert_same(session, want)
@@ -331,7 +337,7 @@ def test_ids_out_of_range_are_refused_and_nothing_is_lost(session, wrong_ids):
 
 def test_text_that_no_tokenizer_takes_is_refused_and_nothing_is_lost(session):
     """Half a character, as decoding with surrogateescape makes of foreign bytes."""
-    want = session.fork()
+    want = settled(session).fork()
     for verb in (session.read, session.ask, session.chat):
         with pytest.raises(ValueError, match=r"surrogate|UTF-8|utf-8"):
             verb("a lone \udcff surrogate")

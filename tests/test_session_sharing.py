@@ -96,6 +96,7 @@ def wide():
 def test_a_token_that_the_model_lacks_does_not_enter(wide, tmp_path):
     session = Session(session_of().model, wide)
     session.read(TEXT[:300])
+    list(session.settle())  # as a question does
     before = session.fork()
     for text in ("one <extra> two", "<extra>", "One. <extra>" + TEXT[:400]):
         with pytest.raises(ValueError, match=r"must lie in 0 … 49151.* 49152 for '<extra>'"):

@@ -225,7 +225,8 @@ class Session:
     def prepare(self) -> None:
         """Run the open chunk now, so that answers of this session and its forks need not.
 
-        `ask` does so by itself. Text whose tokens may still change is left out.
+        `ask` does so by itself. Text whose tokens may still change is left out; of what can no
+        longer, chunks that are full are run first, as by `settle`.
         """
         if not self._is_answering:  # what chat() has written so far is not in this session
             for _ in self.settle():
