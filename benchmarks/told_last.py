@@ -1,6 +1,6 @@
 """Is what was told last answered, wherever a chunk ended before?
 
-    python benchmarks/told_last.py [--overlaps 8 256] [--behind 0 900 2000] [--gap 0]
+    python benchmarks/told_last.py [--overlaps 8 512] [--behind 0 1900 4000] [--gap 0]
 
 A text is read, then a fact in a sentence of its own, `--gap` tokens of another text, and the fact
 is asked for in other words, in a session each. Where question and answer no longer fit into the
@@ -56,8 +56,8 @@ def main() -> None:
     """Measure and print."""
     parser = argument_parser(__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--overlaps", type=int, nargs="+", default=[8, 256])
-    parser.add_argument("--behind", type=int, nargs="+", default=[0, 900, 2000], help="tokens")
+    parser.add_argument("--overlaps", type=int, nargs="+", default=[8, 512])
+    parser.add_argument("--behind", type=int, nargs="+", default=[0, 1900, 4000], help="tokens")
     parser.add_argument("--gap", type=int, nargs="+", default=[0], help="tokens told since")
     parser.add_argument("--facts", type=int, default=20, help="asked for in each case")
     parser.add_argument("--seed", type=int, default=0)

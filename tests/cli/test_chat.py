@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def test_ctrl_c_ends_reading_and_keeps_what_was_read(talk, monkeypatch, model, t
         for number, stats in enumerate(read(self, *args, **options)):
             yield stats
             if number == 2:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Session, "reading", interrupted)
     code, _, err = talk(f"/read {text_file}", "/save s")

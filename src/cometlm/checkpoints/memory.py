@@ -305,7 +305,7 @@ def upload_model(
             repo_id=repo,
             folder_path=folder,
             ignore_patterns=kept,
-            delete_patterns=[f"{LORA}/*"],  # of a model that was there before; but what is uploaded
+            delete_patterns=[f"{LORA}/*"],  # an older model's; files that are uploaded now stay
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,

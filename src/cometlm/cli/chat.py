@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -25,6 +26,7 @@ from cometlm.cli.console import (
     print_stream,
     tell_what_it_learned,
 )
+from cometlm.cli.interrupt import InterruptLater
 from cometlm.cli.terminal import as_path, read_message
 from cometlm.device import readable_bytes
 from cometlm.session.file import check_target
@@ -186,17 +188,28 @@ class Conversation:
 
     def _read(self, path: Path) -> None:
         """Read a file: all of it, what came before Ctrl-C, or nothing where there is an error."""
-        work = self._session.fork()
-        with path.open("rb") as file, ReadingProgress(os.stat(path).st_size) as progress:
-            blocks = progress.counting(read_blocks(file, str(path), self._encoding))
-            try:
-                for stats in work.reading(blocks):
+        work, size = self._session.fork(), os.stat(path).st_size
+        with (
+            path.open("rb") as file,
+            ReadingProgress(size) as progress,
+            InterruptLater(_say) as interrupt,
+        ):
+            texts = read_blocks(interrupt.listening(file), str(path), self._encoding)
+            with contextlib.suppress(KeyboardInterrupt):  # a pipe that gives nothing
+                for stats in work.reading(progress.counting(texts)):
                     progress.show(stats)
-            except KeyboardInterrupt:
-                progress.stop()
-                err.print("stopped; what was read of it stays", highlight=False)
+                    if interrupt.asked:
+                        break
         self._session = work
+        if interrupt.asked:
+            _say("stopped; what was read of it stays")
         self._command("/stats", "")
+        if interrupt.asked not in (0, signal.SIGINT):  # whoever sent it wants an end
+            raise typer.Exit(interrupt.exit_code)
+
+
+def _say(line: str) -> None:
+    err.print(line, highlight=False)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,8 @@ class SharedSession(Session):
 
     def prepare(self) -> None:
         """See `Session.prepare`; ranks bring their memory together before."""
+        for _ in self.settle():
+            pass
         self.gather()
         super().prepare()
 

@@ -228,9 +228,12 @@ class Session:
         `ask` does so by itself. Text whose tokens may still change is left out; of what can no
         longer, chunks that are full are run first, as by `settle`.
         """
-        if not self._is_answering:  # what chat() has written so far is not in this session
-            for _ in self.settle():
-                pass
+        work = self._settling()
+        while True:  # between two chunks others may look at the session
+            with self._state:
+                # What chat() has written so far is in a fork, which will replace this session.
+                if self._is_answering or next(work, None) is None:
+                    break
         with self._state:
             memory, ids = self._cache, tuple(self._open)
             known, begin = self._run, self._num_ready(ids)
