@@ -65,7 +65,9 @@ def test_a_session_of_0_1_0_loads(path, expected):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_shipped_smollm2_answers_and_takes_its_sessions(dtype):
     wanted = json.loads(values.SHIPPED.read_text())[dtype]
-    assert values.answers(getattr(torch, dtype)) == wanted
+    found = values.answers(getattr(torch, dtype))
+    assert found["made_by"].pop("settings")  # which 0.1.0 did not write, and sessions load without
+    assert found == wanted
 
 
 @pytest.mark.parametrize("every", [0, 1, 3])
