@@ -121,6 +121,13 @@ def test_check_positions_shows_the_sum():
         config.check_positions(27)
 
 
+@pytest.mark.parametrize("name", ["chunk_size", "capacity", "readout_tokens"])
+def test_check_positions_names_the_largest_size(name):
+    sizes = {"chunk_size": 40, "capacity": 40, "readout_tokens": 20, "overlap": 0}
+    with pytest.raises(ValueError, match=f"^{name}=90 is too large for this backbone"):
+        CometConfig(**(sizes | {name: 90})).check_positions(64)
+
+
 @given(configs, st.integers(1, 10**6))
 def test_check_positions_is_the_row_length(config, limit):
     if config.row_length <= limit:

@@ -178,6 +178,7 @@ def test_a_chunk_size_of_one_call_is_that_of_a_model_made_with_it():
         ({"capacity": -3}, "capacity must be at least 1, got -3"),
         ({"stride": 2.0}, "stride must be an integer of at least 1, got 2.0"),
         ({"capacity": True}, "capacity must be an integer of at least 1, got True"),
+        ({"chunk_size": "16"}, "chunk_size must be an integer of at least 1, got '16'"),
     ],
     ids=str,
 )

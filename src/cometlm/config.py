@@ -113,13 +113,19 @@ class CometConfig:
             ValueError: `row_length` exceeds `limit`; the message shows the sum.
         """
         if limit is not None and self.row_length > limit:
+            largest = max(("chunk_size", "capacity", "readout_tokens"), key=self._slots_of)
             raise ValueError(
-                f"chunk_size={self.chunk_size} is too large for this backbone: global memory "
+                f"{largest}={getattr(self, largest)} is too large for this backbone: global memory "
                 f"{self.global_slots} + temporary memory {self.temporary_slots} + chunk "
                 f"{self.chunk_size} + compression tokens {self.compression_tokens(self.chunk_size)}"
                 f" + readout {self.global_slots} = {self.row_length} positions, but the backbone "
                 f"has {field}={limit}"
             )
+
+    def _slots_of(self, name: str) -> int:
+        """How many rows of a chunk come of a field, which may be switched off."""
+        switched = {"capacity": self.temporary_slots, "readout_tokens": 2 * self.global_slots}
+        return switched.get(name, self.chunk_size)
 
     def replace(self, **changes: Any) -> CometConfig:
         """A copy with some fields changed, validated again."""

@@ -377,10 +377,8 @@ class CometModel(CometPreTrainedModel):
         changed = {name: value for name, value in given.items() if value is not None}
         if not changed:
             return sizes
-        if chunk_size is not None and 1 <= chunk_size <= sizes.overlap:
-            changed["overlap"] = (
-                chunk_size - 1
-            )  # only sessions overlap chunks, and of their own size
+        if isinstance(chunk_size, int) and 1 <= chunk_size <= sizes.overlap:
+            changed["overlap"] = chunk_size - 1  # only sessions overlap, in their own chunks
         sizes = sizes.replace(**changed)
         backbone = self.config.backbone_config
         sizes.check_positions(position_limit(backbone), position_field(backbone))
