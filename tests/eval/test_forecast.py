@@ -86,18 +86,19 @@ def test_answers_take_what_they_read():
     assert within.seconds == pytest.approx(1.8, rel=0.02)
 
 
-def test_a_chunk_is_run_when_more_follows():
+@pytest.mark.parametrize("overlap", [0, 250])
+def test_a_chunk_is_run_when_more_follows(overlap):
     """Reading runs those that are full, an answer the rest; before that, nothing is held."""
 
     def took(tokens, questions=1):
-        full = (tokens - 1) // 1000
+        full = max(0, (tokens - overlap - 1) // 1000)
         answers = questions * (0.1 + (tokens - 1000 * full) / 1000)
         held = 300 * bool(full)
         return Reading("a", tokens, questions, full or 1e-5, answers, held, 600 + held)
 
-    bounds = Bounds(held=1001, chunk=1000)
-    for readings in ([took(500), took(1600)], [took(700, 2), took(1200), took(3500, 2)]):
-        for tokens in (700, 1600, 50_400, 128_200):
+    bounds = Bounds(held=1001 + overlap, chunk=1000, overlap=overlap)
+    for readings in ([took(500), took(1900)], [took(700, 2), took(1200), took(3500, 2)]):
+        for tokens in (700, 1900, 50_400, 128_200):
             found = foresee(readings, "a", tokens, 2, bounds=bounds)
             assert found.seconds == pytest.approx(took(tokens, 2).seconds, rel=0.15)
         assert found.nbytes == 900

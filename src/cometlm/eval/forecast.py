@@ -98,7 +98,8 @@ def calibrate(
         sample: whose beginning is read, at most half of it.
         device, max_new_tokens: see `evaluate`.
     """
-    least = 3 * empty.bounds.chunk // 2  # that at least one is run before it is asked
+    bounds = empty.bounds
+    least = bounds.overlap + 3 * bounds.chunk // 2  # that at least one is run before it is asked
     longer = min(max(_CALIBRATED, least), len(sample.context) // 2)
     found: list[Reading] = []
     for tokens in (min(_WARM_UP, longer), longer // 3, longer):

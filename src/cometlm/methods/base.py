@@ -117,15 +117,20 @@ class Bounds:
         held: behind which what is held does not grow, an open chunk apart.
         chunk: that are run together when more follows; an answer runs what is behind the last of
             these. 0: everything is run when it is read.
+        overlap: that each chunk runs again of the one before it; the first has so many more.
     """
 
     asked: int | None = None
     held: int | None = None
     chunk: int = 0
+    overlap: int = 0
 
     def run(self, tokens: float) -> float:
         """Those of a text's tokens that reading it runs."""
-        return (math.ceil(tokens / self.chunk) - 1) * self.chunk if self.chunk else tokens
+        if not self.chunk:
+            return tokens
+        chunks = math.ceil((tokens - self.overlap) / self.chunk)
+        return max(0, chunks - 1) * self.chunk  # the last is open
 
     def left(self, tokens: float) -> float:
         """Those that an answer deals with."""
