@@ -181,6 +181,4 @@ class CometReader(Reader):
         chunk = sizes.chunk_size - sizes.overlap
         entries = sizes.compression_tokens(sizes.chunk_size)
         filling = math.ceil(sizes.capacity / entries) if entries else 1  # chunks
-        return Bounds(
-            held=filling * chunk + sizes.overlap + 1, chunk=chunk, overlap=sizes.overlap
-        )
+        return Bounds(held=filling * chunk + sizes.overlap + 1, chunk=chunk, overlap=sizes.overlap)
