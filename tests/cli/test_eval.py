@@ -40,7 +40,8 @@ def rows():
     return [row for row in found if "answer" in row]
 
 
-def test_methods_side_by_side(run):
+def test_methods_side_by_side(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # else units go to a line of their own where all is slow
     code, out, err = run("--tokens", "90", "--tokens", "300", "--out", "rows.jsonl")
     assert code == 0, err
     assert "untrained" in err
