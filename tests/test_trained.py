@@ -77,7 +77,7 @@ def test_it_stays_the_model_that_its_backbone_is(loaded):
     session = Session(model, tokenizer)
     for prompt, word in (
         ("Who are you?", "I"),
-        ("What is the capital of Japan?", "Tokyo"),  # France's the backbone says by a hair, this model not
+        ("What is the capital of Japan?", "Tokyo"),  # not France's: its card says why
         ("Write a sentence about the sea.", "sea"),
         ("Why is the sky blue?", "light"),
     ):
