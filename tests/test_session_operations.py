@@ -58,13 +58,14 @@ class Mirror:
         self.began = True
 
     def ask_in_one_chunk(self, ids):
-        """As the session promises: the open chunk ends where ids and an eighth do not fit."""
+        """As the session promises: half a chunk stays open where ids and an eighth do not fit."""
         size = SIZES["chunk_size"]
         read, ends = self.read_with_overlaps()
         left = len(read) - (ends[-1] if ends else 0)
-        wanted = len(ids) + size // 8
-        if left and left + wanted > size >= wanted + self.overlap:
-            self.ends = (*self.ends, len(self.now()))
+        room = size - len(ids) - size // 8
+        if self.overlap <= room < left:
+            stays = self.overlap if left == size else max(self.overlap, min(room, size // 2))
+            self.ends = (*self.ends, len(self.now()) - stays + self.overlap)
         self.read_ids(ids)
 
     def read_with_overlaps(self):
@@ -270,7 +271,9 @@ def going_on_from(mirror, model, count):
     """Greedy ids after the mirror's; by the model, since the reference is slow for many."""
     session, ids = Session(model), mirror.now()
     for begin, end in pairwise([0, *mirror.ends, len(ids)]):
-        session.ask_in_one_chunk(ids[begin:end]) if begin else session.read(ids[:end])
+        if begin:  # a chunk ends here
+            session._fold(session.open_tokens)
+        session.read(ids[begin:end])
     return session.continuation(count)
 
 

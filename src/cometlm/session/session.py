@@ -175,7 +175,8 @@ class Session:
         """Read a question whose answer comes next: no chunk border cuts it.
 
         Where the open chunk has no room for it and for the beginning of an answer, an eighth of a
-        chunk, that chunk ends here. A question that fits into no chunk is read as any text.
+        chunk, that chunk ends earlier: what was read last stays in the open one as it is, half a
+        chunk of it if there is room. A question that fits into no chunk is read as any text.
 
         Args:
             question: token ids.
@@ -579,10 +580,12 @@ class Session:
         """End the open chunk where a question of so many tokens would be cut; see above."""
         self._end_text()  # ranks that read together hold more than the open chunk until then
         sizes = self.model.config.comet_config
-        wanted = question + sizes.chunk_size // _ANSWER_SHARE
-        fits = sizes.overlap + wanted <= sizes.chunk_size
-        if question and self._open and fits and len(self._open) + wanted > sizes.chunk_size:
-            yield self._fold(len(self._open))
+        room = sizes.chunk_size - question - sizes.chunk_size // _ANSWER_SHARE
+        if question and sizes.overlap <= room < len(self._open):
+            stays = max(sizes.overlap, min(room, sizes.chunk_size // 2))
+            if len(self._open) == sizes.chunk_size:  # which ends where text goes on, too
+                stays = sizes.overlap
+            yield self._fold(len(self._open) - stays + sizes.overlap)
 
     def _settling(self) -> Iterator[SessionStats]:
         yield from self._take(self._stream.settle() if self._stream is not None else [])
