@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from serving_parts.turns import resent
 
 
 def measure(servers: dict[str, Server], turns: int, picture: Path) -> dict[str, Any]:
-    """One chat with each; both clients send the whole conversation."""
-    seen = {name: resent(server, turns) for name, server in servers.items()}
+    """One chat with each, turn by turn; both clients send the whole conversation."""
+    chats = zip(*(resent(server, 2) for server in servers.values()), strict=True)
+    seen = dict(zip(servers, map(list, zip(*islice(chats, turns), strict=True)), strict=True))
     _draw(seen, picture)
     return {name: _told(one) for name, one in seen.items()} | {"picture": str(picture)}
 
