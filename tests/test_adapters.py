@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import cometlm
 from cometlm import CometForCausalLM
-from cometlm.checkpoints.memory import saved_names
+from cometlm.checkpoints.weights import saved_names
 from cometlm.train.trainable import set_trainable
 from tests import real
 from tests.checkpoints import IDS, SIZES, attached, logits

@@ -21,6 +21,8 @@ from transformers import (
 import cometlm
 from cometlm import CometForCausalLM, CometModelConfig
 from cometlm.checkpoints import memory as pretrained
+from cometlm.checkpoints.card import model_card
+from cometlm.checkpoints.weights import memory_weights
 from tests import real
 from tests.checkpoints import IDS, SIZES, attached, logits
 from tests.tiny import random_ids, tiny_backbone
@@ -89,7 +91,7 @@ def test_the_model_card_says_what_it_is(named, saved):
 
 def test_the_card_names_a_backbone_of_the_hub(model):
     model.config.backbone = "someone/tiny"
-    assert "\nbase_model: someone/tiny\n" in pretrained.model_card(model)
+    assert "\nbase_model: someone/tiny\n" in model_card(model)
 
 
 def test_a_card_that_is_there_stays(model, tmp_path):
@@ -461,10 +463,10 @@ def trainer_of(model, folder, train="model.comet."):
 
 def test_the_trainer_resumes_to_the_same_weights(named, tmp_path):
     whole = attached(named)
-    begun = pretrained.memory_weights(whole.state_dict())
+    begun = memory_weights(whole.state_dict())
     begun = {name: weight.clone() for name, weight in begun.items()}
     trainer_of(whole, tmp_path / "run").train()
-    want = pretrained.memory_weights(whole.state_dict())
+    want = memory_weights(whole.state_dict())
     assert any(not torch.equal(weight, begun[name]) for name, weight in want.items())
 
     files = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
@@ -476,7 +478,7 @@ def test_the_trainer_resumes_to_the_same_weights(named, tmp_path):
     trainer_of(resumed, tmp_path / "again").train(
         resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")
     )
-    ours = pretrained.memory_weights(resumed.state_dict())
+    ours = memory_weights(resumed.state_dict())
     for name, weight in want.items():
         assert torch.equal(ours[name], weight), name
         assert not torch.equal(halfway[name], weight) or not weight.any(), name

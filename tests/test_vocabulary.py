@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import cometlm
 from cometlm import CometForCausalLM
-from cometlm.checkpoints.memory import saved_names
+from cometlm.checkpoints.weights import saved_names
 from tests.checkpoints import SIZES
 from tests.tiny import error, random_ids, refused, tiny_backbone
 

@@ -26,18 +26,20 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save as to_bytes
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cometlm.checkpoints.adapters import has_adapter, plain_names, refuse_merged
+from cometlm.checkpoints.adapters import has_adapter, refuse_merged
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
 from cometlm.checkpoints.backbones import HUB, read_backbone
+from cometlm.checkpoints.card import model_card
 from cometlm.checkpoints.lora import CONFIG as LORA_CONFIG
 from cometlm.checkpoints.lora import WEIGHTS as LORA_WEIGHTS
 from cometlm.checkpoints.lora import LoraFile, check_can_save_adapter, save_lora
 from cometlm.checkpoints.merge import merge_lora
-from cometlm.checkpoints.source import BACKBONE, CARRIED, kind_of, resolve_backbone
+from cometlm.checkpoints.source import BACKBONE, CARRIED, resolve_backbone
+from cometlm.checkpoints.weights import load_memory, needs_backbone, saved_weights
 from cometlm.config import CometModelConfig
 
 if TYPE_CHECKING:
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 LORA = "lora"
-MEMORY_NAME = "model.comet"  # of the module that holds all of its weights
-_PREFIX = f"{MEMORY_NAME}."
 # Of how a backbone is read; the memory is a few megabytes, and is read as it is.
 _OF_BACKBONE = (
     "allow_all_kernels", "attn_implementation", "disable_mmap", "experts_implementation",
@@ -94,8 +94,8 @@ def save_model(
     """
     check_can_save(model, backbone)
     state = model.state_dict() if state_dict is None else state_dict
-    weights = _saved_weights(model, state, adapter_twice)
-    backbone = backbone or _needs_backbone(model)
+    weights = saved_weights(model, state, adapter_twice)
+    backbone = backbone or needs_backbone(model)
     if not backbone:
         _warn_of_what_is_lost(model)
     folder = Path(directory)
@@ -130,22 +130,6 @@ def _warn_of_what_is_lost(model: CometForCausalLM) -> None:
         )
 
 
-def _needs_backbone(model: CometForCausalLM) -> bool:
-    """Whether a checkpoint would name a backbone of another vocabulary, or could name none."""
-    named = _vocabulary_of(model.config.backbone)
-    return model.is_only_copy or named not in (None, model.config.vocab_size)
-
-
-def _vocabulary_of(backbone: str) -> int | None:
-    """Size of the vocabulary of a named backbone; None if nothing on this machine tells."""
-    if backbone in ("", CARRIED) or kind_of(backbone) == "built-in":
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        config = AutoConfig.from_pretrained(backbone, local_files_only=True)
-        return int(config.get_text_config().vocab_size)
-    return None
-
-
 def check_vocabulary(name: str, config: CometModelConfig, backbone: PreTrainedModel) -> None:
     """Refuse a backbone of another vocabulary than the one that a checkpoint was saved beside.
 
@@ -171,7 +155,7 @@ def check_can_save(model: CometForCausalLM, backbone: bool) -> None:
     """
     if has_adapter(model):
         check_can_save_adapter(model)
-    needed = _needs_backbone(model)
+    needed = needs_backbone(model)
     if (backbone or needed) and getattr(model._backbone, "is_quantized", False):
         what_to_do = "save with backbone=False, which names it"
         if needed:
@@ -311,133 +295,6 @@ def upload_model(
             create_pr=create_pr,
         )
     return str(commit)
-
-
-def memory_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the module `comet`, as a checkpoint holds them."""
-    return {
-        name: weight.detach().cpu().contiguous()
-        for name, weight in state_dict.items()
-        if name.startswith(_PREFIX)
-    }
-
-
-def saved_names(model: CometForCausalLM, backbone: bool = False) -> set[str]:
-    """Names, as in `state_dict()`, of the weights that a checkpoint is made of.
-
-    Args:
-        backbone: the backbone's too; as always where no name brings it back.
-    """
-    names = model.state_dict().keys()
-    if backbone or _needs_backbone(model):
-        return set(names)
-    plain = plain_names(model, names)
-    return {name for name in names if name not in plain or name.startswith(_PREFIX)}
-
-
-def _saved_weights(
-    model: CometForCausalLM, state_dict: Mapping[str, Tensor], with_adapter: bool
-) -> dict[str, Tensor]:
-    """The memory's weights, and if wanted an adapter's under their names in the model.
-
-    Raises:
-        ValueError: one of the memory's is not among those given.
-    """
-    plain = plain_names(model, state_dict, copied=MEMORY_NAME)
-    memory = memory_weights({plain[name]: state_dict[name] for name in plain})
-    for name in _memory_parameters(model):
-        if f"{_PREFIX}{name}" not in memory:
-            raise ValueError(f"the memory cannot be saved: its weight {_PREFIX}{name} is not given")
-    if not with_adapter:
-        return memory
-    beside = {
-        name: weight.detach().cpu().contiguous().clone()
-        for name, weight in state_dict.items()
-        if name not in plain and not name.startswith(_PREFIX)
-    }
-    return memory | beside
-
-
-def _memory_parameters(model: CometForCausalLM) -> dict[str, torch.nn.Parameter]:
-    """The memory's weights by their names in it; where adapters have copies, the active ones."""
-    parameters = dict(model.named_parameters())
-    return {
-        plain.removeprefix(_PREFIX): parameters[name]
-        for name, plain in plain_names(model, parameters, copied=MEMORY_NAME).items()
-        if plain.startswith(_PREFIX)
-    }
-
-
-def load_memory(model: CometForCausalLM, weights: Mapping[str, Tensor], name: str) -> None:
-    """Put saved weights into a model's memory.
-
-    Raises:
-        ValueError: they are not those of this model.
-    """
-    own = _memory_parameters(model)
-    given = {
-        key.removeprefix(_PREFIX): weight
-        for key, weight in weights.items()
-        if key.startswith(_PREFIX)  # else an adapter's, which is in a folder of its own too
-    }
-    if not model.config.comet_config.gate:
-        given = {key: weight for key, weight in given.items() if not key.endswith(".gate")}
-    for key in sorted(own.keys() ^ given.keys()):
-        what = "lacks" if key in own else "holds an unknown"
-        raise ValueError(f"{name} does not fit this model: it {what} weight {_PREFIX}{key}")
-    with torch.no_grad():
-        for key, parameter in own.items():
-            if given[key].shape != parameter.shape:
-                raise ValueError(
-                    f"{name} does not fit this model: {_PREFIX}{key} is "
-                    f"{list(given[key].shape)}, expected {list(parameter.shape)}"
-                )
-            if given[key].dtype == torch.float32 and parameter.dtype.itemsize < 4:
-                # Trained in float32: a gate applied thousands of times must not be rounded.
-                parameter.data = parameter.data.float()
-            parameter.copy_(given[key])
-
-
-def model_card(model: CometForCausalLM, *, with_backbone: bool = False) -> str:
-    """A README that says what the checkpoint is and how to use it."""
-    sizes = model.config.comet_config
-    backbone = model.config.backbone or "(not named)"
-    added = sum(parameter.numel() for parameter in _memory_parameters(model).values())
-    hub_id = "/" in backbone and not backbone.startswith((".", "/"))
-    head = ["---", "library_name: cometlm", "pipeline_tag: text-generation"]
-    head += [f"base_model: {backbone}"] if hub_id else []
-    head += ["tags:", "- cometlm", "- long-context", "- memory", "---"]
-    holds = f"{added:,} memory weights" + (", a LoRA adapter" if has_adapter(model) else "")
-    holds += " and its backbone" if with_backbone else ", and no backbone: that is loaded by name"
-    table = "\n".join(f"| `{field}` | {value} |" for field, value in sizes.to_dict().items())
-    return (
-        "\n".join(head)
-        + f"""
-
-# A CoMeT memory for {backbone}
-
-This checkpoint holds {holds}.
-With it, the model reads text of any length in constant memory: {sizes.global_slots:,} slots of
-global and {sizes.temporary_slots:,} of temporary memory per layer, whatever was read.
-
-```python
-import cometlm
-
-model = cometlm.CometForCausalLM.from_pretrained("this checkpoint")
-```
-
-| size | value |
-|---|---|
-{table}
-
-## Training
-
-Say here which data, lengths and recipe the memory was trained with. A memory fresh from
-`cometlm.attach` is untrained: it reads everything and recalls nothing beyond the open chunk.
-
-Method: CoMeT, the Collaborative Memory Transformer, [arXiv 2602.01766](https://arxiv.org/abs/2602.01766).
-"""
-    )
 
 
 def _config_of(name: str, given: Any, hub: dict[str, Any]) -> CometModelConfig:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from cometlm.backbones.text_half import attending_by
 from cometlm.checkpoints.adapters import plain_names, refuse_merged
 from cometlm.checkpoints.fingerprint import sample
-from cometlm.checkpoints.memory import MEMORY_NAME, load_model, save_model, upload_model
+from cometlm.checkpoints.memory import load_model, save_model, upload_model
 from cometlm.checkpoints.published import from_published
+from cometlm.checkpoints.weights import MEMORY_NAME
 from cometlm.config import CometConfig
 
 if TYPE_CHECKING:

@@ -14,8 +14,10 @@ from cometlm.serve.answer import Answer, Piece
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
 from cometlm.serve.logprobs import chat_logprobs, completion_logprobs
+from cometlm.serve.prompt import Prompt
+from cometlm.serve.run import Run
 from cometlm.serve.schema import ChatBody, CompletionBody, Sampled
-from cometlm.serve.service import Prompt, Run, Service
+from cometlm.serve.service import Service
 from cometlm.serve.start import find_start, find_webui_chat, note_webui_chat
 from cometlm.session.writer import Likely
 

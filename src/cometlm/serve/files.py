@@ -14,7 +14,8 @@ from cometlm.serve.answer import Progress
 from cometlm.serve.errors import ApiError
 from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, check_form, data, event_stream, unless_gone
-from cometlm.serve.service import Run, Service
+from cometlm.serve.run import Run
+from cometlm.serve.service import Service
 from cometlm.serve.start import find_start
 from cometlm.session.session import Session
 

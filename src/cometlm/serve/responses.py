@@ -19,8 +19,10 @@ from cometlm.serve.http import Owner, Serving, data, event_stream, unless_gone
 from cometlm.serve.items import call_item, items_of, messages_of, with_own_ids
 from cometlm.serve.logprobs import event_logprobs, response_logprobs
 from cometlm.serve.pages import PageQuery, page_of
+from cometlm.serve.prompt import Prompt
+from cometlm.serve.run import Run
 from cometlm.serve.schema import ResponseBody, sampling_of
-from cometlm.serve.service import Prompt, Run, Service, Writing
+from cometlm.serve.service import Service, Writing
 from cometlm.serve.start import find_start
 from cometlm.serve.thread import Thread, change, turn
 from cometlm.session.file import NotesError, noted

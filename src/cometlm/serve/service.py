@@ -5,36 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import IO, Any
 
 from cometlm.core.causal_lm import CometForCausalLM
-from cometlm.serve.answer import (
-    Answer,
-    Mark,
-    Order,
-    Piece,
-    Progress,
-    Used,
-    answering,
-    reading,
-    settling,
-)
-from cometlm.serve.engine import Engine, Job, Work
+from cometlm.serve.answer import Answer, Mark, Order, Used, answering, reading, settling
+from cometlm.serve.engine import Engine, Work
 from cometlm.serve.errors import ApiError, as_api_error, unsupported
 from cometlm.serve.folder import Kept
 from cometlm.serve.kept import NotKeptError, SessionStore
 from cometlm.serve.metrics import Metrics, TokenClock
+from cometlm.serve.prompt import Prompt, Start
 from cometlm.serve.rates import Rates
-from cometlm.serve.tools import (
-    CallFilter,
-    Calling,
-    answered_message,
-    digest_of,
-    template_messages,
-)
+from cometlm.serve.run import Ended, Run
+from cometlm.serve.tools import Calling, digest_of, template_messages
 from cometlm.serve.trail import Trail
 from cometlm.session.chat_template import ChatOptions, Conversation, Message, UntakenError
 from cometlm.session.file import full_bytes
@@ -42,9 +28,7 @@ from cometlm.session.identity import identity
 from cometlm.session.options import stop_ids
 from cometlm.session.plain_text import PlainText, prefix_ids
 from cometlm.session.session import Session
-from cometlm.session.writer import Likely, Sampling
-
-_SEEN = 1024  # tokens of a prompt that say how its answer begins
+from cometlm.session.writer import Sampling
 
 
 @dataclass(frozen=True)
@@ -71,170 +55,6 @@ class Writing:
     stop: tuple[str, ...] = ()
     count: int = 1
     keeps: bool = True  # what was read and said
-
-
-@dataclass(frozen=True)
-class Start:
-    """A session that a request names to go on from.
-
-    Attributes:
-        name: its id.
-        session: it.
-        trail: of what it has read; None: not known.
-        tools: see `Prompt`.
-    """
-
-    name: str
-    session: Session
-    trail: Trail | None
-    tools: str | None = None
-
-    @classmethod
-    def of(cls, kept: Kept, session: Session) -> Start:
-        """The one that is kept."""
-        return cls(kept.id, session, kept.trail, (kept.document or {}).get("tools"))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a request goes on from, and what it adds.
-
-    Attributes:
-        start: the session to go on from.
-        parent: its id; None: an empty one.
-        history, question, closing: see `Order`.
-        base: trail of what `start` has read, if it is known.
-        conversation: a whole one that the client sent; None: it sent what is new.
-        calling: how calls of tools are found in answers; None: they are not looked for.
-        last: see `Order`.
-        tools: digest of the tools that the model was told of, by this or before (`digest_of`).
-    """
-
-    start: Session
-    parent: str | None
-    history: Sequence[int]
-    question: Sequence[int]
-    closing: Sequence[int] | None
-    base: Trail | None
-    conversation: Conversation | None = None
-    calling: Calling | None = None
-    last: Sequence[str] = ()
-    tools: str | None = None
-
-    @property
-    def new(self) -> list[int]:
-        """All ids that are read."""
-        return [*self.history, *self.question]
-
-    @property
-    def tokens(self) -> int:
-        """All tokens that the answer is written after."""
-        return self.start.stats().tokens + len(self.history) + len(self.question)
-
-    @cached_property  # what is known of an open chunk may be given up later
-    def cached(self) -> int:
-        """Those of them that need not be run."""
-        return self.start.num_ready(len(self.history), len(self.question))
-
-    def trail_after(self, answer: Answer) -> Trail | None:
-        """Of the ids that a client begins with who goes on from this answer."""
-        if self.conversation is not None:
-            try:
-                ids = self.conversation.answered(answered_message(answer.text, answer.calls))
-            except ValueError:  # a template that refuses such an answer later on
-                ids = []
-            if ids:
-                return Trail.of(ids)
-        return None if self.base is None else self.base.extended([*self.new, *answer.kept])
-
-
-class Run:
-    """A request that is worked on; leave it with `cancel` or at its end."""
-
-    def __init__(
-        self,
-        job: Job,
-        events: asyncio.Queue[Any],
-        metrics: Metrics,
-        prompt: Prompt | None = None,
-    ) -> None:
-        self._job, self._events, self._metrics = job, events, metrics
-        self._prompt = prompt
-
-    async def pieces(self) -> AsyncIterator[Piece | Answer]:
-        """Pieces of text, then each answer.
-
-        Raises:
-            ApiError: it could not be written.
-        """
-        prompt = self._prompt
-        if prompt is None or prompt.calling is None:
-            async for event in self.events():
-                yield event
-            return
-        tokenizer, filters = prompt.start.tokenizer, dict[int, CallFilter]()
-        before = tokenizer.decode(prompt.new[-_SEEN:]) if prompt.calling.is_described else ""
-        held: dict[int, list[Likely]] = {}
-        async for event in self.events():
-            sieve = filters.setdefault(event.index, CallFilter(prompt.calling))
-            if isinstance(event, Piece):
-                held.setdefault(event.index, []).extend(event.likely)
-                if text := sieve.feed(event.text):
-                    yield replace(event, text=text, likely=held.pop(event.index))
-                continue
-            rest, said, calls = sieve.finish(event.text, event.ids, before)
-            likely = held.pop(event.index, [])
-            if rest or likely:
-                yield Piece(event.index, rest, likely)
-            yield replace(event, text=said, calls=calls)
-
-    async def events(self) -> AsyncIterator[Any]:
-        """What the work says: see `pieces`; of a document, its `Progress`.
-
-        Raises:
-            ApiError: it ended with an error.
-        """
-        first: float | None = None
-        metrics, asked = self._metrics, self._job.queued_at
-        try:
-            while True:
-                event = await self._events.get()
-                if isinstance(event, _Ended):
-                    if event.error is not None:
-                        error = as_api_error(event.error)
-                        metrics.failed(error)
-                        raise error from event.error
-                    break
-                if first is None and not isinstance(event, Progress):
-                    first = time.monotonic()
-                    metrics.first_token.observe(first - asked)
-                    metrics.queue_time.observe((self._job.started_at or asked) - asked)
-                if isinstance(event, Answer) and first is not None:
-                    metrics.generation_tokens.inc(event.tokens)
-                    metrics.finished(event.finish)
-                    spent = (time.monotonic() - first) / max(1, event.tokens - 1)
-                    metrics.per_token.observe(spent)
-                yield event
-            metrics.whole_time.observe(time.monotonic() - asked)
-        finally:
-            self.cancel()
-
-    async def answers(self) -> list[Answer]:
-        """All answers.
-
-        Raises:
-            ApiError: they could not be written.
-        """
-        return [event async for event in self.pieces() if isinstance(event, Answer)]
-
-    def cancel(self) -> None:
-        """Nobody listens any more."""
-        self._job.cancel()
-
-
-@dataclass(frozen=True)
-class _Ended:
-    error: BaseException | None
 
 
 class Service:
@@ -534,7 +354,7 @@ class Service:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            job = self.engine.submit(work(emit), owner, lambda error: emit(_Ended(error)))
+            job = self.engine.submit(work(emit), owner, lambda error: emit(Ended(error)))
         except RuntimeError as error:
             refused = as_api_error(error)
             self.metrics.failed(refused)

@@ -19,8 +19,9 @@ from cometlm.serve.folder import Kept
 from cometlm.serve.http import Owner, Serving, check_form, unless_gone
 from cometlm.serve.kept import Listed, NotKeptError
 from cometlm.serve.pages import PageQuery, page_of
+from cometlm.serve.run import Run
 from cometlm.serve.schema import Body
-from cometlm.serve.service import Run, Service
+from cometlm.serve.service import Service
 from cometlm.serve.upload import load_upload
 from cometlm.session.session import Session
 

@@ -23,7 +23,8 @@ from cometlm.serve.errors import ApiError
 from cometlm.serve.folder import TURN, Kept
 from cometlm.serve.http import SESSION_HEADER
 from cometlm.serve.kept import NotKeptError
-from cometlm.serve.service import Service, Start
+from cometlm.serve.prompt import Start
+from cometlm.serve.service import Service
 from cometlm.serve.thread import Thread
 from cometlm.session.session import Session
 

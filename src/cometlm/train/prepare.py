@@ -111,7 +111,8 @@ def restore(model: CometForCausalLM, checkpoint: str | Path, whole: bool) -> Non
         whole: with its backbone.
     """
     from cometlm.checkpoints.backbones import read_backbone
-    from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS, load_memory
+    from cometlm.checkpoints.memory import BACKBONE, LORA, WEIGHTS
+    from cometlm.checkpoints.weights import load_memory
 
     folder = Path(checkpoint)
     load_memory(model, read_weights(folder / WEIGHTS), str(folder))

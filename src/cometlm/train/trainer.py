@@ -30,7 +30,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from cometlm.checkpoints.memory import check_can_save, saved_names
+from cometlm.checkpoints.memory import check_can_save
+from cometlm.checkpoints.weights import saved_names
 from cometlm.compat import leave_to_itself
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.parallel.p2p import PipelineError, answering
