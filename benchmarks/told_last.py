@@ -4,9 +4,10 @@
 
 A text is read, then a fact in a sentence of its own, `--gap` tokens of another text, and the fact
 is asked for in other words, in a session each. Where question and answer no longer fit into the
-open chunk, the session ends it in front of them, and all but its last `overlap` tokens are in the
-memory. Facts, names, questions and texts are the held-out ones of the task `facts`. Prints the
-share whose answer was said, with its 95% interval; writes out/told_last.json.
+open chunk, the session ends it early, and all but its last half chunk is in the memory; where it
+has just ended by itself, all but `overlap` tokens. Facts, names, questions and texts are the
+held-out ones of the task `facts`. Prints the share whose answer was said, with its 95% interval;
+writes out/told_last.json.
 """
 
 from __future__ import annotations
