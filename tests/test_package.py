@@ -137,6 +137,7 @@ NEED_EXTRAS = {
     "cometlm.serve.page",
     "cometlm.serve.pages",
     "cometlm.serve.responses",
+    "cometlm.serve.run",
     "cometlm.serve.schema",
     "cometlm.serve.service",
     "cometlm.serve.sessions",
