@@ -86,6 +86,19 @@ def test_demo_stops_after_so_many_tokens(command, text_file):
     )  # a whole chunk, and what is known of the next
 
 
+def test_demo_reads_little_more_than_it_is_told_to(command, monkeypatch, tmp_path):
+    """A session takes text in windows of 16,384 characters; what was hidden would be far behind."""
+    path = tmp_path / "long.txt"
+    path.write_text(TEXT * 64, encoding="utf-8")
+    asked = []
+    monkeypatch.setattr(
+        Session, "ask", lambda self, *args, **options: asked.append(self.characters) or "no"
+    )
+    code, _, _ = command("demo", "--file", str(path), "--tokens", "100", "--facts", "2")
+    assert code == 0
+    assert all(characters < 2 * 2048 + 500 for characters in asked)
+
+
 def test_demo_of_a_shorter_text_reads_all_of_it(command, text_file):
     arguments = ("--tokens", "1000", "--passkey", "12345", "--depth", "0.9")
     code, out, _ = command("demo", "--file", text_file, *arguments)

@@ -72,7 +72,7 @@ def demo(
     texts, about = _texts(file)
     out.print(f"reading {about}", highlight=False, soft_wrap=True)
     session = Session(loaded, tokenizer)
-    haystack = Haystack(session, texts, needles)
+    haystack = Haystack(session, texts, needles, tokens)
     with ReadingProgress(None) as progress:
         try:
             stats = _read(haystack, session, progress, tokens)
@@ -164,7 +164,10 @@ def _needles(
 
 
 class Haystack:
-    """A text with needles put between its lines, while it is read.
+    """A text with needles put between its lines, while it is read, until there is enough.
+
+    It ends by itself, since a session takes text in windows of some thousand tokens: what stopped
+    reading from outside would leave needles a chunk and more behind.
 
     Attributes:
         hidden: needles that are hidden by now.
@@ -172,9 +175,11 @@ class Haystack:
         characters: of the text, without the needles.
     """
 
-    def __init__(self, session: Session, texts: Iterator[str], needles: Sequence[Needle]) -> None:
+    def __init__(
+        self, session: Session, texts: Iterator[str], needles: Sequence[Needle], tokens: int
+    ) -> None:
         self._session = session
-        self._texts = texts
+        self._texts, self._tokens = texts, tokens
         self.hidden: list[Needle] = []
         self.missing = list(needles)
         self.characters = 0
@@ -190,6 +195,8 @@ class Haystack:
                     yield self._hide()
                     piece = piece[cut:]
                 yield piece
+                if not self.missing and self._read() >= self._tokens:
+                    return
         while self.missing and self.characters:
             self.missing[0].is_last = True
             yield self._hide()
