@@ -96,6 +96,7 @@ def test_demo_reads_little_more_than_it_is_told_to(command, monkeypatch, tmp_pat
     )
     code, _, _ = command("demo", "--file", str(path), "--tokens", "100", "--facts", "2")
     assert code == 0
+    assert len(asked) == 3
     assert all(characters < 2 * 2048 + 500 for characters in asked)
 
 
