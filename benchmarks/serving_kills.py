@@ -2,9 +2,10 @@
 
     python benchmarks/serving_kills.py --times 50
     python benchmarks/serving_kills.py --times 20 --replicas 3     # behind nginx
+    python benchmarks/serving_kills.py --go-on 100                 # from that many ids at the end
 
 Each client goes on from the last answer that it was told. In the end every id that was ever told
-has to be there with its text, and a conversation has to go on from it.
+has to be there with its text, and a conversation has to go on from it (from some, with `--go-on`).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Report:
         failures: requests that got no answer, which were asked again.
         told: text of each response by the id that a client was told.
         served: POST requests that each replica has answered.
+        continued: ids that were gone on from at the end.
         lost: ids of those that are not there, or are not what was told.
     """
 
@@ -49,13 +51,14 @@ class Report:
     failures: int = 0
     told: dict[str, str] = field(default_factory=dict)
     served: list[int] = field(default_factory=list)
+    continued: int = 0
     lost: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return (
             f"{self.kills} kills, {len(self.told)} responses acknowledged (by replica: "
             f"{self.served} answered), {self.failures} requests broken off, "
-            f"{len(self.lost)} lost"
+            f"{self.continued} gone on from, {len(self.lost)} lost"
         )
 
 
@@ -155,19 +158,44 @@ def kill_at_random(servers: Sequence[Server], times: int, report: Report, seed: 
         report.kills += 1
         server.start()
         server.wait()
+        note(f"{report.kills} of {times} kills, {len(report.told)} responses acknowledged")
+    print(file=sys.stderr)
 
 
-def lost(url: str, told: dict[str, str]) -> Iterator[str]:
-    """Ids that are not there, are not what was told, or cannot be gone on from."""
-    for name, text in told.items():
-        try:
-            kept = text_of(get(url, f"/v1/responses/{name}"))
-            more = ask(url, "On?", name)
-        except _FAILED:
-            yield name
-            continue
-        if kept != text or more["previous_response_id"] != name:
-            yield name
+def note(text: str) -> None:
+    """A line of progress, over the last one."""
+    print(f"\r{text}   ", end="", file=sys.stderr, flush=True)
+
+
+def is_whole(url: str, name: str, text: str) -> bool:
+    """Whether an id is there and is what was told."""
+    try:
+        return text_of(get(url, f"/v1/responses/{name}")) == text
+    except _FAILED:
+        return False
+
+
+def goes_on(url: str, name: str) -> bool:
+    """Whether a conversation goes on from an id."""
+    try:
+        return bool(ask(url, "On?", name)["previous_response_id"] == name)
+    except _FAILED:
+        return False
+
+
+def check(url: str, report: Report, go_on: int | None, seed: int) -> None:
+    """Look for each id that was told, and go on from `go_on` of them at random (None: all)."""
+    names = list(report.told)
+    random.Random(seed).shuffle(names)
+    for number, name in enumerate(names):
+        if not is_whole(url, name, report.told[name]):
+            report.lost.append(name)
+        elif go_on is None or report.continued < go_on:
+            report.continued += 1
+            if not goes_on(url, name):
+                report.lost.append(name)
+        note(f"{number + 1} of {len(names)} ids looked for, {len(report.lost)} lost")
+    print(file=sys.stderr)
 
 
 def kill(
@@ -178,6 +206,7 @@ def kill(
     replicas: int = 1,
     clients: int = 4,
     seed: int = 0,
+    go_on: int | None = None,
     options: Sequence[str] = (),
 ) -> Report:
     """Kill servers at random under load.
@@ -189,6 +218,7 @@ def kill(
         replicas: servers over the store; several stand behind nginx.
         clients: that talk at the same time.
         seed: of when and which.
+        go_on: how many of the ids, drawn at random, are gone on from at the end; None: all.
 
     Raises:
         RuntimeError: a server does not start; nginx is missing.
@@ -221,7 +251,7 @@ def kill(
         report.served = [answered(server) for server in servers]
         for server in servers[1:]:
             server.kill()  # the first one has to find all of it
-        report.lost = list(lost(servers[0].url, dict(report.told)))
+        check(servers[0].url, report, go_on, seed)
     return report
 
 
@@ -234,6 +264,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--store", help="a folder or a URL; default: a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--go-on", type=int, help="from so many ids at the end; default: from all")
     given, options = parser.parse_known_args()
     report = kill(
         given.model,
@@ -242,6 +273,7 @@ def main() -> None:
         replicas=given.replicas,
         clients=given.clients,
         seed=given.seed,
+        go_on=given.go_on,
         options=options,
     )
     print(report)

@@ -23,6 +23,7 @@ def test_a_killed_server_keeps_what_it_acknowledged(model):
     report = serving_kills.kill(model, times=3, options=OPTIONS)
     assert report.kills == 3
     assert len(report.told) >= 6
+    assert report.continued == len(report.told)
     assert report.lost == []
 
 
@@ -32,6 +33,7 @@ def test_replicas_behind_a_balancer_keep_what_they_acknowledged(model):
     """Three over a store; conversations go from one to another without anybody's doing."""
     report = serving_kills.kill(model, times=4, replicas=3, options=OPTIONS)
     assert report.kills == 4
+    assert report.continued == len(report.told)
     assert report.lost == []
     assert sum(served > 0 for served in report.served) >= 2
 
