@@ -131,6 +131,15 @@ def test_a_folder_is_told_from_a_url(tmp_path):
         objects_at("nonsense://x")
 
 
+def test_a_library_that_is_missing_is_named_with_what_brings_it(monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with refused("s3://bucket: Install s3fs to access S3; pip install 'cometlm[s3]'"):
+        objects_at("s3://bucket")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
 def test_a_folder_that_is_read_only_can_be_read(tmp_path):
     objects = objects_at(tmp_path)

@@ -237,7 +237,9 @@ class RemoteObjects:
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{url}: {error}") from error
+            lacks_s3 = isinstance(error, ImportError) and url.startswith("s3://")
+            hint = "; pip install 'cometlm[s3]'" if lacks_s3 else ""
+            raise ValueError(f"{url}: {error}{hint}") from error
         kinds = self._fs.protocol
         kinds = {kinds} if isinstance(kinds, str) else set(kinds)
         self._is_single_put = bool(kinds & _SINGLE_PUT)
