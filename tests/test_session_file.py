@@ -198,7 +198,9 @@ def other_backbone():
 OTHERS = {
     "backbone": other_backbone,
     "memory weights": other_memory,
-    "config": lambda: cometlm.attach(tiny_backbone("llama"), **{**SIZES, "capacity": 6}),
+    "capacity is 5, this model's is 6": lambda: cometlm.attach(
+        tiny_backbone("llama"), **{**SIZES, "capacity": 6}
+    ),
 }
 
 

@@ -44,23 +44,31 @@ def _settings(config: Mapping[str, Any], within: str = "") -> dict[str, Any]:
 
 def difference(its: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
     """How the model that made a file differs from this one, as words; None: it does not."""
-    for part in ("backbone", "memory weights", "config"):
-        same_sizes = part == "config" and _same_sizes(its[part], ours[part])
-        if its[part] != ours[part] and not same_sizes:
+    for part in ("backbone", "memory weights"):
+        if its[part] != ours[part]:
             return f"its {part} is {its[part]}, this model's is {ours[part]}"
+    return _other_size(its["config"], ours["config"]) or _other_setting(its, ours)
+
+
+def _other_size(its: str, ours: str) -> str | None:
+    """The first size of a memory that is another; an older file lacks what is newer."""
+    if not is_sizes(its):
+        return f"its config is {its}, this model's is {ours}"
+    before, now = (CometConfig.from_dict(json.loads(one)).to_dict() for one in (its, ours))
+    for name, value in before.items():
+        if value != now[name]:
+            return f"its {name} is {value}, this model's is {now[name]}"
+    return None
+
+
+def _other_setting(its: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
+    """The first setting of a backbone that is another."""
     # Older files have none, and versions of transformers do not all have the same.
     before, now = (json.loads(one.get(SETTINGS, "{}")) for one in (its, ours))
     for name in sorted(before.keys() & now.keys()):
         if not _same_setting(before[name], now[name]):
             return f"its backbone's {name} is {before[name]}, this model's is {now[name]}"
     return None
-
-
-def _same_sizes(made_by: str, ours: str) -> bool:
-    """Whether two configurations are one, though an older file lacks what is newer."""
-    if not is_sizes(made_by):
-        return False
-    return CometConfig.from_dict(json.loads(made_by)) == CometConfig.from_dict(json.loads(ours))
 
 
 def _same_setting(its: Any, ours: Any) -> bool:
