@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,6 +74,16 @@ def program_text() -> Iterator[str]:
     """The sources of transformers, file after file: millions of tokens that are here already."""
     for path in corpus_files("transformers"):
         yield f"# {path.name}\n{path.read_text(encoding='utf-8')}\n"
+
+
+def say(line: str) -> None:
+    """What is being done, since it takes minutes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def note(line: str) -> None:
+    """How far it is, in place of the last such line, beside the result."""
+    print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
 
 
 def write(name: str, result: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,7 +30,7 @@ from cometlm.train.keep import (
     own_answers,
     prompt_ids,
 )
-from common import argument_parser, machine, write
+from common import argument_parser, machine, say, write
 
 ANSWER = 64  # tokens
 PROSE = "austen-test"
@@ -89,11 +88,6 @@ def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
         say(f"prompt {number + 1} of {len(prompts)} …")
         said.append(model.session(tokenizer).chat(prompt, max_new_tokens=ANSWER))
     return said
-
-
-def say(line: str) -> None:
-    """What is being done, since it takes minutes."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ out/perplexity.json.
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 import cometlm
 from cometlm.checkpoints.source import Source
 from cometlm.data.corpora import corpus_files
-from common import argument_parser, machine, write
+from common import argument_parser, machine, say, write
 
 SKIPPED = 2048
 BATCH = 8
@@ -51,11 +50,6 @@ def loss_with_memory(model: Any, ids: Tensor, first: int) -> float:
 def chunks(ids: Tensor, size: int, first: int) -> Tensor:
     """Windows [n, size + 1] whose last `size` tokens, together, are those from `first` on."""
     return ids[first - 1 :].unfold(0, size + 1, size)
-
-
-def say(line: str) -> None:
-    """What is being done, since it takes minutes."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

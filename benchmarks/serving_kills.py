@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import argument_parser
+from common import argument_parser, note
 from serving_parts.servers import Server, free_port, ours
 
 NGINX = Path(__file__).parents[1] / "docker" / "nginx.conf"
@@ -160,11 +160,6 @@ def kill_at_random(servers: Sequence[Server], times: int, report: Report, seed: 
         server.wait()
         note(f"{report.kills} of {times} kills, {len(report.told)} responses acknowledged")
     print(file=sys.stderr)
-
-
-def note(text: str) -> None:
-    """A line of progress, over the last one."""
-    print(f"\r{text}   ", end="", file=sys.stderr, flush=True)
 
 
 def is_whole(url: str, name: str, text: str) -> bool:

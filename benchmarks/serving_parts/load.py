@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any
 
 import openai
 
+from common import note
 from serving_parts.servers import Server
 from serving_parts.streams import Streamed, chat, sentence, texts
 
@@ -133,6 +135,7 @@ def measure(server: Server, clients: int, minutes: float) -> dict[str, Any]:
     def watch() -> None:
         while not over.wait(60 * minutes / _SAMPLES):
             resident.append(server.resident_bytes())
+            note(f"{sum(len(user.asked) for user in users)} answers")
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -140,6 +143,7 @@ def measure(server: Server, clients: int, minutes: float) -> dict[str, Any]:
         list(pool.map(lambda user: user.run(end), users))
     over.set()
     watcher.join()
+    print(file=sys.stderr)
     resident.append(server.resident_bytes())
     return _told(users, resident) | again(server, [one for user in users for one in user.asked])
 
@@ -147,10 +151,12 @@ def measure(server: Server, clients: int, minutes: float) -> dict[str, Any]:
 def again(server: Server, asked: list[Asked]) -> dict[str, Any]:
     """Each question asked again with nothing beside it."""
     other = []
-    for one in asked:
+    for number, one in enumerate(asked):
+        note(f"{number} of {len(asked)} answers asked again, {len(other)} different")
         answer = ask(server, one.parent, one.text).text
         if answer != one.answer:
             other.append({"question": one.text, "under load": one.answer, "alone": answer})
+    print(file=sys.stderr)
     return {"answers asked again": len(asked), "of them different": len(other), "different": other}
 
 
