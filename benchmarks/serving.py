@@ -6,7 +6,8 @@
     python benchmarks/serving.py beside [--turns 100]    # `transformers serve`, drawn
 
 Each writes out/serving-NAME.json. `--model` is SmolLM2 with the memory that ships unless another is
-named. Needs `pip install -e '.[serve,dev]'`; `beside` also `pip install 'transformers[serving]'`.
+named; other options, such as `--chunk-size 512`, are those of `cometlm serve`. Needs
+`pip install -e '.[serve,dev]'`; `beside` also `pip install 'transformers[serving]'`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def main() -> None:
     args = _parsed()
     with tempfile.TemporaryDirectory() as folder:
         result = _measure(args, Path(folder))
-    write(f"serving-{args.what}", {"machine": machine(), "model": args.model, **result})
+    told = {"machine": machine(), "model": args.model, "options": args.options}
+    write(f"serving-{args.what}", {**told, **result})
 
 
 def _parsed() -> argparse.Namespace:
@@ -40,7 +42,8 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, help="200, at least 16; 100 with beside, at least 2")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=5.0)
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
+    args.options = options
     if args.turns is None:
         args.turns = _TURNS.get(args.what, 0)
     if args.turns < (least := _LEAST.get(args.what, 0)):
@@ -52,8 +55,8 @@ def _parsed() -> argparse.Namespace:
 
 def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     store, log = folder / "store", folder / "log"
-    options = ["--dtype", "float32", "--max-running", "16"] if args.what == "load" else []
-    with running(ours(args.model, store, log, options)) as server:
+    own = ["--dtype", "float32", "--max-running", "16"] if args.what == "load" else []
+    with running(ours(args.model, store, log, [*own, *args.options])) as server:
         if args.what == "turns":
             measured = turns.measure(server, args.turns)
             return measured | {"bytes of a session's file": _sizes(store)}
