@@ -261,6 +261,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--go-on", type=int, help="from so many ids at the end; default: from all")
     given, options = parser.parse_known_args()
+    if given.go_on is not None and given.go_on < 0:
+        parser.error(f"--go-on must be at least 0, got {given.go_on}")
     report = kill(
         given.model,
         times=given.times,
