@@ -192,6 +192,23 @@ def test_a_bad_byte_at_the_start_leaves_an_older_session(command, model, text_fi
     assert Path("s").read_bytes() == before
 
 
+def test_ranks_that_read_together_leave_another_session_until_all_is_read(
+    command, monkeypatch, model, text_file
+):
+    command("read", "tiny", text_file, "--save", "s")
+    before = Path("s").read_bytes()
+    monkeypatch.setattr(read_verb, "join_job", lambda device: (0, 2))
+    monkeypatch.setattr(read_verb, "SharedSession", Session)
+    monkeypatch.setattr(read_verb, "_SAVE_EVERY_BLOCKS", 1)
+    Path("bad.txt").write_bytes((TEXT * 3).encode()[:9_000] + b"\xff")
+    assert command("read", "tiny", "bad.txt", "--save", "s")[0] == 1
+    assert Path("s").read_bytes() == before
+    assert kept("s.part", model).characters > 1_000
+    assert command("read", "tiny", text_file, "--save", "s")[0] == 0
+    assert_same(kept("s", model), new_session(model, TEXT))
+    assert not Path("s.part").exists()
+
+
 def test_a_reading_that_fails_is_kept_beside_another_session(command, model, text_file):
     command("read", "tiny", text_file, "--save", "s")
     before = Path("s").read_bytes()

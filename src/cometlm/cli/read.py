@@ -185,11 +185,16 @@ class _Keeper:
         if self._save is None or not self._reader.stats().tokens:
             return
         beside = failed and self._is_anothers
-        target = self._save.with_name(f"{self._save.name}.part") if beside else self._save
+        target = _part_of(self._save) if beside else self._save
         self._reader.save(target)
         rest = f"; {self._save} is as it was" if beside else ""
         with contextlib.suppress(OSError):
             err.print(f"saved {target}{rest}", highlight=False, soft_wrap=True)
+
+
+def _part_of(save: Path) -> Path:
+    """Where a reading that is not whole is kept while another session stands at its place."""
+    return save.with_name(f"{save.name}.part")
 
 
 def _read_all(
@@ -236,18 +241,22 @@ def _read_together(
     """Read to the end with other ranks; all of them save when they have read as much.
 
     Ctrl-C reaches each rank somewhere else, so it ends the job; `--resume` goes on from the last
-    time that it was saved.
+    time that it was saved. Until all is read, that is beside another session at this place.
     """
+    is_anothers = save is not None and save.exists() and not goes_on
+    on_the_way = _part_of(save) if save is not None and is_anothers else save
     with ReadingProgress(texts.size, reader.stats().tokens) as progress:
         blocks = progress.counting(reader.unread(texts.blocks(), name=texts.name))
         ending = reader.finish if save is None else reader.settle
         reading = reader.reading(blocks, special=special)
         for number, stats in enumerate(chain(reading, ending()), start=1):
             progress.show(stats)
-            if save is not None and number % _SAVE_EVERY_BLOCKS == 0:
-                reader.save(save)
+            if on_the_way is not None and number % _SAVE_EVERY_BLOCKS == 0:
+                reader.save(on_the_way)
         if save is not None:
             reader.save(save)
+            if is_anothers:
+                _part_of(save).unlink(missing_ok=True)
     err.print(f"read {progress.summary(reader.stats())}", highlight=False)
     if save is not None:
         err.print(f"saved {save}", highlight=False, soft_wrap=True)
