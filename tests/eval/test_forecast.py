@@ -48,6 +48,17 @@ def reading(tokens, seconds, nbytes, task="a", questions=2, peak=None):
     return Reading(task, tokens, questions, seconds, 0.5 * questions, nbytes, peak)
 
 
+def test_of_lengths_much_alike_it_is_in_proportion():
+    """Of texts of 4,000 tokens, more or less, 32,000 were foreseen to take what these took."""
+    lengths = [3869, 3913, 3993, 3998, 4000]
+    readings = [
+        reading(n, 160 - 5 * (i % 2), 1000 + i, questions=0, peak=0) for i, n in enumerate(lengths)
+    ]
+    found = foresee(readings, "a", 32_000, 0)
+    assert found.seconds == pytest.approx(8 * 160, rel=0.1)
+    assert found.nbytes == pytest.approx(8 * 1004, rel=0.1)
+
+
 def test_bytes_follow_what_is_held():
     growing = [reading(n, n / 1000, 100 * n, peak=10_000) for n in (100, 200)]
     found = foresee(growing, "a", 1000, 2)

@@ -16,7 +16,7 @@ import torch
 
 from cometlm.device import as_dtype, readable_bytes
 from cometlm.eval.config import DEFAULT_SAMPLES, EvalConfig, Limits
-from cometlm.eval.forecast import Reading, calibrate, foresee, questions_of, readings_of
+from cometlm.eval.forecast import Reading, are_apart, calibrate, foresee, questions_of, readings_of
 from cometlm.eval.results import Cell, Results, name_of, readable_seconds
 from cometlm.eval.rows import Forecast, Rows
 from cometlm.eval.runner import Answer, Place, evaluate
@@ -366,7 +366,7 @@ class Comparison:
         if questions is None:
             questions = len(sample.questions)
         lengths = {one.tokens for one in readings if bool(one.task) == bool(name)}
-        if self.config.limits.are_given and len(lengths) < 2:
+        if self.config.limits.are_given and not are_apart(lengths):
             device, most = self._loader.device, self.config.max_new_tokens
             readings += calibrate(reader, cell.task, sample, device, most)
         usual = task.usual_length(cell.tokens)

@@ -4,7 +4,8 @@ Seconds follow a law with terms of at least 0: a constant and one that is linear
 quadratic term is tried only of a method whose held bytes grow with the text, since one that holds
 the same does the same for every token. What a method bounds (`Reader.bounds`) does not go on
 growing: an answer takes what the tokens take that it reads, and behind a full window reading goes
-straight on. The law is fitted by relative error; of laws that fit alike the simplest is taken. What
+straight on. The law is fitted by relative error; of laws that fit alike the simplest is taken.
+Lengths that are much alike say nothing of growth: it is taken to be in proportion. What
 the answers take is fitted apart, for each task where it is known. Bytes at the highest point are
 the most that stood beside what was held, and what will be held.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from cometlm.tasks.base import Sample
 _WARM_UP = 64  # tokens of a first reading, which is slower
 _CALIBRATED = 1536  # tokens of the longer one of two calibrating readings
 _GROWS = 0.5  # the exponent of what is held, above which it grows with the text
+_APART = 1.5  # by which the longest text must be longer than the shortest to say how it goes on
 _ALIKE = 0.01  # relative error by which a law must be better than a simpler one
 
 
@@ -199,9 +201,8 @@ def law(points: Iterable[tuple[int, float]], is_quadratic: bool) -> Law:
     """
     measured = [(length, max(value, 1e-9)) for length, value in points]
     lengths = {length for length, _ in measured}
-    # Of one length nothing says how it goes on: in proportion to the length.
-    kinds = [(1,)] if len(lengths) == 1 else [(0,), (1,), (0, 1)]
-    if is_quadratic and len(lengths) > 1:
+    kinds = [(0,), (1,), (0, 1)] if are_apart(lengths) else [(1,)]
+    if is_quadratic and are_apart(lengths):
         kinds += [(1, 2), *([(0, 1, 2)] if len(lengths) > 2 else [])]
     best, least = Law((1,), (0.0,)), math.inf
     for powers in kinds:
@@ -209,6 +210,11 @@ def law(points: Iterable[tuple[int, float]], is_quadratic: bool) -> Law:
         if min(factors) >= 0 and error < least - _ALIKE:
             best, least = Law(powers, factors), error
     return best
+
+
+def are_apart(lengths: Collection[int]) -> bool:
+    """Whether lengths differ enough to say how something grows with them."""
+    return bool(lengths) and max(lengths) >= _APART * min(lengths)
 
 
 def _fitted(
@@ -228,7 +234,7 @@ def _fitted(
 
 
 def _grows(readings: Sequence[Reading]) -> bool:
-    """Whether what is held grows with the text, by the two greatest lengths."""
+    """Whether what is held grows with the text, by the greatest lengths that are apart."""
     (shorter, less), (longer, more) = _last_two((one.tokens, one.nbytes) for one in readings)
     if longer == shorter or not less:
         return True
@@ -236,12 +242,16 @@ def _grows(readings: Sequence[Reading]) -> bool:
 
 
 def _last_two(points: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Most bytes held at the two greatest lengths; one length stands for both."""
+    """Most bytes held at the greatest length, and at the greatest that is apart from it.
+
+    The greatest stands for both where none is.
+    """
     held: dict[int, int] = {}
     for length, nbytes in points:
         held[length] = max(nbytes, held.get(length, 0))
-    ordered = sorted(held.items())
-    return [ordered[-2] if len(ordered) > 1 else ordered[-1], ordered[-1]]
+    longest = max(held)
+    shorter = max((one for one in held if are_apart([one, longest])), default=longest)
+    return [(shorter, held[shorter]), (longest, held[longest])]
 
 
 def _peak(readings: Sequence[Reading], tokens: int, most: int | None) -> int | None:
