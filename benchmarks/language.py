@@ -67,7 +67,7 @@ def prose(tokenizer: Any, size: int, rows: int) -> list[Rows]:
     """Chunks of novels that were held out."""
     settings = Keep(tokens=size, prose_share=1.0, corpora=(PROSE,))
     batches = KeepBatches(settings, tokenizer, [], size, seed=1)
-    return [batches[number] for number in range(rows)]
+    return [row for number in range(rows) for row in batches[number]]
 
 
 def dialogue(answered: Iterable[Answered]) -> list[Rows]:

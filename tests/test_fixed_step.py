@@ -66,7 +66,7 @@ def by_hand(model, shape, given, weights):
             mine = slice(block * shape.rows, (block + 1) * shape.rows)
             out = model(given.asked[mine], past_key_values=read, use_cache=False).logits
             answers = answers + scored(out[:, -LONGEST - 1 : -1], wanted[mine])
-    keep = keep_loss(model, Rows(given.kept, given.counted.bool()))
+    keep = keep_loss(model, [Rows(given.kept, given.counted.bool())])
     return text + weights.answers * answers / count + weights.keep * keep
 
 

@@ -61,8 +61,8 @@ def push_away(model, spread=0.3):
 def test_an_untouched_model_is_its_backbone(family):
     """Up to its first compression token, which the backbone does not have."""
     model = adapted(tiny_comet(family, stride=12))
-    assert abs(float(keep_loss(model, rows_of(3, 11)).detach())) < 1e-12
-    pushed = keep_loss(adapted(tiny_comet(family, stride=4)), rows_of(3, 11))
+    assert abs(float(keep_loss(model, [rows_of(3, 11)]).detach())) < 1e-12
+    pushed = keep_loss(adapted(tiny_comet(family, stride=4)), [rows_of(3, 11)])
     assert float(pushed.detach()) > 1e-4
 
 
@@ -76,7 +76,7 @@ def test_it_is_the_divergence_from_the_backbone_alone(recompute):
     rows = rows_of(2, 11)
     rows.counted[0, :5] = False
     rows.counted[1, 7:] = False
-    loss = keep_loss(model, rows)
+    loss = keep_loss(model, [rows])
     with torch.no_grad():
         theirs = tiny_backbone("llama")(rows.ids).logits.log_softmax(-1)
         ours = model(rows.ids, logits_to_keep=0).logits.log_softmax(-1)
@@ -89,6 +89,24 @@ def test_it_is_the_divergence_from_the_backbone_alone(recompute):
         )
     assert model.model.comet.compression.grad.any()
     assert any(p.grad.any() for n, p in model.named_parameters() if ".lora_A" in n)
+
+
+def test_prose_behind_a_chunk_is_held_to_what_the_backbone_says_of_all_of_it():
+    """The model has the memory of the chunk in front, as when it reads the whole text."""
+    model = adapted(tiny_comet("llama", stride=4, chunk_size=12))
+    push_away(model)
+    ids, counted = batch_of(1, 21), torch.zeros(1, 21, dtype=torch.bool)
+    counted[0, 12:] = True
+    fresh = rows_of(2, 9)
+    loss = keep_loss(model, [Rows(ids, counted, front=12), fresh])
+    with torch.no_grad():
+        backbone = tiny_backbone("llama")
+        theirs = torch.cat([backbone(ids).logits[0, 12:], *backbone(fresh.ids).logits])
+        behind = model(ids, logits_to_keep=0).logits[0, 12:]
+        ours = torch.cat([behind, *model(fresh.ids, logits_to_keep=0).logits]).log_softmax(-1)
+        theirs = theirs.log_softmax(-1)
+        wanted = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    assert error(loss, wanted) < 1e-9
 
 
 def test_the_backbone_is_seen_through_dropout_and_comes_back_as_it_was():
@@ -111,12 +129,12 @@ def test_a_model_that_was_pushed_away_comes_back():
     trained = [p for p in model.parameters() if p.requires_grad]
     descent = torch.optim.Adam(trained, lr=1e-2)
     rows = rows_of(4, 11)
-    first = float(keep_loss(model, rows).detach())
+    first = float(keep_loss(model, [rows]).detach())
     for _ in range(150):
         descent.zero_grad()
-        keep_loss(model, rows).backward()
+        keep_loss(model, [rows]).backward()
         descent.step()
-    assert float(keep_loss(model, rows).detach()) < first / 10
+    assert float(keep_loss(model, [rows]).detach()) < first / 10
 
 
 def test_what_the_benchmark_measures():
@@ -130,7 +148,7 @@ def test_what_the_benchmark_measures():
     assert found["perplexity_ratio"] == pytest.approx(1)
     push_away(model)
     found = beside(model, tiny_backbone("llama"), rows)
-    assert found["kl"] == pytest.approx(float(keep_loss(model, joined(rows)).detach()))
+    assert found["kl"] == pytest.approx(float(keep_loss(model, [joined(rows)]).detach()))
     assert found["perplexity_ratio"] == pytest.approx(
         found["perplexity"] / found["perplexity_backbone"]
     )
@@ -157,7 +175,7 @@ def batches(text, answered=(), **changes):
 def test_a_batch_has_its_share_of_prose_and_of_answers(text):
     answered = [Answered([5, 6, 7], [8, 9]), Answered([4, 3], [2, 1, 2, 1, 2])]
     made = batches(text, answered)
-    rows = made[7]
+    (rows,) = made[7]
     assert int(rows.counted.sum()) == 50
     prose = [row for row, held in zip(rows.ids, rows.counted, strict=True) if held[0]]
     assert sum(map(len, prose)) >= 20
@@ -170,11 +188,26 @@ def test_a_batch_has_its_share_of_prose_and_of_answers(text):
                 tuple(ids[: first + 1]) == asked and tuple(answer) == own[: len(answer)]
                 for asked, own in said
             )
-    assert torch.equal(made[7].ids, batches(text, answered)[7].ids)
-    assert not torch.equal(made[8].ids, rows.ids)
+    assert torch.equal(rows.ids, batches(text, answered)[7][0].ids)
+    assert not torch.equal(made[8][0].ids, rows.ids)
     with refused("keep.prose_share must be 1 without prompts, got 0.4"):
         batches(text)
-    assert batches(text, prose_share=1.0)[0].counted.all(1).sum() >= 4
+    assert batches(text, prose_share=1.0)[0][0].counted.all(1).sum() >= 4
+
+
+def test_prose_stands_behind_a_chunk_of_its_own(text):
+    answered = [Answered([5, 6, 7], [8, 9])]
+    *prose, said = batches(text, answered, behind=9)[7]
+    assert [int(rows.counted.sum()) for rows in (*prose, said)] == [12, 8, 30]
+    assert said.front == 0
+    for rows in prose:
+        assert 1 <= rows.front <= 9
+        assert rows.counted[0].tolist() == [i >= rows.front for i in range(rows.ids.shape[1])]
+    with refused("keep.behind must be at most 12, got 13: chunks have 12 tokens"):
+        batches(text, answered, behind=13)
+    keep = Keep(tokens=50, prose_share=1.0, corpora=(text,), behind=9)
+    with refused("keep.behind must be at most 8, got 9"):
+        KeepBatches(keep, tokenizer("smollm2"), answered, 12, 3, positions=20)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +216,7 @@ def test_a_batch_has_its_share_of_prose_and_of_answers(text):
         ({"weight": 0}, "keep.weight must be more than 0, got 0"),
         ({"tokens": 0}, "keep.tokens must be at least 1, got 0"),
         ({"answer_tokens": 0}, "keep.answer_tokens must be at least 1, got 0"),
+        ({"behind": -1}, "keep.behind must be at least 0, got -1"),
         ({"prose_share": 1.5}, "keep.prose_share must lie in 0 … 1, got 1.5"),
         ({"corpora": ()}, "keep.corpora must name one"),
         ({"prompts": ()}, "keep.prompts must name some"),

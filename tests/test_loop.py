@@ -240,6 +240,7 @@ def test_white_gates_learn_with_batches_of_fixed_shapes(fixed, tmp_path):
     ("changes", "said"),
     [
         ({"compile": True}, "compile is not for steps that are recorded"),
+        ({"keep": {"behind": 9}}, "keep.behind is not for steps that are recorded"),
         ({"lora": {"r": 2, "dropout": 0.1}}, "lora.dropout is not for steps that are recorded"),
         ({"recompute": {"every": 2}}, "recompute.every is not for steps that are recorded"),
         ({"mixture": None, "records": "x.jsonl"}, "fixed makes batches of a mixture"),

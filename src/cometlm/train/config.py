@@ -135,6 +135,8 @@ class Keep:
         weight: what a nat of divergence from the backbone counts beside a nat of the loss.
         tokens: of each batch that are held to the backbone.
         prose_share: how many of them are running text; the others are answers to prompts.
+        behind: tokens at most of a chunk in front of each row of running text: of these the model
+            has its memory alone, where the backbone sees them; 0: none.
         corpora: where running text comes from.
         prompts: "everyday", "knowledge", "faq", "tasks" (the questions of the run's tasks, which
             nothing answers here) and files of your own, a prompt a line.
@@ -144,6 +146,7 @@ class Keep:
     weight: float = 1.0
     tokens: int = 512
     prose_share: float = 0.5
+    behind: int = 0
     corpora: tuple[str, ...] = CORPORA_OF["train"]
     prompts: tuple[str, ...] = ("everyday", "knowledge", "faq", TASK_QUESTIONS)
     answer_tokens: int = 64
@@ -154,6 +157,8 @@ class Keep:
         for name in ("tokens", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"keep.{name} must be at least 1, got {getattr(self, name)}")
+        if self.behind < 0:
+            raise ValueError(f"keep.behind must be at least 0, got {self.behind}")
         if not 0 <= self.prose_share <= 1:
             raise ValueError(f"keep.prose_share must lie in 0 … 1, got {self.prose_share}")
         if self.prose_share > 0 and not self.corpora:
@@ -428,6 +433,7 @@ class TrainConfig:
             raise ValueError("fixed makes batches of a mixture: not with records")
         clashing = {
             "compile": self.compile,
+            "keep.behind": self.keep is not None and self.keep.behind > 0,
             "lora.dropout": self.lora is not None and self.lora.dropout > 0,
             "recompute.every": self.recompute.every > 1,
             "recompute.offload": self.recompute.offload,

@@ -226,7 +226,7 @@ class FixedBatches:
         ids = torch.zeros(rows, width, dtype=torch.long)
         counted = torch.zeros(rows, width)
         if self._keep is not None:
-            drawn = self._keep[number]
+            (drawn,) = self._keep[number]
             n, w = min(rows, len(drawn.ids)), min(width, drawn.ids.shape[1])
             ids[:n, :w] = drawn.ids[:n, :w]
             counted[:n, :w] = drawn.counted[:n, :w].float()

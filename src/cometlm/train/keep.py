@@ -1,9 +1,10 @@
-"""Keeping a backbone what it is: within a chunk, the model goes on as the backbone alone would.
+"""Keeping a backbone what it is: the model goes on as the backbone alone would.
 
-A slice of every batch is read with an empty memory, and the model's next-token distribution is held
-to the backbone's: the divergence KL(backbone ‖ model), in nats a token. The slice is prose of
-corpora, and prompts with the answers that the backbone gives to them, made once. The backbone is
-the same object with its adapters switched off: no second copy of the weights.
+In a slice of every batch the model's next-token distribution is held to the backbone's: the
+divergence KL(backbone ‖ model), in nats a token. The slice is prose of corpora, and prompts with
+the answers that the backbone gives to them, made once. Prompts are read with an empty memory.
+Prose may stand behind a chunk that only the memory knows, while the backbone sees all of it. The
+backbone is the same object with its adapters switched off: no second copy of the weights.
 
 Batch i depends on the settings, the seed and i alone, as those of a mixture do.
 
@@ -54,15 +55,18 @@ class Answered:
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts of one chunk each.
+    """Texts that a model and its backbone go on with.
 
     Attributes:
         ids: [B, N]; filling follows where a row has less, which no earlier token sees.
         counted: [B, N], whether the distribution of the token that follows is held.
+        front: tokens of a chunk in front, of which the model has its memory alone. What is behind
+            it is one chunk.
     """
 
     ids: Tensor
     counted: Tensor
+    front: int = 0
 
 
 class KeepBatches:
@@ -72,11 +76,13 @@ class KeepBatches:
         settings: how many tokens, and of what.
         tokenizer: the model's.
         answered: prompts with the backbone's answers; may be empty where all is prose.
-        longest: tokens of a row at most: the model's chunk size.
+        longest: tokens of a chunk at most: the model's chunk size.
         seed: of everything that is drawn.
+        positions: of the backbone; None: any number.
 
     Raises:
-        ValueError: no prompts where some are wanted, one that fills a row by itself.
+        ValueError: no prompts where some are wanted, one that fills a row by itself; a chunk in
+            front that is longer than chunks are, or than the backbone sees.
         OSError: a corpus that cannot be fetched.
     """
 
@@ -87,6 +93,7 @@ class KeepBatches:
         answered: Sequence[Answered],
         longest: int,
         seed: int,
+        positions: int | None = None,
     ) -> None:
         self._prose = round(settings.tokens * settings.prose_share)
         self._said = settings.tokens - self._prose
@@ -94,6 +101,13 @@ class KeepBatches:
             raise ValueError(
                 f"keep.prose_share must be 1 without prompts, got {settings.prose_share}"
             )
+        most = longest if positions is None else min(longest, positions - min(self._prose, longest))
+        if settings.behind > most:
+            raise ValueError(
+                f"keep.behind must be at most {most}, got {settings.behind}: chunks have {longest} "
+                f"tokens, the backbone, which sees both, {positions or 'any number of'} positions"
+            )
+        self._behind = settings.behind
         self._answered = list(answered)
         self._haystacks = [
             Haystack(tokenizer, corpus_files(name))
@@ -102,22 +116,23 @@ class KeepBatches:
         self._longest = longest
         self._seed = seed
 
-    def __getitem__(self, number: int) -> Rows:
-        """Batch `number`."""
+    def __getitem__(self, number: int) -> list[Rows]:
+        """Batch `number`; what has no chunk in front is read together, in one chunk a row."""
         rng = random.Random(f"keep/{self._seed}/{number}")
-        rows = [*self._of_prose(rng), *self._of_prompts(rng)]
-        width = max(len(ids) for ids, _ in rows)
-        ids = [row + [0] * (width - len(row)) for row, _ in rows]
-        places = torch.arange(width)
-        counted = torch.stack([(places >= held.start) & (places < held.stop) for _, held in rows])
-        return Rows(torch.tensor(ids), counted)
+        prose, said = list(self._of_prose(rng)), list(self._of_prompts(rng))
+        if not self._behind:
+            return [_filled(prose + said)]
+        behind = [_filled([(ids, held)], front=held.start) for ids, held in prose]
+        return behind + ([_filled(said)] if said else [])
 
     def _of_prose(self, rng: random.Random) -> Iterator[tuple[list[int], range]]:
-        """Rows of running text, all of it held."""
+        """Rows of running text, all of it held but a chunk in front."""
         left = self._prose
         while left > 0:
             length = min(left, self._longest)
-            yield rng.choice(self._haystacks).draw(rng, length), range(length)
+            front = rng.randint(1, self._behind) if self._behind else 0
+            ids = rng.choice(self._haystacks).draw(rng, front + length)
+            yield ids, range(front, front + length)
             left -= length
 
     def _of_prompts(self, rng: random.Random) -> Iterator[tuple[list[int], range]]:
@@ -131,24 +146,34 @@ class KeepBatches:
             left -= len(answer)
 
 
-def keep_loss(model: CometForCausalLM, rows: Rows) -> Tensor:
+def _filled(rows: Sequence[tuple[list[int], range]], front: int = 0) -> Rows:
+    """Rows of ids and of places that are held, at one length."""
+    width = max(len(ids) for ids, _ in rows)
+    places = torch.arange(width)
+    counted = [(places >= held.start) & (places < held.stop) for _, held in rows]
+    ids = [row + [0] * (width - len(row)) for row, _ in rows]
+    return Rows(torch.tensor(ids), torch.stack(counted), front)
+
+
+def keep_loss(model: CometForCausalLM, batch: Sequence[Rows]) -> Tensor:
     """KL(backbone ‖ model) of the tokens that are counted: the mean, in nats (a scalar).
 
     Args:
         model: its weights get gradients where they are trained; the backbone's pass has none.
-        rows: on any device.
+        batch: on any device.
     """
+    return torch.cat([_divergence(model, rows) for rows in batch]).mean()
+
+
+def _divergence(model: CometForCausalLM, rows: Rows) -> Tensor:
+    """Of each token that is counted [n]."""
     with torch.no_grad(), as_backbone(model):
         theirs = _counted(model, backbone_hidden(model, rows.ids.to(model.device)), rows.counted)
-    width = rows.ids.shape[1]
-    out = model.model(
-        rows.ids,
-        use_cache=False,
-        chunk_lengths=[[width]] * len(rows.ids),
-    )
+    lengths = [length for length in (rows.front, rows.ids.shape[1] - rows.front) if length]
+    out = model.model(rows.ids, use_cache=False, chunk_lengths=[lengths] * len(rows.ids))
     assert out.last_hidden_state is not None
     ours = _counted(model, out.last_hidden_state, rows.counted)
-    return divergence(theirs, ours).mean()
+    return divergence(theirs, ours)
 
 
 def divergence(theirs: Tensor, ours: Tensor) -> Tensor:

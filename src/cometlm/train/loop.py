@@ -29,6 +29,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from cometlm.checkpoints.atomic_write import read_weights, write_whole
 from cometlm.checkpoints.memory import check_can_save, save_model
+from cometlm.config import position_limit
 from cometlm.core.recording import Recorder
 from cometlm.device import readable_bytes
 from cometlm.train.config import Log, StepShape, TrainConfig
@@ -218,7 +219,8 @@ class _Loop:
         longest = self.model.config.comet_config.chunk_size
         if self.config.fixed is not None:
             longest = min(longest, self.config.fixed.kept_width)
-        return KeepBatches(settings, self.tokenizer, answered, longest, self.config.seed)
+        seed, positions = self.config.seed, position_limit(self.model._backbone.config)
+        return KeepBatches(settings, self.tokenizer, answered, longest, seed, positions)
 
     def _new_optimizer(self, is_new: bool) -> AdamW:
         config = self.config

@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from cometlm.checkpoints.atomic_write import write_whole
 from cometlm.compat import ACTIVATION_CHECKPOINTING
+from cometlm.config import position_limit
 from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.data.records import read_records
 from cometlm.parallel.p2p import PipelineError
@@ -238,7 +239,8 @@ def _keeping(
         folder = Path(config.output)
         answered = answers_for(model, tokenizer, settings, questions, folder, log)
     longest = model.config.comet_config.chunk_size
-    batches = KeepBatches(settings, tokenizer, answered, longest, config.seed)
+    positions = position_limit(model._backbone.config)
+    batches = KeepBatches(settings, tokenizer, answered, longest, config.seed, positions)
     return {"keep": batches, "keep_weight": settings.weight}
 
 
