@@ -91,18 +91,18 @@ def test_it_is_the_divergence_from_the_backbone_alone(recompute):
     assert any(p.grad.any() for n, p in model.named_parameters() if ".lora_A" in n)
 
 
-def test_prose_behind_a_chunk_is_held_to_what_the_backbone_says_of_all_of_it():
-    """The model has the memory of the chunk in front, as when it reads the whole text."""
+def test_prose_behind_chunks_is_held_to_what_the_backbone_says_of_all_of_it():
+    """The model has the memory of what is in front, as when it reads the whole text."""
     model = adapted(tiny_comet("llama", stride=4, chunk_size=12))
     push_away(model)
-    ids, counted = batch_of(1, 21), torch.zeros(1, 21, dtype=torch.bool)
-    counted[0, 12:] = True
+    ids, counted = batch_of(1, 33), torch.zeros(1, 33, dtype=torch.bool)
+    counted[0, 24:] = True
     fresh = rows_of(2, 9)
-    loss = keep_loss(model, [Rows(ids, counted, front=12), fresh])
+    loss = keep_loss(model, [Rows(ids, counted, (12, 12, 9)), fresh])
     with torch.no_grad():
         backbone = tiny_backbone("llama")
-        theirs = torch.cat([backbone(ids).logits[0, 12:], *backbone(fresh.ids).logits])
-        behind = model(ids, logits_to_keep=0).logits[0, 12:]
+        theirs = torch.cat([backbone(ids).logits[0, 24:], *backbone(fresh.ids).logits])
+        behind = model(ids, logits_to_keep=0).logits[0, 24:]
         ours = torch.cat([behind, *model(fresh.ids, logits_to_keep=0).logits]).log_softmax(-1)
         theirs = theirs.log_softmax(-1)
         wanted = (theirs.exp() * (theirs - ours)).sum(-1).mean()
@@ -195,16 +195,18 @@ def test_a_batch_has_its_share_of_prose_and_of_answers(text):
     assert batches(text, prose_share=1.0)[0][0].counted.all(1).sum() >= 4
 
 
-def test_prose_stands_behind_a_chunk_of_its_own(text):
+def test_prose_stands_behind_chunks_of_its_own(text):
     answered = [Answered([5, 6, 7], [8, 9])]
-    *prose, said = batches(text, answered, behind=9)[7]
-    assert [int(rows.counted.sum()) for rows in (*prose, said)] == [12, 8, 30]
-    assert said.front == 0
-    for rows in prose:
-        assert 1 <= rows.front <= 9
-        assert rows.counted[0].tolist() == [i >= rows.front for i in range(rows.ids.shape[1])]
-    with refused("keep.behind must be at most 12, got 13: chunks have 12 tokens"):
-        batches(text, answered, behind=13)
+    made = [batches(text, answered, behind=30)[number] for number in range(20)]
+    for *prose, said in made:
+        assert [int(rows.counted.sum()) for rows in (*prose, said)] == [12, 8, 30]
+        assert not said.chunks
+        for rows in prose:
+            *front, held = rows.chunks
+            assert 1 <= sum(front) <= 30
+            assert max(front) <= 12
+            assert rows.counted[0].tolist() == [False] * sum(front) + [True] * held
+    assert {len(rows.chunks) for *prose, _ in made for rows in prose} == {2, 3, 4}
     keep = Keep(tokens=50, prose_share=1.0, corpora=(text,), behind=9)
     with refused("keep.behind must be at most 8, got 9"):
         KeepBatches(keep, tokenizer("smollm2"), answered, 12, 3, positions=20)

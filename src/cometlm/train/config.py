@@ -135,8 +135,8 @@ class Keep:
         weight: what a nat of divergence from the backbone counts beside a nat of the loss.
         tokens: of each batch that are held to the backbone.
         prose_share: how many of them are running text; the others are answers to prompts.
-        behind: tokens at most of a chunk in front of each row of running text: of these the model
-            has its memory alone, where the backbone sees them; 0: none.
+        behind: tokens at most in front of each row of running text, in chunks of their own: of
+            these the model has its memory alone, where the backbone sees them; 0: none.
         corpora: where running text comes from.
         prompts: "everyday", "knowledge", "faq", "tasks" (the questions of the run's tasks, which
             nothing answers here) and files of your own, a prompt a line.

@@ -3,7 +3,7 @@
 In a slice of every batch the model's next-token distribution is held to the backbone's: the
 divergence KL(backbone ‖ model), in nats a token. The slice is prose of corpora, and prompts with
 the answers that the backbone gives to them, made once. Prompts are read with an empty memory.
-Prose may stand behind a chunk that only the memory knows, while the backbone sees all of it. The
+Prose may stand behind chunks that only the memory knows, while the backbone sees all of it. The
 backbone is the same object with its adapters switched off: no second copy of the weights.
 
 Batch i depends on the settings, the seed and i alone, as those of a mixture do.
@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,13 @@ class Rows:
     Attributes:
         ids: [B, N]; filling follows where a row has less, which no earlier token sees.
         counted: [B, N], whether the distribution of the token that follows is held.
-        front: tokens of a chunk in front, of which the model has its memory alone. What is behind
-            it is one chunk.
+        chunks: tokens of each row's chunks, as the model reads them; the backbone reads all at
+            once. Default: one.
     """
 
     ids: Tensor
     counted: Tensor
-    front: int = 0
+    chunks: tuple[int, ...] = ()
 
 
 class KeepBatches:
@@ -81,8 +82,8 @@ class KeepBatches:
         positions: of the backbone; None: any number.
 
     Raises:
-        ValueError: no prompts where some are wanted, one that fills a row by itself; a chunk in
-            front that is longer than chunks are, or than the backbone sees.
+        ValueError: no prompts where some are wanted, one that fills a row by itself; more in front
+            than the backbone has positions for.
         OSError: a corpus that cannot be fetched.
     """
 
@@ -101,11 +102,11 @@ class KeepBatches:
             raise ValueError(
                 f"keep.prose_share must be 1 without prompts, got {settings.prose_share}"
             )
-        most = longest if positions is None else min(longest, positions - min(self._prose, longest))
-        if settings.behind > most:
+        held = min(self._prose, longest)
+        if positions is not None and settings.behind > positions - held:
             raise ValueError(
-                f"keep.behind must be at most {most}, got {settings.behind}: chunks have {longest} "
-                f"tokens, the backbone, which sees both, {positions or 'any number of'} positions"
+                f"keep.behind must be at most {positions - held}, got {settings.behind}: the "
+                f"backbone sees {held} tokens behind it, too, and has {positions} positions"
             )
         self._behind = settings.behind
         self._answered = list(answered)
@@ -117,16 +118,21 @@ class KeepBatches:
         self._seed = seed
 
     def __getitem__(self, number: int) -> list[Rows]:
-        """Batch `number`; what has no chunk in front is read together, in one chunk a row."""
+        """Batch `number`; what has nothing in front is read together, in one chunk a row."""
         rng = random.Random(f"keep/{self._seed}/{number}")
         prose, said = list(self._of_prose(rng)), list(self._of_prompts(rng))
         if not self._behind:
             return [_filled(prose + said)]
-        behind = [_filled([(ids, held)], front=held.start) for ids, held in prose]
+        behind = [_filled([row], chunks=self._chunks(row[1])) for row in prose]
         return behind + ([_filled(said)] if said else [])
 
+    def _chunks(self, held: range) -> tuple[int, ...]:
+        """Of a row: as few as hold what is in front, and one of what is held."""
+        starts = [*range(0, held.start, self._longest), held.start, held.stop]
+        return tuple(stop - start for start, stop in pairwise(starts))
+
     def _of_prose(self, rng: random.Random) -> Iterator[tuple[list[int], range]]:
-        """Rows of running text, all of it held but a chunk in front."""
+        """Rows of running text, all of it held but what is in front."""
         left = self._prose
         while left > 0:
             length = min(left, self._longest)
@@ -146,13 +152,13 @@ class KeepBatches:
             left -= len(answer)
 
 
-def _filled(rows: Sequence[tuple[list[int], range]], front: int = 0) -> Rows:
+def _filled(rows: Sequence[tuple[list[int], range]], chunks: tuple[int, ...] = ()) -> Rows:
     """Rows of ids and of places that are held, at one length."""
     width = max(len(ids) for ids, _ in rows)
     places = torch.arange(width)
     counted = [(places >= held.start) & (places < held.stop) for _, held in rows]
     ids = [row + [0] * (width - len(row)) for row, _ in rows]
-    return Rows(torch.tensor(ids), torch.stack(counted), front)
+    return Rows(torch.tensor(ids), torch.stack(counted), chunks)
 
 
 def keep_loss(model: CometForCausalLM, batch: Sequence[Rows]) -> Tensor:
@@ -169,8 +175,9 @@ def _divergence(model: CometForCausalLM, rows: Rows) -> Tensor:
     """Of each token that is counted [n]."""
     with torch.no_grad(), as_backbone(model):
         theirs = _counted(model, backbone_hidden(model, rows.ids.to(model.device)), rows.counted)
-    lengths = [length for length in (rows.front, rows.ids.shape[1] - rows.front) if length]
-    out = model.model(rows.ids, use_cache=False, chunk_lengths=[lengths] * len(rows.ids))
+    count, width = rows.ids.shape
+    chunks = list(rows.chunks or [width])
+    out = model.model(rows.ids, use_cache=False, chunk_lengths=[chunks] * count)
     assert out.last_hidden_state is not None
     ours = _counted(model, out.last_hidden_state, rows.counted)
     return divergence(theirs, ours)
