@@ -219,6 +219,7 @@ def test_prose_stands_behind_chunks_of_its_own(text):
         ({"tokens": 0}, "keep.tokens must be at least 1, got 0"),
         ({"answer_tokens": 0}, "keep.answer_tokens must be at least 1, got 0"),
         ({"behind": -1}, "keep.behind must be at least 0, got -1"),
+        ({"behind": 9, "prose_share": 0}, "keep.behind must be 0 without running text, got 9"),
         ({"prose_share": 1.5}, "keep.prose_share must lie in 0 … 1, got 1.5"),
         ({"corpora": ()}, "keep.corpora must name one"),
         ({"prompts": ()}, "keep.prompts must name some"),

@@ -201,11 +201,17 @@ def test_ranks_that_read_together_leave_another_session_until_all_is_read(
     monkeypatch.setattr(read_verb, "SharedSession", Session)
     monkeypatch.setattr(read_verb, "_SAVE_EVERY_BLOCKS", 1)
     Path("bad.txt").write_bytes((TEXT * 3).encode()[:9_000] + b"\xff")
-    assert command("read", "tiny", "bad.txt", "--save", "s")[0] == 1
+    code, _, err = command("read", "tiny", "bad.txt", "--save", "s")
+    assert code == 1
+    assert err.count("kept in s.part until all is read; s is as it was") == 1
     assert Path("s").read_bytes() == before
     assert kept("s.part", model).characters > 1_000
+    monkeypatch.setattr(read_verb, "_SAVE_EVERY_BLOCKS", 10**6)
     assert command("read", "tiny", text_file, "--save", "s")[0] == 0
     assert_same(kept("s", model), new_session(model, TEXT))
+    assert Path("s.part").exists()  # which this reading has not written
+    monkeypatch.setattr(read_verb, "_SAVE_EVERY_BLOCKS", 1)
+    assert command("read", "tiny", text_file, "--save", "s")[0] == 0
     assert not Path("s.part").exists()
 
 

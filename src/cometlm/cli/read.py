@@ -245,6 +245,7 @@ def _read_together(
     """
     is_anothers = save is not None and save.exists() and not goes_on
     on_the_way = _part_of(save) if save is not None and is_anothers else save
+    kept_beside = False
     with ReadingProgress(texts.size, reader.stats().tokens) as progress:
         blocks = progress.counting(reader.unread(texts.blocks(), name=texts.name))
         ending = reader.finish if save is None else reader.settle
@@ -253,9 +254,12 @@ def _read_together(
             progress.show(stats)
             if on_the_way is not None and number % _SAVE_EVERY_BLOCKS == 0:
                 reader.save(on_the_way)
+                if is_anothers and not kept_beside:
+                    say(f"kept in {on_the_way} until all is read; {save} is as it was")
+                    kept_beside = True
         if save is not None:
             reader.save(save)
-            if is_anothers:
+            if kept_beside:  # one of an earlier reading stays
                 _part_of(save).unlink(missing_ok=True)
     err.print(f"read {progress.summary(reader.stats())}", highlight=False)
     if save is not None:

@@ -159,6 +159,8 @@ class Keep:
                 raise ValueError(f"keep.{name} must be at least 1, got {getattr(self, name)}")
         if self.behind < 0:
             raise ValueError(f"keep.behind must be at least 0, got {self.behind}")
+        if self.behind and not self.prose_share:
+            raise ValueError(f"keep.behind must be 0 without running text, got {self.behind}")
         if not 0 <= self.prose_share <= 1:
             raise ValueError(f"keep.prose_share must lie in 0 … 1, got {self.prose_share}")
         if self.prose_share > 0 and not self.corpora:
