@@ -122,6 +122,17 @@ def test_the_backbone_is_seen_through_dropout_and_comes_back_as_it_was():
     assert error(model(ids, logits_to_keep=0).logits, wanted) > 1e-3
 
 
+def test_an_adapter_that_is_frozen_stays_so():
+    """peft has each adapter that it enables learn."""
+    model = tiny_comet("llama")
+    set_trainable(model, "lora", lora_config(r=2))
+    set_trainable(model, "memory")
+    learns = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    with as_backbone(model):
+        pass
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == learns
+
+
 def test_a_model_that_was_pushed_away_comes_back():
     torch.manual_seed(0)
     model = adapted(tiny_comet("llama", stride=12))
@@ -370,8 +381,10 @@ def test_a_run_keeps_the_answers_in_its_folder(settings, tmp_path):
     assert all(float(row["keep_loss"]) > 0 for row in logged(config.output))
 
 
-def test_records_are_learned_beside_the_backbone_too(settings, tmp_path):
-    options = keeping(settings)
+@pytest.mark.parametrize("accumulate", [1, 3])  # an epoch's last step has one batch then
+def test_records_are_learned_beside_the_backbone_too(settings, tmp_path, accumulate):
+    trainer = {**settings["trainer"], "gradient_accumulation_steps": accumulate}
+    options = {**keeping(settings), "trainer": trainer}
     config = records_run(options, tmp_path, [{"text": WORDS * 3}] * 4)
     quietly(config)
     for row in logged(config.output):

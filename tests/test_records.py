@@ -15,6 +15,17 @@ def lines(folder, rows, name="data.jsonl"):
     return path
 
 
+def told(data):
+    """Rows of a table with what is JSON in them parsed."""
+    return [
+        {
+            name: [json.loads(one) for one in value] if isinstance(value, list) else value
+            for name, value in row.items()
+        }
+        for row in data.to_list()
+    ]
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -27,13 +38,39 @@ def lines(folder, rows, name="data.jsonl"):
 )
 def test_forms(tmp_path, row):
     data = read_records(lines(tmp_path, [{**row, "extra": 1}, row, ""]))
-    assert data.to_list() == [row, row]
+    assert told(data) == [row, row]
 
 
 def test_the_published_form(tmp_path):
     """JSON lines of uniq_id and messages, these as a string of JSON."""
     rows = [{"uniq_id": str(i), "messages": json.dumps(TALK)} for i in range(3)]
-    assert read_records(lines(tmp_path, rows)).to_list() == [{"messages": TALK}] * 3
+    assert told(read_records(lines(tmp_path, rows))) == [{"messages": TALK}] * 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [{"n": 3}, {"n": 0.5}],
+        [{"n": None}, {"n": 1}],
+        [{"b": 1, "a": 2}, {"a": 2, "b": 1}],
+        [{"v": 1}, {"v": "a"}, '{"v": 1}', [1]],
+        [{"a": True}, {"a": 1}],
+        [{"n": 2**70}, {"n": 1}],
+    ],
+    ids=str,
+)
+def test_each_call_of_a_tool_is_as_it_was_written(tmp_path, arguments):
+    rows = [
+        {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        for call in ({"function": {"name": "f", "arguments": given}} for given in arguments)
+    ]
+    found = told(read_records(lines(tmp_path, rows)))
+    assert json.dumps(found) == json.dumps(rows)
+
+
+def test_fields_that_are_null_are_not_there(tmp_path):
+    talk = [TALK[0], {**TALK[1], "name": None, "tool_calls": None}]
+    assert told(read_records(lines(tmp_path, [{"messages": talk}]))) == [{"messages": TALK}]
 
 
 def test_a_list_and_a_folder(tmp_path):
@@ -68,6 +105,7 @@ def test_line_separators_inside_strings_end_no_line(tmp_path):
         ([{"messages": [{"role": "user"}]}], "must have role and content"),
         ([{"text": 3}], "text must be a string, got int"),
         ([{"text": "\ud800"}], "text is not Unicode text"),
+        ([{"messages": [*TALK, {**TALK[1], "name": "\ud800"}]}], "messages is not Unicode text"),
         ([{"prompt": "a", "completion": TALK[1:]}], "must both be words or both messages"),
     ],
     ids=str,

@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -69,7 +70,7 @@ def test_samples_are_those_of_trl(tmp_path, kind):
     only = kind == "messages"
     theirs = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=only, **PLAIN)
     tokenizer = tokenizer_of()
-    records = read_records(lines(tmp_path, [ROWS[kind]]))
+    records = Dataset.from_list([ROWS[kind]])
     backbone = tiny_backbone("llama", vocab_size=len(tokenizer)).float()
     trainer = SFTTrainer(backbone, args=theirs, train_dataset=records, processing_class=tokenizer)
     want = trainer.train_dataset[0]

@@ -94,6 +94,7 @@ def test_comet_is_for_new_memories(settings, start, tmp_path):
         ({"recompute": {"every": 0}}, "recompute.every must be at least 1, got 0"),
         ({"recompute": {"truncate_after": -1}}, "recompute.truncate_after must be at least 0"),
         ({"lora": {"r": 0}}, "lora.r must be at least 1, got 0"),
+        ({"lora": {"modules": ["q_proj["]}}, "lora.modules must be names or patterns of them"),
         ({"learning_rate": float("nan")}, "learning_rate must be more than 0, got nan"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"trainer": {"max_length": 9}}, "trainer.max_length is a field of the run itself"),
@@ -197,13 +198,16 @@ def test_another_encoding_is_named(tmp_path, raw, said):
 
 def test_numbers_that_yaml_takes_for_text_are_numbers():
     given = yaml.safe_load(
-        "{adam_epsilon: 1e-8, max_steps: 1e1, num_train_epochs: '2', optim: sgd}"
+        "{adam_epsilon: 1e-8, max_steps: 1e1, num_train_epochs: '2', optim: sgd, loss_type: nll, "
+        "neftune_noise_alpha: }"
     )
     assert typed(given) == {
         "adam_epsilon": 1e-8,
         "max_steps": 10,
         "num_train_epochs": 2.0,
         "optim": "sgd",
+        "loss_type": "nll",
+        "neftune_noise_alpha": None,
     }
 
 
@@ -212,6 +216,12 @@ def test_numbers_that_yaml_takes_for_text_are_numbers():
     [
         ({"weight_decay": "much"}, "trainer.weight_decay must be a number, got 'much'"),
         ({"max_steps": "1.5"}, "trainer.max_steps must be a whole number, got '1.5'"),
+        ({"gradient_accumulation_steps": 1.5}, "must be a whole number, got 1.5"),
+        ({"gradient_accumulation_steps": 0}, "accumulation_steps must be at least 1, got 0"),
+        ({"max_grad_norm": None}, "trainer.max_grad_norm must be a number, got None"),
+        ({"chat_template_path": "my.jinja"}, "chat_template_path would change nothing"),
+        ({"loss_type": "dft"}, "trainer.loss_type would change nothing: the loss is the cross"),
+        ({"label_smoothing_factor": 0.5}, "trainer.label_smoothing_factor would change nothing"),
         ({"steps": 3}, "trainer.steps is no field of trl's SFTConfig"),
         ({"deepspeed": "ds.json"}, "trainer.deepspeed: ds.json needs deepspeed"),
         ({"optim": "galore_adamw"}, "trainer.optim: galore_adamw needs galore_torch"),

@@ -158,9 +158,23 @@ def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path, monkeypatch, mo
     first = Path(config.output, "checkpoint-1")
     best, _ = cometlm.load(str(first), device="cpu", dtype=model.dtype, merge=False)
     ids = torch.tensor([tokenizer("smollm2").encode(WORDS * 3)])
-    with torch.no_grad():
-        got, wanted = model(ids).logits, best(ids).logits
-    assert float((got - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+    for again in (False, True):
+        if again:
+            model = quietly(config).eval()
+        with torch.no_grad():
+            got, wanted = model(ids).logits, best(ids).logits
+        assert float((got - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+
+
+def test_a_model_without_checkpoints_is_not_written_over(done, settings, tmp_path):
+    output = Path(done.output)
+    before = (output / "model.safetensors").read_bytes()
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for config in (done, replace(done, learning_rate=2e-3)):
+        with pytest.raises(ValueError, match="holds a model, and no checkpoint to go on from"):
+            quietly(config)
+    assert (output / "model.safetensors").read_bytes() == before
 
 
 def test_a_run_may_have_more_steps_and_no_other_samples(done, settings, tmp_path):
@@ -172,3 +186,21 @@ def test_a_run_may_have_more_steps_and_no_other_samples(done, settings, tmp_path
         quietly(changed(text_share=0.25))
     quietly(changed(steps=6))
     assert sorted(losses(done.output)) == list(range(1, 7))
+
+
+def test_further_steps_learn_at_the_rates_of_the_new_schedule(settings, tmp_path, monkeypatch):
+    """The first of them, too; the old schedule ended at 0."""
+    rates = []
+    step = running.CometTrainer.training_step
+
+    def noted(trainer, *args):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        return step(trainer, *args)
+
+    monkeypatch.setattr(running.CometTrainer, "training_step", noted)
+    for steps, place in ((2, "out"), (4, "out"), (4, "whole")):
+        changes = {"mixture": {**settings["mixture"], "steps": steps}, "warmup": 0}
+        output = str(tmp_path / place)
+        quietly(read_config(as_config(settings, tmp_path, **changes, output=output)))
+    assert len(rates) == 2 + 2 + 4
+    assert rates[2:4] == rates[-2:]

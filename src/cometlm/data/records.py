@@ -1,4 +1,4 @@
-"""People's own training data as records that trl's trainers take.
+"""People's own training data as records in a table.
 
 A record is a conversation (`messages`), a `prompt` with its `completion`, both as words or both as
 messages, or plain `text`. Beside messages there may be `tools`, and `chat_template_kwargs` (such as
@@ -38,7 +38,8 @@ def read_records(source: str | Path) -> Dataset:
             a dataset on the hub or of its directory, maybe with a split: "name:train[:1000]".
 
     Returns:
-        A dataset with the columns of one of `FORMS`, and as JSON what stands beside messages.
+        A dataset with the columns of one of `FORMS`. Messages are JSON, each by itself, as is what
+        stands beside them: the fields of a table have one type, and all of its rows have all.
 
     Raises:
         ValueError: a line that is not JSON, records of no known form or of several, empty ones,
@@ -59,7 +60,7 @@ def read_records(source: str | Path) -> Dataset:
     _refuse(records, _has_no_answer, "have no assistant turn with words in it")
     beside = {name for _, record in records for name in _BESIDE if name in record}
     missing = dict.fromkeys(sorted(beside))
-    return Dataset.from_list([{**missing, **record} for _, record in records])
+    return Dataset.from_list([{**missing, **_as_row(where, record)} for where, record in records])
 
 
 # --- where records come from --------------------------------------------------------------------
@@ -133,7 +134,7 @@ def _read_dataset(source: str) -> Iterator[tuple[str, Any]]:
             f"loaded as a dataset: {error}"
         ) from error
     for i, row in enumerate(rows):
-        yield f"{source} row {i + 1}", dict(row)
+        yield f"{source} row {i + 1}", _without_nulls(dict(row))  # that a table filled rows with
 
 
 # --- what a record must be ----------------------------------------------------------------------
@@ -159,25 +160,60 @@ def _plain(where: str, record: Any) -> Record:
         raise ValueError(f"{where}: {' and '.join(names)} must both be words or both messages")
     if any(isinstance(value, list) for value in plain.values()):
         plain = {name: [_as_text(one) for one in value] for name, value in plain.items()}
-        plain |= {name: _as_json(where, name, record[name]) for name in _BESIDE if record.get(name)}
+        plain |= {name: _parsed_beside(where, name, record) for name in _BESIDE if record.get(name)}
     return plain
 
 
 def _as_text(message: Record) -> Record:
     """A message whose content is text, and not a list of parts of it."""
+    message = _without_nulls(message, but="arguments")
     return {**message, "content": content_as_text("", message.get("content") or "")}
 
 
+def _without_nulls(value: Any, but: str | None = None) -> Any:
+    """JSON without fields that are null, which chat templates take for some that are there.
+
+    Args:
+        but: the name of fields that stay as they are, such as what a tool is called with.
+    """
+    if isinstance(value, dict):
+        return {
+            name: one if name == but else _without_nulls(one, but)
+            for name, one in value.items()
+            if one is not None
+        }
+    return [_without_nulls(one, but) for one in value] if isinstance(value, list) else value
+
+
+def _as_row(where: str, record: Record) -> Record:
+    """A record as a table can hold it: words, and JSON."""
+    row: Record = {}
+    for name, value in record.items():
+        if name in _BESIDE:
+            row[name] = _as_json(where, name, value)
+        elif isinstance(value, list):
+            row[name] = [_as_json(where, name, message) for message in value]
+        else:
+            row[name] = value
+    return row
+
+
 def _as_json(where: str, name: str, value: Any) -> str:
-    """What stands beside messages, as a table can hold it, whatever its fields are."""
-    kind = list if name == "tools" else dict
+    written = json.dumps(value, ensure_ascii=False)
+    _check_words(where, name, written)
+    return written
+
+
+def _parsed_beside(where: str, name: str, record: Record) -> Any:
+    """What stands beside messages; it may be written as JSON."""
+    value, kind = record[name], list if name == "tools" else dict
     try:
         given = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {name} is not JSON: {error}") from error
     if not isinstance(given, kind):
         raise ValueError(f"{where}: {name} must be a {kind.__name__}, got {type(given).__name__}")
-    return json.dumps(given, ensure_ascii=False)
+    return given
 
 
 def _check_value(where: str, name: str, value: Any) -> None:

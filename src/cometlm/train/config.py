@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,6 +40,13 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError(f"lora.r must be at least 1, got {self.r}")
+        for name in self.modules:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(
+                    f"lora.modules must be names or patterns of them, got {name!r}: {error}"
+                ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

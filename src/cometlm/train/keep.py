@@ -194,6 +194,7 @@ def divergence(theirs: Tensor, ours: Tensor) -> Tensor:
 def as_backbone(model: CometForCausalLM) -> Iterator[None]:
     """While it is open, the backbone inside a model computes as it did before it was trained."""
     training, adapted = model.training, has_adapter(model)
+    learns = [(weight, weight.requires_grad) for weight in model.parameters()]
     model.eval()
     if adapted:
         model.disable_adapters()
@@ -202,6 +203,8 @@ def as_backbone(model: CometForCausalLM) -> Iterator[None]:
     finally:
         if adapted:
             model.enable_adapters()
+        for weight, learned in learns:  # peft has every adapter that it enables learn
+            weight.requires_grad_(learned)
         model.train(training)
 
 

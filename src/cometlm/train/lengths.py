@@ -50,7 +50,7 @@ def warn_of_single_chunks(
     longest: int, config: TrainConfig, model: CometForCausalLM, log: Log
 ) -> None:
     """Warn where there is nothing to remember, for samples of at most `longest` tokens."""
-    size = min(config.chunks.sizes or (model.config.comet_config.chunk_size,))
+    size = min((model.config.comet_config.chunk_size, *config.chunks.sizes))
     if longest <= size:
         log(
             f"warning: no sample is longer than one chunk ({size} tokens; the longest has "

@@ -54,6 +54,19 @@ def check_same(output: Path, config: TrainConfig, checkpoint: Path) -> None:
         )
 
 
+def check_free(output: Path) -> None:
+    """Refuse to write over a model that has no checkpoint to go on from.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if (output / WEIGHTS).exists():
+        raise ValueError(
+            f"{output} holds a model, and no checkpoint to go on from; use --restart to move it "
+            f"to {EARLIER}-… in that folder and begin anew, or another output"
+        )
+
+
 def differing(output: Path, config: TrainConfig) -> list[str]:
     """Settings that decide what is learned and are others than a folder's, with both values.
 

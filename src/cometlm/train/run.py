@@ -31,7 +31,7 @@ from cometlm.train.lengths import (
 )
 from cometlm.train.mixture import MixtureBatches, collate
 from cometlm.train.prepare import chunking_of, prepare
-from cometlm.train.resume import SETTINGS, check_same, set_aside
+from cometlm.train.resume import SETTINGS, check_free, check_same, set_aside
 from cometlm.train.samples import Samples
 from cometlm.train.trainer import CometTrainer, last_checkpoint, steps_done
 
@@ -49,8 +49,9 @@ def train(
         The trained model, which is saved in `config.output`.
 
     Raises:
-        ValueError: data that cannot be trained on, checkpoints of another configuration, or
-            batches of fixed shapes, which only `train.loop` has.
+        ValueError: data that cannot be trained on, an output with checkpoints of another
+            configuration or with a model and none, or batches of fixed shapes, which only
+            `train.loop` has.
         FloatingPointError: the loss or its gradient is not finite.
         OSError: something cannot be read or written.
     """
@@ -63,6 +64,8 @@ def train(
     if checkpoint is not None:
         check_same(output, config, checkpoint)
         log(f"going on from {checkpoint}")
+    elif not restart:
+        check_free(output)
     going_on = checkpoint is not None
     model, tokenizer, is_new = prepare(config, device=device, going_on=going_on, log=log)
     try:
@@ -202,7 +205,10 @@ def _arguments(config: TrainConfig, device: torch.device, steps: int | None = No
             "trainer.packing fills rows of max_length tokens and cuts what is longer: set "
             "max_length, and cut: true"
         )
-    arguments = SFTConfig(**{**options, **chosen})
+    try:
+        arguments = SFTConfig(**{**options, **chosen})
+    except TypeError as error:  # of fields that are more than numbers
+        raise ValueError(f"trainer has a value that trl cannot take: {error}") from error
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one model is one stream of memory: ranks, not threads, share work
     return arguments

@@ -9,7 +9,7 @@ were rendered already. What the assistant says may hold those that it writes its
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from datasets import Dataset
@@ -117,12 +117,14 @@ class Samples:
 
     def _made(self, record: Mapping[str, Any]) -> Sample:
         if "messages" in record:
-            ids, mask = self._conversation(record, record["messages"], self._assistant_only)
+            messages = parsed(record["messages"])
+            ids, mask = self._conversation(record, messages, self._assistant_only)
             return {"input_ids": ids, "assistant_masks": mask} if mask else {"input_ids": ids}
         if "text" in record:
             return {"input_ids": self._text(record["text"])}
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, list):
+            prompt, completion = parsed(prompt), parsed(completion)
             asked, _ = self._conversation(record, prompt, False, head=True)
             ids, _ = self._conversation(record, prompt + completion, False)
         else:
@@ -148,9 +150,9 @@ class Samples:
         tools = record.get("tools")
         variables = record.get("chat_template_kwargs")
         given: Any = [
-            without_none(messages),
-            json.loads(tools) if isinstance(tools, str) else tools,
-            json.loads(variables) if isinstance(variables, str) else variables or {},
+            messages,
+            json.loads(tools) if tools else tools,
+            json.loads(variables) if variables else {},
         ]
         mark = unused_mark(given)
         if not self._special:
@@ -201,8 +203,6 @@ class Samples:
     _turns: list[str] | None = None
 
 
-def without_none(value: Any) -> Any:
-    """Messages without the fields that a table gives to all of them since one has them."""
-    if isinstance(value, dict):
-        return {name: without_none(one) for name, one in value.items() if one is not None}
-    return [without_none(one) for one in value] if isinstance(value, list) else value
+def parsed(messages: Sequence[str]) -> list[Any]:
+    """Messages of a record, which a table holds as JSON."""
+    return [json.loads(message) for message in messages]

@@ -23,6 +23,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -261,7 +262,8 @@ class CometTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
         # A text's loss is a part of the whole step's then; others are means of their batch.
-        shares = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+        # At the end of an epoch that step may have fewer batches than others.
+        shares = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         kept = self._kept() if mode == "train" else None
         if kept is not None or (probes and out.observed):
             self._metrics[mode]["text_loss"].append(float(loss.detach()) * shares)
@@ -339,13 +341,32 @@ class CometTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self._sharded or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            self._load_sharded(checkpoint)
+        if checkpoint is not None:
+            self._follow_schedule()
+
+    def _load_sharded(self, checkpoint: str) -> None:
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         state = torch.load(Path(checkpoint, OPTIMIZER_NAME), "cpu", weights_only=True, mmap=True)
         self.optimizer.load_state_dict(shard_state(self.optimizer, state))
         schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
+
+    def _follow_schedule(self) -> None:
+        """Have the next step learn at this run's rate; the checkpoint's is of its own last step."""
+        schedule: Any = self.lr_scheduler
+        if self.optimizer is None or not isinstance(schedule, LambdaLR):
+            return  # others know no rate but the one before
+        rates = [
+            base * share(schedule.last_epoch)
+            for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         """See `Trainer._save_checkpoint`.
@@ -370,9 +391,11 @@ class CometTrainer(SFTTrainer):
         self._total_train_tokens = tokens_seen(Path(resume_from_checkpoint))
 
     def take(self, checkpoint: Path) -> None:
-        """Be where a checkpoint is, without a further step."""
+        """Be where a run that ended with a checkpoint is, without a further step."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
