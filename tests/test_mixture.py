@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cometlm.core.observer import ChunkObserver
+from cometlm.session.plain_text import prefix_ids
 from cometlm.tasks import TASKS, Question, Sample, Task
 from cometlm.train.config import Mixture
 from cometlm.train.config_file import read_config
@@ -13,6 +14,7 @@ from cometlm.train.mixture import MixtureBatches, collate, probes_of
 from cometlm.train.run import make_trainer
 from tests.real import tiny_comet, tokenizer
 from tests.runs import as_config, settings, start
+from tests.sessions import tokenizer_of
 from tests.tiny import refused
 
 __all__ = ["settings", "start"]  # fixtures
@@ -47,6 +49,18 @@ def test_each_row_is_asked_all_its_questions(uneven):
         lengths = batch["attention_mask"].sum(1).tolist()
         pairs = zip(counts, lengths, strict=True)
         assert probe.since == tuple(n if count > number else 0 for count, n in pairs)
+
+
+def test_rows_begin_as_their_tokenizer_begins_texts(uneven):
+    gemma = tokenizer_of("like gemma")
+    (first,) = prefix_ids(gemma)
+    batch = collate([MixtureBatches(Mixture(**uneven, ask="probes"), gemma, seed=0)[3]])
+    assert batch["input_ids"][:, 0].tolist() == [first] * 4
+    lengths = batch["attention_mask"].sum(1).tolist()
+    assert sorted(lengths) == [60, 60, 61, 61]
+    for probe in probes_of(batch):
+        assert set(probe.until) <= set(lengths)
+        assert all(since in (0, length) for since, length in zip(probe.since, lengths, strict=True))
 
 
 class Long(Task):

@@ -8,9 +8,11 @@ import torch
 from cometlm.eval.report import differences, summarize
 from cometlm.eval.runner import OUT_OF_MEMORY, Answer, answer_to, evaluate
 from cometlm.methods import Foreseen, Reader, TooLongError
+from cometlm.session.plain_text import prefix_ids
 from cometlm.tasks import Question, Sample, Task
 from cometlm.tasks.base import turn_ids
 from tests.real import tokenizer
+from tests.sessions import tokenizer_of
 from tests.tiny import refused
 
 
@@ -312,6 +314,29 @@ def test_a_report_groups_by_what_a_question_says_of_itself(words):
     answers = list(evaluate(Counter(words), Labelled(words), [10], 2))
     assert answers[0].meta == {"decile": 3, "kind": "a"}
     assert [line.group for line in summarize(answers, "kind")] == ["a", "b"]
+
+
+def test_a_text_begins_as_its_tokenizer_begins_texts():
+    gemma = tokenizer_of("like gemma")
+    (first,) = prefix_ids(gemma)
+
+    class Beginning(Counter):
+        def answer(self, ids=(), **generation):
+            assert self.ids.count(first) == 1
+            assert self.ids[0] == first
+            return super().answer(ids, **generation)
+
+    class Told(Counting):
+        def sample(self, index, tokens):
+            told = Question("Where?", ("x",), after=tokens - 4, evidence=(range(2, 3),))
+            return Sample([300 + index] * tokens, (told, Question("Where?", ("x",))))
+
+    reader = Beginning(gemma)
+    answers = list(evaluate(reader, Told(gemma), [20], 1))
+    assert [read for read, *_ in reader.asked] == [17, 21]
+    assert [answer.meta.get("distance") for answer in answers] == [14, None]
+    bare = next(evaluate(Counter(tokenizer("smollm2")), Told(gemma), [20], 1))
+    assert bare.digest != answers[0].digest  # so that rows of texts without it are asked again
 
 
 def test_answers_may_be_longer_if_told(words):

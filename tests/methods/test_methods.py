@@ -12,6 +12,7 @@ from cometlm.methods.retrieve import RetrieveReader
 from cometlm.methods.summary import SummaryReader
 from cometlm.methods.truncate import TruncateReader
 from cometlm.methods.window import SINKS, WindowReader
+from cometlm.session.plain_text import prefix_ids
 from tests.sessions import going_on, tokenizer_of
 from tests.tiny import random_ids, refused, tiny_backbone, tiny_comet
 
@@ -68,6 +69,26 @@ def test_asking_leaves_the_reader_as_it_was(empty):
     assert reader.nbytes == held > 0
     with pytest.raises(ValueError, match=r"nothing|none"):
         empty.loglikelihood(ids_of(2))  # it has still read nothing
+
+
+@pytest.mark.parametrize("kind", [TruncateReader, RetrieveReader, SummaryReader])
+def test_what_is_read_anew_begins_as_the_text_did(kind, backbone, words):
+    (first,) = prefix_ids(words)
+    reader = kind(CacheReader(backbone, words, 250))
+    reader.read([first])
+    reader.read(ids_of(600))
+    made = {
+        TruncateReader: lambda: reader._reader(8),
+        RetrieveReader: lambda: reader._prompted(8),
+        SummaryReader: lambda: reader._reader(),
+    }[kind]()
+    read = [*made._cached, *made._waiting]
+    assert read.count(first) == 1
+    assert read[0] == first
+    assert len(read) <= 250 - 8
+    bare = kind(CacheReader(backbone, words, 250))
+    bare.read(ids_of(600))
+    assert bare.loglikelihood(ids_of(5, seed=1)) != reader.loglikelihood(ids_of(5, seed=1))
 
 
 def test_reading_in_pieces_is_reading_at_once(empty):

@@ -1,10 +1,13 @@
 """Rolling summaries: what the backbone is asked for, and what stays of its answer."""
 
+import copy
+
 import pytest
 
 from cometlm.methods import TooLongError
 from cometlm.methods.full import CacheReader
 from cometlm.methods.summary import SummaryReader
+from cometlm.session.plain_text import prefix_ids
 from tests.sessions import tokenizer_of
 from tests.tiny import random_ids, refused, tiny_backbone
 
@@ -103,3 +106,15 @@ def test_rooms_that_are_too_small(empty, words):
         reader.answer(ids_of(20), max_new_tokens=LIMIT)
     with refused("budget of a summary must be at least"):
         SummaryReader(CacheReader(empty.model, words, 60))
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_prompts_for_notes_begin_as_the_text_did(asked, has_template):
+    words = copy.deepcopy(tokenizer_of("like gemma"))
+    if not has_template:
+        words.chat_template = None
+    (first,) = prefix_ids(words)
+    reader = SummaryReader(CacheReader(tiny_backbone("llama", vocab_size=len(words)), words, 400))
+    reader.read([first, *ids_of(2 * reader.part + 1)])
+    assert len(asked) == 2
+    assert [(prompt[0], prompt.count(first)) for prompt in asked] == [(first, 1)] * 2

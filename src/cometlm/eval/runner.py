@@ -141,7 +141,7 @@ def evaluate(
                 if not own:
                     yield Answer(length, index, 0, "", [], error=str(error))
                 continue
-            digest = digest_of(sample.context) if own else ""
+            digest = digest_of(sample.begun(empty.tokenizer).context) if own else ""
             for one in own:
                 if not one.is_of(sample, digest):
                     del known[one.place]
@@ -176,13 +176,14 @@ def answers_to(
     """Answers to some questions about one sample, in the order of their places; or its one row.
 
     Args:
-        reader: has read nothing; it reads the sample.
+        reader: has read nothing; it reads the sample, behind what its tokenizer begins texts with.
         task: scores the answers; None: they have no scores.
         numbers: of the questions; all of them if None.
         max_new_tokens, device: see `evaluate`.
     """
     if device is not None:
         reset_peak_memory(device)
+    sample = sample.begun(reader.tokenizer)
     if sample.questions:
         chosen = list(range(len(sample.questions)) if numbers is None else numbers)
         chosen.sort(key=lambda n: place_of(sample, sample.questions[n]))

@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from cometlm.core.foreseen import Foreseen
 from cometlm.methods.loader import Loader
+from cometlm.session.plain_text import prefix_ids
 
 _FORESEEN_AT_A_TIME = 256  # tokens that a reader which forgets by length foresees before it reads
 
@@ -212,11 +213,19 @@ class Reader(ABC):
             TooLongError: as `read`.
         """
         found: list[Foreseen] = []
-        for begin in range(0, len(ids), _FORESEEN_AT_A_TIME):
-            piece = ids[begin : begin + _FORESEEN_AT_A_TIME]
+        for begin in range(0, len(ids), self._foreseen_at_a_time):
+            piece = ids[begin : begin + self._foreseen_at_a_time]
             found += self.foresee(piece)
             self.read(piece)
         return found
+
+    @property
+    def _foreseen_at_a_time(self) -> int:
+        """Tokens that `read_foreseen` foresees together; at most half of what an answer sees."""
+        asked = self.bounds.asked
+        return (
+            _FORESEEN_AT_A_TIME if asked is None else max(1, min(_FORESEEN_AT_A_TIME, asked // 2))
+        )
 
     def loglikelihood(self, ids: Sequence[int]) -> list[float]:
         """Log-probability, in nats, of each of these ids coming next; see `foresee`."""
@@ -255,6 +264,16 @@ class Method(ABC):
             ValueError: a model that the method cannot use, a budget out of its bounds.
             OSError: the model cannot be read.
         """
+
+
+def parted(tokenizer: Any, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer begins a text with, if it begins so, and the others.
+
+    A method that reads a part of a text anew puts the first ones in front of it.
+    """
+    first = prefix_ids(tokenizer) if tokenizer is not None else []
+    begun = len(first) if list(ids[: len(first)]) == first else 0
+    return list(ids[:begun]), list(ids[begun:])
 
 
 def generation_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,15 @@ from typing import Any
 
 from cometlm.core.foreseen import Foreseen
 from cometlm.extras import EVAL, lacks
-from cometlm.methods.base import Bounds, Budget, Method, Reader, TooLongError, generation_options
+from cometlm.methods.base import (
+    Bounds,
+    Budget,
+    Method,
+    Reader,
+    TooLongError,
+    generation_options,
+    parted,
+)
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
 from cometlm.sequences import num_shared
@@ -70,6 +78,7 @@ class RetrieveReader(Reader):
         self._empty = empty
         self._limit = empty.limit or _DEFAULT
         self._size = max(1, min(_PASSAGE, self._limit // _LEAST_PASSAGES))
+        self._first: list[int] = []  # tokens that the text begins with; in front of each prompt
         self._ids = array("i")  # shared with forks, which may have read on in it
         self._num_read = 0
         self._question: list[int] = []
@@ -80,6 +89,8 @@ class RetrieveReader(Reader):
         new = [*self._question, *ids]  # what is read behind a question is text, as it is
         if not new:
             return
+        if not self._first and not self._num_read:
+            self._first, new = parted(self.tokenizer, new)
         if len(self._ids) > self._num_read:
             self._ids = self._ids[: self._num_read]
         self._ids.extend(new)
@@ -111,7 +122,7 @@ class RetrieveReader(Reader):
     @property
     def nbytes(self) -> int:
         """Bytes of the ids that were read, and of the index with its words."""
-        held = self._num_read * self._ids.itemsize
+        held = (self._num_read + len(self._first)) * self._ids.itemsize
         return held + (self._indexed().nbytes if self._num_read else 0)
 
     @property
@@ -123,6 +134,7 @@ class RetrieveReader(Reader):
 
     def _prompted(self, room: int) -> CacheReader:
         """Who has read the best passages and the question, and has room for so many more."""
+        room += len(self._first)
         left = self._limit - room - len(self._question)
         if left < 0 or (left == 0 and self._num_read):
             raise TooLongError(
@@ -130,6 +142,7 @@ class RetrieveReader(Reader):
                 f"{room + len(self._question)} tokens"
             )
         reader = self._empty.fork()
+        reader.read(self._first)
         for span in self._found(left):
             reader.read(self._ids[span.start : span.stop].tolist())
         reader.read(self._question)

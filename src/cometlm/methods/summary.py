@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from cometlm.core.foreseen import Foreseen
-from cometlm.methods.base import Bounds, Budget, Method, Reader
+from cometlm.methods.base import Bounds, Budget, Method, Reader, parted
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
 from cometlm.session.chat_template import Turn, render_turn
-from cometlm.session.plain_text import PlainText, encoded
+from cometlm.session.plain_text import PlainText, encoded, prefix_ids
 
 _DEFAULT = 2048  # tokens, where neither the budget nor the model says
 _NOTES, _PART = "cometlm stand-in notes", "cometlm stand-in part"
@@ -77,6 +77,7 @@ class SummaryReader(Reader):
         turn = Turn(_ASKED + _NOW, "")  # for a backbone that learned no chats
         if getattr(self.tokenizer, "chat_template", None):
             turn = render_turn(self.tokenizer, _ASKED, first=True, began=False)
+        self._first: list[int] = []  # tokens that the text begins with
         head, _, rest = turn.opening.partition(_NOTES)
         middle, _, tail = rest.partition(_PART)
         self._frame = [
@@ -84,7 +85,9 @@ class SummaryReader(Reader):
             for piece in (head, middle, tail)
         ]
         self._end = turn.closing_ids[:1]
-        room = self._limit - sum(map(len, self._frame))
+        begun = parted(self.tokenizer, self._frame[0])[0]
+        unsaid = len(prefix_ids(self.tokenizer)) - len(begun)  # in front of the frame
+        room = self._limit - sum(map(len, self._frame)) - unsaid
         self.part, self.most_notes = room // 2, room // 4
         if self.most_notes < _LEAST:
             raise ValueError(
@@ -105,6 +108,8 @@ class SummaryReader(Reader):
         """See `Reader.read`; no text is too long."""
         if ids:
             self._made = None
+            if not self._first and not self._unread and not self._notes:
+                self._first, ids = parted(self.tokenizer, ids)
         self._unread += ids
         while len(self._unread) > self.part:
             self._rewrite(self._unread[: self.part])
@@ -146,6 +151,7 @@ class SummaryReader(Reader):
         """Who has read the notes and the rest."""
         if self._made is None:
             made = self._empty.fork()
+            made.read(self._first)
             if self._notes:
                 made.read([*self._encode(_BEFORE), *self._notes, *self._encode(_AFTER)])
             made.read(self._unread)
@@ -157,6 +163,8 @@ class SummaryReader(Reader):
         head, middle, tail = self._frame
         writer = self._empty.fork()
         notes = self._notes or self._encode(_NO_NOTES)[: self.most_notes]
+        if parted(self.tokenizer, head)[0] != self._first:
+            head = [*self._first, *head]  # a chat template that has them may have put them there
         writer.read([*head, *notes, *middle, *part, *tail])
         ends = sorted({*self._end, self.tokenizer.eos_token_id} - {None})
         said = writer.answer((), max_new_tokens=self.most_notes, eos_token_id=ends)

@@ -1,6 +1,7 @@
 """Truncation: the plain backbone reads the last tokens that fit, and nothing of what came before.
 
-When it is asked, the kept tokens are read anew, from position 0. An eighth of the room is for the
+When it is asked, the kept tokens are read anew, from position 0, behind the tokens that the text
+began with if a tokenizer puts some there. An eighth of the room is for the
 question and the answer; where they need more, fewer tokens are kept.
 """
 
@@ -11,7 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from cometlm.core.foreseen import Foreseen
-from cometlm.methods.base import Bounds, Budget, Method, Reader, TooLongError, generation_options
+from cometlm.methods.base import (
+    Bounds,
+    Budget,
+    Method,
+    Reader,
+    TooLongError,
+    generation_options,
+    parted,
+)
 from cometlm.methods.full import CacheReader, token_limit
 from cometlm.methods.loader import Loader
 
@@ -39,6 +48,7 @@ class TruncateReader(Reader):
     def __init__(self, empty: CacheReader) -> None:
         self.tokenizer = empty.tokenizer
         self._empty = empty
+        self._first: list[int] = []  # tokens that the text begins with
         self._ids: list[int] = []
         self._made: tuple[int, CacheReader] | None = (
             None  # reserved room, and who has read the rest
@@ -47,6 +57,8 @@ class TruncateReader(Reader):
     def read(self, ids: Sequence[int]) -> None:
         """See `Reader.read`; no text is too long."""
         if ids:
+            if not self._first and not self._ids:
+                self._first, ids = parted(self.tokenizer, ids)
             self._ids += ids
             self._made = None
             if self._empty.limit is not None:
@@ -84,12 +96,16 @@ class TruncateReader(Reader):
         limit = self._empty.limit
         if limit is None:
             room = 0
-        elif room >= limit:
-            raise TooLongError(f"question and answer must be fewer than {limit}, got {room} tokens")
+        elif room + len(self._first) >= limit:
+            raise TooLongError(
+                f"question and answer must be fewer than {limit - len(self._first)}, got {room} "
+                "tokens"
+            )
         else:
-            room = max(room, limit // _SHARE)
+            room = max(room, limit // _SHARE) + len(self._first)
         if self._made is None or self._made[0] != room:
             reader = self._empty.fork()
-            reader.read(self._ids if limit is None else self._ids[room - limit :])
+            kept = self._ids if limit is None else self._ids[room - limit :]
+            reader.read([*self._first, *kept])
             self._made = room, reader
         return self._made[1]

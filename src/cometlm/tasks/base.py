@@ -13,12 +13,12 @@ import random
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 from cometlm.session.chat_template import render_turn
-from cometlm.session.plain_text import PlainText
+from cometlm.session.plain_text import PlainText, prefix_ids
 from cometlm.tasks.scoring import exact
 
 Split = Literal["train", "test"]
@@ -55,6 +55,15 @@ class Question:
     max_new_tokens: int | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def moved(self, tokens: int) -> Question:
+        """The same question where so many tokens stand in front of the context."""
+        return replace(
+            self,
+            after=None if self.after is None else self.after + tokens,
+            evidence=tuple(range(one.start + tokens, one.stop + tokens) for one in self.evidence),
+            until=None if self.until is None else self.until + tokens,
+        )
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -69,6 +78,18 @@ class Sample:
     context: list[int]
     questions: tuple[Question, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def begun(self, tokenizer: Any) -> Sample:
+        """The sample as a text of its own: behind the tokens that a tokenizer begins texts with.
+
+        Contexts come without these, since they may follow something. Models that were pretrained
+        with a beginning-of-text token (Gemma, Llama) are lost without it.
+        """
+        first = prefix_ids(tokenizer)
+        if not first:
+            return self
+        questions = tuple(question.moved(len(first)) for question in self.questions)
+        return replace(self, context=[*first, *self.context], questions=questions)
 
 
 class Task(ABC):

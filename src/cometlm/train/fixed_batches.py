@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cometlm.data.corpora import corpus_files
+from cometlm.session.plain_text import prefix_ids
 from cometlm.tasks.base import Question, Sample, asked_at_the_end, turn_ids
 from cometlm.tasks.haystack import Haystack
 from cometlm.train.config import FixedShapes, Mixture, StepShape
@@ -105,6 +106,7 @@ class FixedBatches:
         self._keep, self._seed = keep, seed
         self._tasks = [task_of(name, settings, tokenizer, seed) for name in settings.tasks]
         self._weights = list(settings.tasks.values())
+        self._first = prefix_ids(tokenizer)
         self._filling = Haystack(
             tokenizer, [file for name in shapes.corpora for file in corpus_files(name)]
         )
@@ -144,7 +146,7 @@ class FixedBatches:
     def _row(self, shape: StepShape, index: int, rng: random.Random) -> _Row:
         """A row of a task that is drawn; of another sample, where what is asked is too long."""
         (task,) = rng.choices(self._tasks, self._weights)
-        room = shape.tokens - self._shapes.width
+        room = shape.tokens - self._shapes.width - len(self._first)
         for attempt in range(_TRIES):
             try:
                 sample = task.sample(index * _TRIES + attempt, room)
@@ -169,11 +171,11 @@ class FixedBatches:
         at_end = asked_at_the_end([question for question, _ in fitting])
         turns = {id(question): turn for question, turn in fitting}
         asked, answer = turns[id(rng.choice(at_end))] if at_end else ([], [])
-        missing = shape.tokens - len(sample.context) - len(asked) - len(answer)
-        filling = self._filling.draw(rng, missing)
+        before = shape.tokens - len(sample.context) - len(asked) - len(answer)
+        filling = self._filling.draw(rng, before - len(self._first))
         chosen = rng.sample(fitting, min(self._shapes.questions, len(fitting)))
-        spans = [_span(question, sample, missing, shape.tokens) for question, _ in chosen]
-        ids = [*filling, *sample.context, *asked, *answer]
+        spans = [_span(question, sample, before, shape.tokens) for question, _ in chosen]
+        ids = [*self._first, *filling, *sample.context, *asked, *answer]
         return _Row(ids, answer, [turn for _, turn in chosen], spans)
 
     def _turn(self, question: Question) -> tuple[list[int], list[int]]:

@@ -33,6 +33,7 @@ from cometlm.core.causal_lm import CometForCausalLM
 from cometlm.data.corpora import corpus_files
 from cometlm.data.prompts import prompts_of
 from cometlm.session.chat_template import render_turn
+from cometlm.session.plain_text import prefix_ids
 from cometlm.tasks.haystack import Haystack
 from cometlm.train.config import TASK_QUESTIONS, Keep, Log
 
@@ -102,7 +103,8 @@ class KeepBatches:
             raise ValueError(
                 f"keep.prose_share must be 1 without prompts, got {settings.prose_share}"
             )
-        held = min(self._prose, longest)
+        self._first = prefix_ids(tokenizer) if self._prose else []  # in front of a text
+        held = min(self._prose + len(self._first), longest)
         if positions is not None and settings.behind > positions - held:
             raise ValueError(
                 f"keep.behind must be at most {positions - held}, got {settings.behind}: the "
@@ -135,10 +137,11 @@ class KeepBatches:
         """Rows of running text, all of it held but what is in front."""
         left = self._prose
         while left > 0:
-            length = min(left, self._longest)
+            length = min(left, self._longest - len(self._first))
             front = rng.randint(1, self._behind) if self._behind else 0
-            ids = rng.choice(self._haystacks).draw(rng, front + length)
-            yield ids, range(front, front + length)
+            drawn = rng.choice(self._haystacks).draw(rng, front + length)
+            ids, begin = [*self._first, *drawn], len(self._first) + front
+            yield ids, range(begin, begin + length)
             left -= length
 
     def _of_prompts(self, rng: random.Random) -> Iterator[tuple[list[int], range]]:

@@ -92,9 +92,11 @@ class MixtureBatches:
         refused: list[ValueError] = []
         while len(refused) < _TRIES:
             try:
-                return task.sample(index + len(refused) * _ROWS // _TRIES, tokens)
+                sample = task.sample(index + len(refused) * _ROWS // _TRIES, tokens)
             except ValueError as error:
                 refused.append(error)
+            else:
+                return sample.begun(self._tokenizer)
         raise ValueError(f"mixture.tasks.{name}: {refused[0]}") from refused[0]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
