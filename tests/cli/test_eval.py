@@ -168,6 +168,8 @@ def test_nothing_measured_is_an_error(run):
         (["--option", "digits"], "option must be key=value, got 'digits'"),
         (["--option", "digits=0"], "digits must be one or two numbers in 1 … 100"),
         (["--option", "colour=red"], "got colour"),
+        (["--option", "corpora=2024-01-01"], "2024-01-01"),
+        (["--option", "digits=true"], "digits"),
         (["--option", "digits=["], "option digits must be a YAML value, got '['"),
         (["--by", "colour"], "by must be one of depth, decile, haystack, distance, got 'colour'"),
         (["--budget", "many"], "budget must be tokens like 512, or bytes like 3MB"),

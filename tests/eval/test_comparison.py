@@ -22,7 +22,7 @@ from cometlm.eval.rows import Forecast, Rows
 from cometlm.tasks import TASKS, Question, Sample, Task
 from tests import real
 from tests.cli.said import TEXT
-from tests.sessions import SIZES
+from tests.sessions import SIZES, tokenizer_of
 from tests.tiny import refused
 
 MEASURED = {"read_seconds", "answer_seconds", "peak_bytes", "foreseen", "machine"}
@@ -409,3 +409,27 @@ def test_methods_may_have_models_and_sizes_of_their_own(values, monkeypatch):
     held = {cell.method: made.results.lines[cell].nbytes for cell in made.cells}
     assert held["small"] < held["comet"]
     assert {sizes["capacity"] for sizes in loaded} == {5, 2}
+
+
+def test_two_models_that_count_tokens_otherwise_are_compared_on_texts_of_their_own_length(
+    values, tmp_path
+):
+    real.save_backbone(tmp_path / "other", "like gemma")
+    tokenizer_of("like gemma").save_pretrained(tmp_path / "other")  # with a chat template
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"context": "A lamp and a keeper. " * n, "question": "What?", "answer": "a lamp"}
+        for n in (1, 2)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    methods = {
+        "ours": {"method": "truncate"},
+        "other": {"method": "truncate", "model": str(tmp_path / "other")},
+    }
+    made = run(
+        {**values, "methods": methods, "tasks": {"mine": {"data": str(path)}}, "lengths": []}
+    )
+    read = [{a.read for a in made.results.answers[method, "mine"]} for method in methods]
+    assert read[0] != read[1]
+    assert len({cell.tokens for cell in made.cells}) == 1
+    assert [one["n"] for one in as_plain(made.results)["differences"]] == [2]

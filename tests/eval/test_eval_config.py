@@ -1,5 +1,7 @@
 """The configuration of a comparison: what it says, and what is refused."""
 
+import math
+
 import pytest
 
 from cometlm.eval.config import Limits, config_of, read_config
@@ -81,7 +83,11 @@ def test_changes_of_what_is_only_named(tmp_path, methods):
         ({"samples": {100: "x"}}, "samples.100 must be int, got 'x'"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"lengths": [0]}, "lengths must be at least 1, got 0"),
-        ({"limits": {"hours": 0}}, "limits.hours must be more than 0, got 0"),
+        ({"limits": {"hours": 0}}, "limits.hours must be more than 0, and a number, got 0"),
+        (
+            {"limits": {"hours": math.inf}},
+            "limits.hours must be more than 0, and a number, got inf",
+        ),
         (
             {"limits": {"memory": "20 tons"}},
             "limits.memory must be bytes like 20GiB, got '20 tons'",

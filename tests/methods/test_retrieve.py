@@ -51,6 +51,8 @@ def test_the_passage_that_has_the_answer_is_in_the_prompt_before_the_question(re
     assert "Leopold weighs 4711" in prompt.removesuffix(words.decode(asked))
     assert len(ids_of(words, prompt)) <= 110
     assert fork._asked(asked) == "How much does Leopold weigh?"
+    begun = [*asked, *ids_of(words, "He weighs")]
+    assert fork._asked(begun) == "How much does Leopold weigh? He weighs"
 
 
 def test_an_answer_is_that_of_the_plain_backbone_to_the_prompt(reader, words, empty):

@@ -1,6 +1,7 @@
 """People's own data: what it becomes, and every way in which it can be wrong."""
 
 import json
+import math
 import re
 
 import pytest
@@ -39,6 +40,8 @@ def test_rows_of_one_context_are_one_sample(made, words, tmp_path):
     assert words.decode(first.context) == ROW["context"]
     assert [q.text for q in first.questions] == ["Who paid?", "For what?"]
     assert second.questions == (Question("When?", ("May", "in May")),)
+    with_fields = made(*({**ROW, "id": i, "question": f"{i}?"} for i in range(3)))
+    assert with_fields.num_samples == 1
     assert task.longest == len(second.context)
 
 
@@ -60,13 +63,24 @@ def test_numbers_are_answers_as_their_text(made, answer, texts):
     assert task.digest == made({**ROW, "answer": list(texts)}).digest
 
 
+@pytest.mark.parametrize("text", ["12.50", "1e5", "0.00001", "100000000000000000000.0"])
+def test_numbers_are_taken_as_they_are_written(made, text):
+    task = made(f'{{"context": "x", "question": "y", "answer": {text}, "price": {text}}}')
+    (question,) = task.sample(0, 100).questions
+    assert question.answers == (text,)
+    assert json.dumps(dict(question.meta)) == json.dumps({"price": float(text)})
+
+
 def test_further_fields_group_reports(made):
     rows = [{**ROW, "kind": kind, "tags": ["x"]} for kind in ("who", "who", "other")]
-    task = made(*rows)
-    samples = [task.sample(i, 100) for i in range(task.num_samples)]
-    assert [(s.meta, len(s.questions)) for s in samples] == [
-        ({"kind": "who"}, 2),
-        ({"kind": "other"}, 1),
+    task = made(*rows, ROW, {**ROW, "size": math.nan})
+    (sample,) = [task.sample(i, 100) for i in range(task.num_samples)]
+    assert [question.meta for question in sample.questions] == [
+        {"kind": "who", "size": None},
+        {"kind": "who", "size": None},
+        {"kind": "other", "size": None},
+        {"kind": None, "size": None},
+        {"kind": None, "size": "nan"},
     ]
 
 
@@ -74,6 +88,8 @@ def test_the_digest_is_that_of_what_is_asked(made):
     digest = made(ROW).digest
     assert made("", ROW).digest == digest
     assert made({**ROW, "answer": "Basil"}).digest != digest
+    kinds = [made(ROW, {**ROW, "kind": kind}).digest for kind in "ab"]
+    assert len({digest, *kinds}) == 3
 
 
 def test_scores(made):
@@ -100,6 +116,8 @@ def test_scores(made):
         ([{**ROW, "answer": ["x", ""]}], "no text, number or list of them: line 1"),
         ([ROW, r'{"context": "\ud800", "question": "x", "answer": "y"}'], "Unicode text: line 2"),
         ([{"question": "x", "answer": "y"}], "one of context and context_file: line 1"),
+        ([ROW, {**ROW, "distance": 5}], r"1 of 2 rows have a field of reports \(.*\): line 2"),
+        (['{"context": "x", "question": "y", "answer": NaN}'], "no text, number or list of them"),
         ([{**ROW, "context_file": "x"}], "one of context and context_file: line 1"),
         ([{**ROW, "context": ["x"]}], "a context that is no string: line 1"),
         ([ROW, {**ROW, "context": "\n"}], "1 of 2 rows have an empty context: line 2"),

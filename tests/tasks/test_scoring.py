@@ -20,6 +20,9 @@ AROUND = [
     "({}).",
     "**{}:**",
     "{}…",
+    "¿{}?",
+    "「{}」。",
+    "“{}”！",
 ]
 
 
@@ -40,6 +43,9 @@ def test_what_surrounds_words_does_not_count(around, answer):
         ("snakecase", "snake_case"),
         ("Parisian", "Paris"),
         ("**", "Paris"),
+        ("5", "-5"),
+        ("50", "50%"),
+        ("南京", "北京"),
         ("", "*"),
     ],
 )
@@ -50,3 +56,21 @@ def test_what_is_in_a_word_counts(said, answer):
 def test_three_scores_of_a_short_answer():
     scores = exact_found_f1("It is **Ada**", ["Ada", "Countess Ada"])
     assert scores == {"exact": 0, "found": 1, "f1": pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("北京。", "北京"),
+        ("Jos\u0065\u0301", "Jos\u00e9"),
+        ("１２", "12"),
+        ("ไทย", "ไทย"),
+    ],
+)
+def test_other_scripts_and_forms_of_unicode(said, answer):
+    assert exact_found_f1(said, [answer]) == {"exact": 1, "found": 1, "f1": 1}
+
+
+def test_scripts_without_spaces_are_compared_sign_by_sign():
+    scores = exact_found_f1("答案是北京。", ["北京"])
+    assert scores == {"exact": 0, "found": 1, "f1": pytest.approx(2 * 2 / 7)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -359,10 +360,11 @@ def _tell(line: str, style: str | None = None) -> None:
 
 
 def _key_and_value(text: str) -> tuple[str, Any]:
-    key, found, value = text.partition("=")
-    if not found or not key:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
         raise ValueError(f"option must be key=value, got {text!r}")
     try:
-        return key, yaml.safe_load(value)
+        found = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ValueError(f"option {key} must be a YAML value, got {value!r}") from error
+    return key, value if isinstance(found, datetime.date) else found  # 2024-01-01 is a name here

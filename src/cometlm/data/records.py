@@ -85,17 +85,24 @@ def _placed(source: str | Path) -> Iterator[tuple[str, Any]]:
     return (pair for file in files for pair in read_json_file(file))
 
 
-def read_json_file(path: Path) -> Iterator[tuple[str, Any]]:
+def read_json_file(
+    path: Path, parse_float: Callable[[str], float] | None = None
+) -> Iterator[tuple[str, Any]]:
     """What a file of JSON lines, or of one JSON list, holds: where each row stands, and the row.
+
+    Args:
+        parse_float: makes a number that is no whole one of its text.
 
     Raises:
         ValueError: text that is not JSON or not UTF-8; says where.
         OSError: the file cannot be read.
     """
-    yield from json_rows(path.read_bytes(), str(path))
+    yield from json_rows(path.read_bytes(), str(path), parse_float)
 
 
-def json_rows(raw: bytes, path: str) -> Iterator[tuple[str, Any]]:
+def json_rows(
+    raw: bytes, path: str, parse_float: Callable[[str], float] | None = None
+) -> Iterator[tuple[str, Any]]:
     """The same of what a file holds.
 
     Raises:
@@ -103,19 +110,19 @@ def json_rows(raw: bytes, path: str) -> Iterator[tuple[str, Any]]:
     """
     text = "".join(read_blocks(io.BytesIO(raw), path))
     if text.lstrip().startswith("["):
-        for i, record in enumerate(_parsed(text, path, 0)):
+        for i, record in enumerate(_parsed(text, path, 0, parse_float)):
             yield f"{path} record {i + 1}", record
         return
     # Not splitlines: what it takes for the end of a line may stand in a JSON string.
     for i, line in enumerate(text.split("\n")):
         if line.strip():
-            yield f"{path} line {i + 1}", _parsed(line, path, i)
+            yield f"{path} line {i + 1}", _parsed(line, path, i, parse_float)
 
 
-def _parsed(text: str, path: str, before: int) -> Any:
+def _parsed(text: str, path: str, before: int, parse_float: Callable[[str], float] | None) -> Any:
     """JSON from the middle of a file, with `before` lines in front of it."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=parse_float)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} line {before + error.lineno} is not JSON: {error.msg} (column {error.colno})"

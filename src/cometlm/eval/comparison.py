@@ -7,6 +7,7 @@ or a task's data, leaves the others: it is noted, and they go on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -180,10 +181,22 @@ class Comparison:
         has_own = self.config.tasks[name].data is not None  # whose texts have their own lengths
         lengths = [] if has_own else self.config.lengths_of(name)
         if not lengths and task.longest is not None:
-            lengths = [task.longest]
+            lengths = [self._longest(name)]
         if not lengths:
             raise ValueError(f"--tokens or lengths must be given for {name}: how long a text is")
         return lengths
+
+    def _longest(self, name: str) -> int:
+        """Tokens of a task's longest text as the model counts that has most of them.
+
+        One length for all models: answers to the same question are compared.
+        """
+        longest = 0
+        for method in self.config.methods:
+            with contextlib.suppress(OSError):  # of its model; said in its turn
+                task = self._tasks_of(method).get(name)
+                longest = max(longest, (task and task.longest) or 0)
+        return longest
 
     def _tasks_of(self, method: str) -> dict[str, Task]:
         """The tasks, for the tokenizer of a method's model."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +75,8 @@ class Limits:
     memory: str | None = None
 
     def __post_init__(self) -> None:
-        if self.hours is not None and not self.hours > 0:
-            raise ValueError(f"limits.hours must be more than 0, got {self.hours}")
+        if self.hours is not None and not 0 < self.hours < math.inf:
+            raise ValueError(f"limits.hours must be more than 0, and a number, got {self.hours}")
         if self.memory is not None and self._memory().unit != "bytes":
             raise ValueError(f"limits.memory must be bytes like 20GiB, got {self.memory!r}")
 

@@ -171,8 +171,15 @@ class RetrieveReader(Reader):
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
         frame = render_turn(self.tokenizer, "", first=True, began=True).opening_ids
         begin = num_shared(ids, frame)
-        end = len(ids) - num_shared(ids[begin:][::-1], frame[::-1])
-        return str(self.tokenizer.decode(ids[begin:end], skip_special_tokens=True))
+        behind = frame[begin:]  # of the question; the beginning of an answer may follow
+        ends = range(len(ids) - len(behind), begin - 1, -1)
+        end = next((end for end in ends if ids[end : end + len(behind)] == behind), None)
+        if end is None:  # tokens that the question's end has changed
+            parts = [ids[begin : len(ids) - num_shared(ids[begin:][::-1], frame[::-1])]]
+        else:
+            parts = [ids[begin:end], ids[end + len(behind) :]]
+        said = (self.tokenizer.decode(part, skip_special_tokens=True) for part in parts if part)
+        return " ".join(said)
 
     def _text(self, span: range) -> str:
         ids = self._ids[span.start : span.stop].tolist()

@@ -62,7 +62,11 @@ def make_task(
             f"options of the task {name} are {', '.join(sorted(known)) or 'none'}, got "
             f"{', '.join(sorted(unknown))}"
         )
-    return kind(tokenizer, split=split, seed=seed, **options)
+    try:
+        return kind(tokenizer, split=split, seed=seed, **options)
+    except TypeError as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ValueError(f"options of the task {name} cannot be {given}: {error}") from error
 
 
 __all__ = ["TASKS", "Own", "Question", "Sample", "Task", "make_task"]

@@ -17,6 +17,7 @@ URL = "http://localhost:8000/v1"
 _SECONDS = 120
 _WAITS = (1.0, 4.0)  # seconds before another try: a server is busy, not wrong
 _TOO_MANY = 429
+_VERDICT = r"(?:\b(?:NOT|ISN['’]T)\s+(?:(?:ENTIRELY|FULLY|QUITE)\s+)?|\bIN-?|\b)CORRECT\b"
 _ASKED = """A question was asked about some documents. Is the answer that was given right? It is
 right if it says the same as the official answer; how it is worded does not matter.
 
@@ -52,7 +53,7 @@ class Judge:
         content = _ASKED.format(question=question, answer=answer, said=said)
         body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         reply = self._said({**body, "temperature": 0})
-        words = re.findall(r"\b(?:IN)?CORRECT\b", reply.upper())
+        words = re.findall(_VERDICT, reply.upper())
         return float(words[-1] == "CORRECT") if words else None  # a judge may reason first
 
     def _said(self, body: dict[str, object]) -> str:

@@ -4,15 +4,16 @@
     {"context_file": "contract.txt", "question": "When does it end?", "answer": ["May", "in May"]}
 
 A `context_file` is UTF-8 text; its path is relative to the JSON lines. Of a list of answers each is
-right; a number, true or false is taken as its text. Further fields with a word, a number, true or
-false are what a report may group by. Rows with the same context and the same further fields are one
-sample, so the text is read once for all its questions, which are asked when it has been read.
+right; a number, true or false is taken as it is written. Further fields with a word, a number, true
+or false are what a report may group by. Rows with the same context are one sample, so the text is
+read once for all its questions, which are asked when it has been read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,20 @@ from cometlm.tasks.scoring import exact_found_f1
 from cometlm.tasks.texts import Text, TextsTask
 
 _FIELDS = ("context", "context_file", "question", "answer")
+_OF_REPORTS = {"depth", "decile", "distance"}  # where evidence stands, which nobody knows here
+_LISTED = ", ".join(sorted(_OF_REPORTS))
 _SHOWN = 5
+
+
+class _Number(float):
+    """A number with its text: 12.50 is a price."""
+
+    def __new__(cls, text: str) -> _Number:
+        self = super().__new__(cls, text)
+        self.text = text
+        return self
+
+    text: str
 
 
 class Own(TextsTask):
@@ -45,10 +59,7 @@ class Own(TextsTask):
         self, tokenizer: Any, *, path: str | Path, split: Split = "test", seed: int = 0
     ) -> None:
         texts = _texts(Path(path))
-        kept = [
-            (text.context, text.meta, [(one.text, one.answers) for one in text.questions])
-            for text in texts
-        ]
+        kept: list[Any] = [(text.context, {}, list(map(_kept, text.questions))) for text in texts]
         self.digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:32]
         super().__init__(tokenizer, texts, split=split, seed=seed)
 
@@ -68,7 +79,8 @@ def _texts(path: Path) -> list[Text]:
         raise FileNotFoundError(f"there is no file {path}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} must be a file of JSON lines, it is a directory")
-    rows = [(where.removeprefix(f"{path} "), row) for where, row in read_json_file(path)]
+    placed = read_json_file(path, parse_float=_Number)
+    rows = [(where.removeprefix(f"{path} "), row) for where, row in placed]
     if not rows:
         raise ValueError(f"{path} holds no rows")
 
@@ -101,15 +113,36 @@ def _texts(path: Path) -> list[Text]:
         return contexts[row["context_file"]] if "context_file" in row else str(row["context"])
 
     refuse(lambda row: not context_of(row).strip(), "have an empty context")
-    texts: dict[tuple[str, str], tuple[dict[str, Any], list[Question]]] = {}
+    refuse(lambda row: bool(_OF_REPORTS & row.keys()), f"have a field of reports ({_LISTED})")
+    fields = dict.fromkeys(name for _, row in rows for name in _meta(row))
+    texts: dict[str, list[Question]] = {}
     for _, row in rows:
-        more = {key: value for key, value in row.items() if key not in _FIELDS}
-        meta = {key: value for key, value in more.items() if isinstance(value, str | int | float)}
-        key = (context_of(row), json.dumps(meta, sort_keys=True))
-        texts.setdefault(key, (meta, []))[1].append(Question(row["question"], _answers(row)))
-    return [
-        Text(context, tuple(questions), meta) for (context, _), (meta, questions) in texts.items()
-    ]
+        meta = {**dict.fromkeys(fields), **_meta(row)}  # a report may group by what a row lacks
+        asked = Question(row["question"], _answers(row), meta=meta)
+        texts.setdefault(context_of(row), []).append(asked)
+    return [Text(context, tuple(questions)) for context, questions in texts.items()]
+
+
+def _meta(row: dict[str, Any]) -> dict[str, Any]:
+    """Further fields of a row."""
+    return {
+        name: _plain(value)
+        for name, value in row.items()
+        if name not in _FIELDS and isinstance(value, str | int | float)
+    }
+
+
+def _plain(value: str | float) -> str | float:
+    """A value as JSON has it."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    return value
+
+
+def _kept(question: Question) -> tuple[Any, ...]:
+    """What of a question decides whether earlier answers are to it."""
+    meta = {name: value for name, value in question.meta.items() if value is not None}
+    return (question.text, question.answers, *([meta] if meta else []))
 
 
 def _is_no_unicode(row: dict[str, Any]) -> bool:
@@ -127,8 +160,15 @@ def _is_text(value: Any) -> bool:
 def _answers(row: dict[str, Any]) -> tuple[str, ...]:
     """The answers of a row as text; none if one of them has none."""
     given = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    texts = [json.dumps(one) if isinstance(one, int | float) else one for one in given]
+    texts = [_written(one) for one in given]
     return tuple(texts) if all(map(_is_text, texts)) else ()
+
+
+def _written(value: Any) -> Any:
+    """A number, true or false as its text."""
+    if isinstance(value, _Number):
+        return value.text
+    return json.dumps(value) if isinstance(value, int) else value
 
 
 def _read(path: Path, where: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -13,7 +14,14 @@ from cometlm.extras import EVAL, lacks
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 # Punctuation, quotes, brackets and Markdown's emphasis and code: no part of the word they surround.
-_AROUND = ".,;:!?…\"'“”„‘’‚«»‹›()[]{}<>*_`"
+_AROUND = ".,;:!?\"'()[]{}<>*_`"
+_AROUND_TOO = {"Pc", "Pe", "Pf", "Pi", "Po", "Ps"}  # categories of Unicode: ¿ « 。 」
+_BESIDE_NUMBERS = "%‰‱&@#§/\\"  # which are of these categories, and part of what is said
+# Signs of scripts without spaces, each a word by itself: Thai, Lao, Burmese, Khmer, kana, Han.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 # How one may say that a text does not answer; the first is taught.
 NOT_SAID = (
@@ -150,9 +158,22 @@ def _rouge_scorer() -> Any:
 
 
 def _plain(text: str) -> str:
-    """Text without case, extra white space, and what stands around its words (`_AROUND`).
+    """Text in one form of Unicode, without case, extra white space, and what is around words.
 
     A text that has no words stays as it is, so an answer "*" is not the same as no answer.
     """
-    words = (word.strip(_AROUND) for word in text.casefold().replace("’", "'").split())
-    return " ".join(filter(None, words)) or text.strip()
+    text = unicodedata.normalize("NFKC", text)
+    spaced = _UNSPACED.sub(r" \g<0> ", text.casefold().replace("’", "'"))
+    return " ".join(filter(None, map(_bare, spaced.split()))) or text.strip()
+
+
+def _bare(word: str) -> str:
+    """A word without punctuation, quotes, brackets and Markdown's emphasis and code around it."""
+    inside = [place for place, sign in enumerate(word) if not _is_around(sign)]
+    return word[inside[0] : inside[-1] + 1] if inside else ""
+
+
+def _is_around(sign: str) -> bool:
+    if sign in _AROUND or sign in _BESIDE_NUMBERS:
+        return sign in _AROUND
+    return not sign.isascii() and unicodedata.category(sign) in _AROUND_TOO
