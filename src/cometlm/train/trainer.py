@@ -262,8 +262,9 @@ class CometTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over these
         # A text's loss is a part of the whole step's then; others are means of their batch.
-        # At the end of an epoch that step may have fewer batches than others.
-        shares = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        is_shared = mode == "train" and num_items_in_batch is not None
+        # At the end of an epoch a step may have fewer batches than others.
+        shares = self.current_gradient_accumulation_steps if is_shared else 1
         kept = self._kept() if mode == "train" else None
         if kept is not None or (probes and out.observed):
             self._metrics[mode]["text_loss"].append(float(loss.detach()) * shares)
