@@ -140,6 +140,34 @@ def test_a_system_message_that_a_template_drops_or_refuses_is_said():
         render_turn(dropping, messages, True, False)
 
 
+def test_what_developers_say_is_of_the_system_where_a_template_has_no_other_name():
+    def opening(template, role):
+        tokenizer = copy.deepcopy(tokenizer_of("ChatML"))
+        tokenizer.chat_template = template
+        messages = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+        return render_turn(tokenizer, messages, True, False).opening
+
+    plain = FAMILIES["ChatML"].template
+    assert opening(plain, "developer") == opening(plain, "system")
+    known = plain + "{# developer #}"
+    assert opening(known, "developer") == opening(plain, "system").replace("system", "developer")
+
+
+def test_a_switch_that_a_template_takes_out_of_what_is_said():
+    """SmolLM3's /think and /no_think."""
+    tokenizer = copy.deepcopy(tokenizer_of("ChatML"))
+    tokenizer.chat_template = FAMILIES["ChatML"].template.replace(
+        "{{ m.content }}", "{{ m.content.replace('/no_think', '').replace('/think', '').rstrip() }}"
+    )
+    messages = [
+        {"role": "system", "content": "You are a pirate. /no_think"},
+        {"role": "user", "content": "Who? /think"},
+    ]
+    opening = render_turn(tokenizer, messages, True, False).opening
+    assert "You are a pirate." in opening
+    assert "think" not in opening
+
+
 def test_parts_of_a_message_are_joined_before_they_are_looked_at():
     """Halves of a control token in two parts make none."""
     tokenizer = tokenizer_of("ChatML")

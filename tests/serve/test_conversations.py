@@ -12,10 +12,11 @@ from cometlm.serve import thread
 from cometlm.serve.folder import Folder
 from cometlm.serve.kept import SessionStore
 from cometlm.serve.service import Limits
+from cometlm.session.writer import Writer
 from tests.serve.running import running, service_of
 from tests.serve.test_chat import wait_for
 from tests.serve.test_kept import folder_of
-from tests.sessions import TEXT, session_of
+from tests.sessions import TEXT, session_of, tokenizer_of
 
 PATH = "/v1/conversations"
 
@@ -291,3 +292,39 @@ def test_a_chat_of_open_webui_is_known_again():
             assert chat(server, others, given)["usage"]["prompt_tokens"] < short + 30
         listed = server.http.get("/v1/sessions?limit=100").json()["data"]
         assert not any(one["id"].startswith("turn-") for one in listed)
+
+
+def test_branches_of_a_chat_of_open_webui_are_told_apart(monkeypatch):
+    """Whose answers are alike: by what was asked, and by what was said before."""
+    yes = tokenizer_of("llama")("Yes.", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(Writer, "_chosen", lambda writer, logits: yes[len(writer.ids)])
+    said = {"role": "assistant", "content": "Yes."}
+    headers = {"X-OpenWebUI-Chat-Id": "d7e0"}
+    paris, berlin = "Is Paris in France?", "Is Berlin in Germany?"
+    with running(service_of()) as server:
+
+        def asked(*messages):
+            return chat(server, [*messages], headers, max_tokens=len(yes))
+
+        def parent(answer):
+            return server.http.get(f"/v1/sessions/{answer['id']}").json()["parent"]
+
+        first = asked(user(f"{paris} What was looked up: {TEXT[:60]}"))
+        second = asked(user(berlin))
+        assert parent(asked(user(paris), said, user("Why?"))) == first["id"]
+        assert parent(asked(user(berlin), said, user("Why?"))) == second["id"]
+        asked(user(paris), said, user("Is it?"))
+        edited = [user("Is Rome there? " * 9), said, user("Is it?"), said, user("Why?")]
+        whole = chat(server, edited, max_tokens=len(yes))["usage"]["prompt_tokens"]
+        assert asked(*edited)["usage"]["prompt_tokens"] == whole
+
+
+def test_items_of_the_same_id_are_refused_before_anything_is_read():
+    item = {"id": "msg_1", "type": "message", "role": "user", "content": "Hello"}
+    with running(service_of()) as server:
+        talk = server.openai.conversations.create().id
+        error = server.refused("/v1/responses", input=[item, item], conversation=talk)
+        assert error["param"] == "input"
+        assert error["message"] == "input: two of them have the same id"
+        listed = server.http.get("/v1/sessions").json()["data"]
+        assert [one["id"] for one in listed] == [talk]

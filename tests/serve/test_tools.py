@@ -37,6 +37,7 @@ WEATHER = {
 }
 TOOLS = [{"type": "function", "function": WEATHER}]
 FLAT = [{"type": "function", **WEATHER}]
+OTHER = {"type": "function", "function": {**WEATHER, "name": "tides"}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Lyon ☂"}}\n</tool_call>'
 PLACE = {"place": "Lyon ☂"}
 
@@ -258,6 +259,35 @@ def test_other_tools_behind_a_session(server, saying):
     assert error["param"] == "tools"
 
 
+def test_the_same_tools_behind_whatever_has_come_of_a_session(server, saying):
+    """A fork of it, a file read behind it, a text gone on with, a conversation."""
+    saying("Yes.")
+    first = ask(server, [user("Hello")], tools=TOOLS).id
+    fork = server.http.post(f"/v1/sessions/{first}/fork").json()["id"]
+    form = {"files": {"file": ("a.txt", b"The lamp is out.")}, "data": {"session": first}}
+    file = server.http.post("/v1/files", **form).json()
+    assert "tools" not in file
+    assert server.http.get(f"/v1/files/{file['id']}").json() == file
+    text = server.post("/v1/completions", prompt="x", session=first, max_tokens=2).json()["id"]
+    for name in (fork, file["id"], text):
+        assert ask(server, [user("So?")], tools=TOOLS, extra_body={"session": name}).id
+        error = server.refused(CHAT, messages=[user("So?")], tools=[OTHER], session=name)
+        assert error["param"] == "tools"
+    talk = server.http.post("/v1/conversations", json={"session": first}).json()["id"]
+    assert respond(server, "So?", tools=FLAT, conversation=talk).id
+
+
+def test_a_tool_that_comes_to_a_chat_of_open_webui_later(server, saying):
+    """All of the chat was sent, so it is read anew."""
+    saying("Yes.")
+    headers = {"X-OpenWebUI-Chat-Id": "a1"}
+    first = ask(server, [user("Hello")], extra_headers=headers)
+    said = {"role": "assistant", "content": first.choices[0].message.content}
+    history = [user("Hello"), said, user("So?")]
+    with_tools = ask(server, history, tools=TOOLS, extra_headers=headers)
+    assert with_tools.usage == ask(server, history, tools=TOOLS).usage
+
+
 # --- responses ----------------------------------------------------------------------------------
 
 
@@ -402,6 +432,15 @@ def test_a_tokenizer_that_describes_its_answers():
     said, (call,) = calling.find(text, ids, "<|im_start|>assistant\n")
     assert (said, call.name, json.loads(call.arguments)) == ("I look.", "weather", PLACE)
     assert CallFilter(calling).feed("I look.") == ""
+
+
+@pytest.mark.parametrize("stop", ["<|im_start|>", "<|im_start|>user"])
+def test_a_stop_string_may_hold_special_tokens(server, saying, stop):
+    saying("Hello<|im_start|>user\nHow are you?")
+    answer = ask(server, [user("Hi")], stop=[stop]).choices[0]
+    assert (answer.message.content, answer.finish_reason) == ("Hello", "stop")
+    answer = ask(server, [user("Hi")], stop=["you"]).choices[0]
+    assert answer.message.content == "Hellouser\nHow are "
 
 
 def test_special_tokens_that_are_shown():

@@ -40,8 +40,9 @@ async def chat_completions(body: ChatBody, request: Request, service: Serving, o
     writing = body.writing(service, asked, service.limits.usual_tokens, param)
     messages: Sequence[Mapping[str, Any]] = body.messages
     start = (await find_start(service, owner, request, session=body.session)).start
-    if start is None and (known := await find_webui_chat(service, owner, request, messages)):
-        start, messages = known
+    if start is None and "documents" not in (body.chat_template_kwargs or {}):
+        known = await find_webui_chat(service, owner, request, messages, body.tools_given)
+        start, messages = known or (None, messages)
     prompt = await service.chat(
         messages,
         owner,

@@ -17,7 +17,6 @@ from cometlm.serve.schema import Body, Metadata
 from cometlm.serve.service import Service
 from cometlm.serve.start import find_start
 from cometlm.serve.thread import Thread
-from cometlm.session.session import Session
 
 router = APIRouter()
 
@@ -52,8 +51,7 @@ async def create(
     body = body or ConversationBody()
     items = with_own_ids(items_of(body.items or [], "items"), ())
     begun = (await find_start(service, owner, request, session=body.session)).start
-    session = Session(service.model, service.tokenizer) if begun is None else begun.session
-    made = await thread.create(service, owner, tuple(items), body.metadata or {}, session)
+    made = await thread.create(service, owner, tuple(items), body.metadata or {}, begun)
     return made.described()
 
 

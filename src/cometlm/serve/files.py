@@ -49,11 +49,12 @@ async def create(
         "purpose": purpose,
         "status": "processed",
     }
-    start, parent = Session(service.model, service.tokenizer), None
+    start, parent, tools = Session(service.model, service.tokenizer), None, None
     if begun is not None:
-        start, parent = begun.session, begun.name
+        start, parent, tools = begun.session, begun.name, begun.tools
     run = service.read(start, file.file, repr(file.filename)[:80], owner)
-    kept = Kept(name, owner, _KIND, created, parent=parent)
+    document = None if tools is None else {"tools": tools}
+    kept = Kept(name, owner, _KIND, created, parent=parent, document=document)
     events = _reading(service, run, kept, about)
     if stream:
         return event_stream(_told(events))
@@ -92,7 +93,8 @@ async def delete(name: str, service: Serving, owner: Owner) -> Any:
 
 
 async def _about(service: Service, name: str, owner: str) -> dict[str, Any]:
-    return await service.document(name, owner, _KIND, "file_id")
+    document = await service.document(name, owner, _KIND, "file_id")
+    return {field: value for field, value in document.items() if field != "tools"}
 
 
 async def _reading(
@@ -106,7 +108,7 @@ async def _reading(
             yield {"type": "file.progress", "id": kept.id, **said}
             continue
         done = {**about, "tokens": event.tokens}
-        await service.put(replace(kept, document=done), event.session)
+        await service.put(replace(kept, document={**done, **(kept.document or {})}), event.session)
         yield {"type": "file.processed", "file": done}
 
 

@@ -103,7 +103,7 @@ def new_item_id(prefix: str = "msg_") -> str:
 
 
 def with_own_ids(
-    items: Sequence[Mapping[str, Any]], taken: Sequence[Mapping[str, Any]]
+    items: Sequence[Mapping[str, Any]], taken: Sequence[Mapping[str, Any]], param: str = "items"
 ) -> list[dict[str, Any]]:
     """Items whose ids are none of those that are taken.
 
@@ -113,7 +113,7 @@ def with_own_ids(
     known = {item["id"] for item in taken}
     named = [item["id"] for item in items]
     if len(set(named)) < len(named):
-        raise ApiError("items: two of them have the same id", param="items")
+        raise ApiError(f"{param}: two of them have the same id", param=param)
     return [
         {**item, "id": new_item_id(_PREFIXES[item["type"]]) if item["id"] in known else item["id"]}
         for item in items

@@ -64,6 +64,8 @@ async def _begun(
         conversation=body.conversation_id,
         session=body.session,
     )
+    if found.thread is not None:
+        with_own_ids(items, (), "input")  # refuse now what the conversation would not take then
     waiting = () if found.thread is None else found.thread.waiting
     messages = messages_of([*waiting, *items])
     if body.instructions is not None:
@@ -74,6 +76,7 @@ async def _begun(
         start=found.start,
         tools=body.tools_given,
         only_one_call=body.only_one_call,
+        param="input",
     )
     sampling = sampling_of(body.temperature, body.top_p, None, body.likely)
     writing = Writing(sampling, most, keeps=body.store is not False)

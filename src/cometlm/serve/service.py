@@ -127,6 +127,7 @@ class Service:
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         only_one_call: bool = False,
+        param: str = "messages",
     ) -> Prompt:
         """The prompt of a chat.
 
@@ -137,6 +138,7 @@ class Service:
             variables: of the chat template.
             tools: that may be called, in the form of OpenAI's chats.
             only_one_call: an answer ends behind its first call.
+            param: what the client calls the messages.
 
         Raises:
             ApiError: messages that the template refuses; calls whose end cannot be seen.
@@ -163,10 +165,10 @@ class Service:
         try:
             return replace(await asyncio.to_thread(made), calling=calling, last=last)
         except UntakenError as error:
-            param = "tools" if error.given == "tools" else f"chat_template_kwargs.{error.given}"
-            raise unsupported(param, str(error)) from error
+            given = "tools" if error.given == "tools" else f"chat_template_kwargs.{error.given}"
+            raise unsupported(given, str(error)) from error
         except ValueError as error:
-            raise ApiError(str(error), param="messages") from error
+            raise ApiError(str(error), param=param) from error
 
     async def text(self, prompt: str | Sequence[int], owner: str, start: Start | None) -> Prompt:
         """The prompt of a text that is gone on with.
@@ -217,7 +219,7 @@ class Service:
         if any(not 0 <= token < vocabulary for token in ids):
             raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}")
         if start is not None:
-            return Prompt(start.session, start.name, ids, (), None, start.trail)
+            return Prompt(start.session, start.name, ids, (), None, start.trail, tools=start.tools)
         ids = [*prefix_ids(self.tokenizer), *ids] if isinstance(prompt, str) else list(ids)
         if not ids:
             raise ValueError("the prompt is empty: there is nothing to go on from")
@@ -282,7 +284,7 @@ class Service:
             stops=stop_ids({}, self.model),
             stop=writing.stop,
             count=writing.count,
-            shown=() if prompt.calling is None else prompt.calling.shown,
+            shown=self._shown(prompt, writing),
             last=prompt.last,
         )
         loop = asyncio.get_running_loop()
@@ -304,6 +306,15 @@ class Service:
         self.metrics.prompt_tokens.inc(prompt.tokens)
         self.metrics.cached_tokens.inc(prompt.cached)
         return run
+
+    def _shown(self, prompt: Prompt, writing: Writing) -> frozenset[int]:
+        """Special tokens that stay in an answer's text: of calls, and of what ends answers."""
+        plain = PlainText.of(self.tokenizer)
+        awaited = "\n".join(writing.stop)
+        ends = {
+            plain.control[text] for text in plain.special & plain.control.keys() if text in awaited
+        }
+        return frozenset(ends | (set() if prompt.calling is None else prompt.calling.shown))
 
     def _mark(self, prompt: Prompt, owner: str, mark: Mark) -> None:
         """Hold a place in a prompt in memory, for others that begin so."""

@@ -118,8 +118,9 @@ async def content(name: str, service: Serving, owner: Owner) -> FileResponse:
 async def fork(name: str, service: Serving, owner: Owner, body: ForkBody | None = None) -> Any:
     """The same session under another id, which stays when this one goes."""
     kept, session = await service.known(name, owner, _PARAM)
-    document = None if kept.title is None else {"title": kept.title}
-    made = _new(service, owner, document=document, parent=name, trail=kept.trail)
+    document = {"title": kept.title, "tools": (kept.document or {}).get("tools")}
+    document = {field: value for field, value in document.items() if value is not None}
+    made = _new(service, owner, document=document or None, parent=name, trail=kept.trail)
     return await _keep(service, made, session)
 
 

@@ -21,6 +21,7 @@ from cometlm.serve.errors import ApiError, as_api_error
 from cometlm.serve.folder import Kept
 from cometlm.serve.kept import NotKeptError
 from cometlm.serve.objects import ChangedError
+from cometlm.serve.prompt import Start
 from cometlm.serve.service import Service
 from cometlm.serve.trail import Trail
 from cometlm.session.session import Session
@@ -179,11 +180,14 @@ async def create(
     owner: str,
     items: Items,
     metadata: Mapping[str, str],
-    session: Session,
+    start: Start | None,
 ) -> Thread:
-    """Begin a conversation, behind a session."""
+    """Begin a conversation, behind a session if there is one."""
     name = service.store.ids.new(PREFIX, owner)
     made = Thread(name, int(time.time()), metadata, items)
+    session = Session(service.model, service.tokenizer)
+    if start is not None:
+        session, made = start.session, replace(made, trail=start.trail, tools=start.tools)
     await service.put(made.kept(owner), session)
     return made
 

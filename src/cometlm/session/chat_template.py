@@ -12,6 +12,7 @@ Control tokens count in the template's own text and nowhere else: what messages 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from cometlm.session.plain_text import PlainText, unused_mark
 
 Message = Mapping[str, Any]
 
+_SWITCHES = re.compile(r"/(no_)?think\b")  # which SmolLM3's template takes out of what is said
 # Digits, which no template writes in other letters.
 _QUESTION, _ANSWER, _RESULT = "918273645546372819", "192837465564738291", "564738291019283746"
 RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -236,6 +238,9 @@ class _Chat:
         self._tokenizer = tokenizer
         self._plain = PlainText.of(tokenizer)
         self._options = options
+        if "developer" not in str(tokenizer.chat_template):  # OpenAI's name for what is system
+            roles = {"developer": "system"}
+            messages = [{**one, "role": roles.get(one["role"], one["role"])} for one in messages]
         given: Any = [messages, options.tools, dict(options.variables)]
         self._mark = unused_mark(given)
         if not options.special:
@@ -358,8 +363,10 @@ class _Chat:
         """Refuse a template that leaves out what somebody said, in silence."""
         rendered = text.casefold()
         for message in self._messages:
-            role, content = message["role"], message["content"].strip().casefold()
-            if role in ("system", "developer", "user") and content not in rendered:
+            role, content = message["role"], message["content"].casefold()
+            forms = {content.strip(), _SWITCHES.sub("", content).strip()}
+            is_said = any(form in rendered for form in forms)
+            if role in ("system", "developer", "user") and not is_said:
                 hint = "" if role == "user" else "; say it in the user's message"
                 raise ValueError(
                     f"the tokenizer's chat template leaves out the {role} message here{hint}"
