@@ -148,6 +148,26 @@ def test_budgets_change_on_the_way(small):
         assert error(got.logits, out.logits) < 1e-9, i
 
 
+@pytest.mark.parametrize("stride", [1, 30])
+def test_an_open_chunk_of_calls_with_another_stride_goes_on(small, stride):
+    ids = random_ids(60)[None]
+    plain = small(ids[:, :30], use_cache=True, stride=stride).past_key_values
+    assert plain.rows[0].items
+    fixed = FixedCache(small, small(ids[:, :5], use_cache=True).past_key_values)
+    fixed.take_over(plain)
+    for i in range(30, 60):
+        out = read(small, ids[:, i : i + 1], plain)
+        plain = out.past_key_values
+        assert error(further(small, fixed, ids[:, i : i + 1]), out.logits[:, 0]) < 1e-9, i
+
+
+def test_a_token_of_fewer_rows_is_refused(small):
+    ids = torch.stack([random_ids(5), random_ids(5, seed=1)])
+    fixed = FixedCache(small, small(ids, use_cache=True).past_key_values)
+    with pytest.raises(ValueError, match="past_key_values holds 2 rows"):
+        read(small, ids[:1, :1], fixed)
+
+
 def test_forward_gives_what_it_is_asked_for(small):
     ids = random_ids(40)[None]
     first = read(small, ids[:, :20]).past_key_values

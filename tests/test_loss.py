@@ -32,6 +32,7 @@ def test_loss_is_shifted_over_the_whole_text(family, length):
     assert error(got, want) < 1e-12
     with torch.no_grad():
         assert error(model(ids, labels=ids).loss, want) < 1e-12
+        assert error(model(ids.int(), labels=ids.int()).loss, want) < 1e-12
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

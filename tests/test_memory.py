@@ -77,9 +77,10 @@ def test_joining_rows_equals_lists(case, extra, limit):
     for b in range(batch):
         rows = [old[b, ..., i, :] for i in range(old_lengths[b])]
         rows += [new[b, ..., i, :] for i in range(new_lengths[b])]
-        want.append(rows if limit is None else rows[-limit:])
+        want.append(rows if limit is None else rows[-limit - b :])  # of each its own
     given_rows = (old, old_lengths, new, new_lengths)
-    joined = join_ragged(*given_rows) if limit is None else push_ragged(*given_rows, limit)
+    most = [(limit or 0) + b for b in range(batch)]
+    joined = join_ragged(*given_rows) if limit is None else push_ragged(*given_rows, most)
     assert joined.shape == (batch, *extra, max(len(rows) for rows in want), 3)
     for b, rows in enumerate(want):
         for i, row in enumerate(rows):

@@ -87,6 +87,10 @@ def test_refusals(model):
         model(ids.expand(2, -1), position_ids=torch.tensor([[*range(5), *range(5)]] * 2))
     with pytest.raises(ValueError, match="documents must fill one row"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    two = torch.tensor([[*range(5), *range(5)]])
+    for more in ({"chunk_lengths": [[5, 5]]}, {"close_last": True}):
+        with pytest.raises(ValueError, match=f"does not take {next(iter(more))} with packed"):
+            model(ids, position_ids=two, **more)
     with torch.no_grad():
         cache = model(ids).past_key_values
     with pytest.raises(ValueError, match="does not take position_ids or cu_seq_lens_q with past"):

@@ -76,9 +76,10 @@ def test_ragged_batch_equals_rows_alone(model, lengths, data):
 @given(models(), st.integers(1, 3), st.data())
 @torch.no_grad()
 def test_ragged_pieces_equal_rows_alone(model, batch, data):
-    """Rows of a batch that get different amounts of text in every call."""
+    """Rows of a batch that get different amounts of text in every call, maybe under other sizes."""
     texts = [random_ids(60, seed=i) for i in range(batch)]
-    used, got, cache = [0] * batch, [[] for _ in range(batch)], None
+    used, got, cache, alone = [0] * batch, [[] for _ in range(batch)], None, [None] * batch
+    changed = False
     for _ in range(data.draw(st.integers(1, 5))):
         sizes = [data.draw(st.integers(0, 12)) for _ in range(batch)]
         width = max(sizes)
@@ -90,12 +91,22 @@ def test_ragged_pieces_equal_rows_alone(model, batch, data):
             where = slice(width - n, width) if left else slice(0, n)
             ids[b, where], mask[b, where] = texts[b][used[b] : used[b] + n], 1
             used[b] += n
-        out = model(ids, attention_mask=mask, past_key_values=cache)
+        budget = {
+            "stride": data.draw(st.sampled_from([None, 1, 3, 20])),
+            "capacity": data.draw(st.sampled_from([None, 2])),
+        }
+        changed = changed or any(budget.values())
+        out = model(ids, attention_mask=mask, past_key_values=cache, **budget)
         cache = out.past_key_values
-        for b in range(batch):
+        for b, n in enumerate(sizes):
             got[b].append(out.logits[b][mask[b].bool()])
+            if n:
+                new = texts[b][None, used[b] - n : used[b]]
+                own = model(new, past_key_values=alone[b], **budget)
+                alone[b] = own.past_key_values
+                assert error(got[b][-1], own.logits[0]) < CLOSE
     for b, n in enumerate(used):
-        if n:
+        if n and not changed:
             want = model(texts[b][None, :n]).logits[0]
             assert error(torch.cat(got[b]), want) < CLOSE
 

@@ -229,7 +229,7 @@ class CometForCausalLM(  # type: ignore[misc]  # saving and loading are our own
             )
         targets = (next_labels(given, attention_mask) if shifted is None else given).cpu()
         check_labels(targets, self.config.vocab_size)
-        return targets
+        return targets.long()
 
     def _step(
         self,

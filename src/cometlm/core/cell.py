@@ -315,16 +315,23 @@ class Cell(nn.Module):
         self, entries: tuple[Tensor, ...], pending: tuple[Tensor, ...], layout: ChunkLayout
     ) -> tuple[Tensor, ...]:
         capacity = layout.config.capacity
+        if not (pending or entries):
+            return ()
+        # A chunk has none where its other calls had a longer stride.
+        new = _joined(pending) if pending else entries[0][:, :0]
         if layout.uniform:
-            return push(entries, _joined(pending), capacity)
-        new = _joined(pending)
+            return push(entries, new, capacity)
         old = _joined(entries) if entries else new[:, :0]
         added = [
             row.compressions + count if piece.close else 0
             for row, count, piece in zip(layout.rows, layout.compressions, layout.step, strict=True)
         ]
         before = [row.entries for row in layout.rows]
-        return (push_ragged(old, before, new, added, capacity),)
+        most = [
+            capacity if piece.close else row.entries
+            for row, piece in zip(layout.rows, layout.step, strict=True)
+        ]
+        return (push_ragged(old, before, new, added, most),)
 
 
 _OTHER_ATTENTION = (

@@ -75,8 +75,8 @@ class FixedCache:
         return logits
 
     def can_step(self, ids: Tensor, **budget: int | None) -> bool:
-        """Whether a call is one token of an open chunk, under the sizes of the buffers."""
-        if ids.shape[1] != 1 or not self._rows[0].items > 0:
+        """Whether a call is one token of each open chunk, under the sizes of the buffers."""
+        if ids.shape != (len(self._rows), 1) or not self._rows[0].items > 0:
             return False
         sizes = self._model.model.sizes_of_call(**budget)
         return bool(self._rows[0].text < sizes.chunk_size and sizes == self._cache.config)
@@ -197,7 +197,7 @@ class _Buffers:
     def like(cls, cache: CometCache, grid: Grid) -> _Buffers:
         """Buffers for all that an open chunk like this one's can come to hold."""
         config, batch = cache.config, len(cache.rows)
-        most = config.compression_tokens(config.chunk_size)
+        most = _most_entries(cache)
         device = grid.rotary[0][0].device
         rows: list[KeyValue | None] = []
         pending = []
@@ -219,7 +219,9 @@ class _Buffers:
     def fit(self, cache: CometCache) -> bool:
         """Whether another cache's open chunk fits in."""
         made_for = (self.config, self.max_positions, self.ids.shape[0])
-        return made_for == (cache.config, cache.max_positions, len(cache.rows))
+        room = max((entries.shape[1] for entries in self.pending), default=0)
+        same = made_for == (cache.config, cache.max_positions, len(cache.rows))
+        return same and (not cache.config.temporary_memory or _most_entries(cache) <= room)
 
     def fill(self, cache: CometCache) -> None:
         """Take over what a cache holds."""
@@ -270,6 +272,13 @@ class _Buffers:
         """What a step reads and moves on: counters, and layers' own states."""
         own = (x for state in self.own for x in state.values())
         return self.position, self.compressions, *own
+
+
+def _most_entries(cache: CometCache) -> int:
+    """Entries that an open chunk can come to hold; calls with a shorter stride have left more."""
+    config, counts = cache.config, cache.rows[0]
+    surplus = max(0, counts.compressions - counts.text // config.stride)
+    return config.compression_tokens(config.chunk_size) + surplus
 
 
 def _width(cache: CometCache) -> int:

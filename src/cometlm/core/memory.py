@@ -208,12 +208,17 @@ def join_ragged(
 
 
 def push_ragged(
-    old: Tensor, old_lengths: Sequence[int], new: Tensor, new_lengths: Sequence[int], capacity: int
+    old: Tensor,
+    old_lengths: Sequence[int],
+    new: Tensor,
+    new_lengths: Sequence[int],
+    most: Sequence[int],
 ) -> Tensor:
-    """The last `capacity` rows [B, longest, E] of what `join_ragged` of [B, S, E] gives."""
+    """The last `most[b]` rows of each [B, longest, E] of what `join_ragged` of [B, S, E] gives."""
     ends = [o + n for o, n in zip(old_lengths, new_lengths, strict=True)]
-    drops = torch.tensor([max(0, end - capacity) for end in ends])[:, None]
-    slot = torch.arange(min(capacity, max(ends))) + drops
+    kept = [min(end, limit) for end, limit in zip(ends, most, strict=True)]
+    drops = torch.tensor([end - count for end, count in zip(ends, kept, strict=True)])[:, None]
+    slot = torch.arange(max(kept)) + drops
     first = torch.tensor(list(old_lengths))[:, None]
     source = torch.where(slot < first, slot, old.shape[1] + slot - first)
     both = torch.cat([old, new], dim=1)

@@ -170,6 +170,7 @@ class CometModel(CometPreTrainedModel):
             _refuse_past(past_key_values)
             found = documents(position_ids, borders, input_ids)
             if len(found) > 1:
+                _refuse_of_packed(options)
                 if self._learning and self.training_plan.observer is not None:
                     raise ValueError("an observer takes no packed documents: give it rows")
                 return self._read_packed(input_ids, found, budget, scored)
@@ -608,6 +609,15 @@ def _refuse_past(past: CometCache | None) -> None:
             "forward() does not take position_ids or cu_seq_lens_q with past_key_values: packed "
             "documents begin with an empty memory"
         )
+
+
+def _refuse_of_packed(options: Mapping[str, Any]) -> None:
+    """Refuse what says how one text is cut, where there are several."""
+    for name in ("chunk_lengths", "close_last"):
+        if options.get(name):
+            raise ValueError(
+                f"forward() does not take {name} with packed documents: each is cut by itself"
+            )
 
 
 # What callers pass along that says nothing new: it describes packed documents to kernels that are
