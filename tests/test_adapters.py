@@ -247,6 +247,26 @@ def test_detach_gives_a_peft_model_back(named):
     assert torch.equal(back(ids).logits, want)
 
 
+@pytest.mark.parametrize("way", [after_attach, before_attach])
+def test_an_adapter_stays_beside_the_backbone_that_is_given_back(named, tmp_path, way):
+    """Trained here, it is the model's that the backbone is in next, and saved with that."""
+    model = way(named, config_of("ranks"))
+    learns = {name: weight.requires_grad for name, weight in model._backbone.named_parameters()}
+    model = shaken(model)
+    memory = copy.deepcopy(model.model.comet.state_dict())
+    want = logits(model)
+    back = cometlm.detach(model)
+    if way is after_attach:
+        assert not learns["model.layers.0.self_attn.q_proj.base_layer.weight"]
+        assert back.get_submodule("model.layers.0.self_attn.q_proj.base_layer").weight.requires_grad
+    second = cometlm.attach(back, **SIZES)
+    second.model.comet.load_state_dict(memory)
+    assert second.active_adapters() == ["default"]
+    assert torch.equal(logits(second), want)
+    second.save_pretrained(tmp_path)
+    assert torch.equal(logits(CometForCausalLM.from_pretrained(tmp_path)), want)
+
+
 def test_what_adapters_put_round_the_head_is_the_backbones_after_detach(named):
     model = shaken(after_attach(named, config_of("head")))
     head = model.lm_head

@@ -10,7 +10,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cometlm.checkpoints.backbones import Bits, quantization_of
-from cometlm.checkpoints.memory import check_vocabulary
+from cometlm.checkpoints.memory import check_vocabulary, name_to_keep
 from cometlm.checkpoints.source import Source
 from cometlm.config import CometModelConfig
 from cometlm.core.attach import attach
@@ -77,12 +77,14 @@ def load(
     if memory is not None:
         backbone = source.load_backbone(**where)
         check_vocabulary(source.name, memory, backbone)
+        memory_place = str(source.memory_location)
         model = CometForCausalLM.from_pretrained(
-            str(source.memory_location),
+            memory_place,
             backbone=backbone,
             config=memory,
             merge=merge,
         )
+        model.config.backbone = name_to_keep(memory, memory_place)
         model.name_or_path = model.config.name_or_path = source.name
         _warn_of_bits(source.name, memory, model)
     else:

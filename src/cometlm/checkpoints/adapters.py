@@ -141,6 +141,11 @@ class AdapterMixin:
         return (module for module in modules if isinstance(module, kinds))
 
 
+def within(name: str) -> str:
+    """The name of a weight without what peft puts round its module."""
+    return ".".join(part for part in name.split(".") if part not in _INSIDE)
+
+
 def has_adapter(model: Any) -> bool:
     """Whether a model has an adapter of peft's beside its weights."""
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -216,13 +221,13 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def take_adapters(model: Any, backbone: nn.Module) -> None:
-    """Make the adapters that a backbone came with the model's own.
+def take_adapters(model: Any, other: nn.Module) -> None:
+    """Make another model's adapters, whose layers are this one's, known to this one.
 
-    Their configs then name each adapted module as it is called in the model, since patterns were
-    meant for the backbone's names.
+    Their configs then name each adapted module as it is called here, since patterns were meant for
+    the other's names. So a model takes those of its backbone, and hands back what it was given.
     """
-    configs = getattr(backbone, "peft_config", None)
+    configs = getattr(other, "peft_config", None)
     if not configs or not wrappers(model):
         return
     layers = {

@@ -104,6 +104,7 @@ def save_model(
     if backbone:
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         model.save_backbone(folder / BACKBONE, state_dict, **shards)
+    if backbone or _is_same(config.backbone, folder / BACKBONE):
         config.backbone = CARRIED
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -224,6 +225,7 @@ def load_model(
             raise ValueError(
                 f"from_pretrained() does not take {field}; it takes {', '.join(_TAKEN)}"
             )
+    given = backbone
     if not isinstance(backbone, PreTrainedModel):
         where = {
             "dtype": dtype or "auto",
@@ -231,19 +233,18 @@ def load_model(
             "quantization_config": quantization_config,
             **reading,
         }
-        named = backbone is None
         backbone = _load_backbone(name, config, backbone, where, hub)
-        if named:
+        if given is None:
             check_vocabulary(name, config, backbone)
     model = kind.attached(backbone.eval(), config.comet_config)
     load_memory(model, read_weights(str(cached_file(name, WEIGHTS, **hub))), name)
     for field, value in config.to_dict().items():
         if field not in _NOT_KEPT and getattr(model.config, field, None) != value:
             setattr(model.config, field, value)
-    model.config.backbone = config.backbone
-    if config.backbone == CARRIED and Path(name).is_dir():
-        carried = Path(name) / hub.get("subfolder", "") / BACKBONE
-        model.config.backbone = str(carried.resolve())  # for saving elsewhere
+    if given is None:
+        model.config.backbone = name_to_keep(config, name, **hub)
+    elif not isinstance(given, PreTrainedModel):
+        model.config.backbone = str(given)
     with contextlib.suppress(OSError):  # older checkpoints have none; the backbone's then holds
         model.generation_config = GenerationConfig.from_pretrained(name, **hub)
     if generation_config is not None:
@@ -276,10 +277,19 @@ def upload_model(
 ) -> str:
     """Put a checkpoint on the hub; a model card that is there already stays.
 
+    A backbone that came with the memory goes with it.
+
     Returns:
         The commit's address.
     """
+    backbone = backbone or _is_carried(model.config.backbone)
     check_can_save(model, backbone)
+    if not (backbone or needs_backbone(model)) and Path(model.config.backbone).is_dir():
+        warnings.warn(
+            f"{repo_id} names its backbone by a folder of this machine, {model.config.backbone}: "
+            "push with backbone=True, so that others can load it",
+            stacklevel=3,
+        )
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
@@ -295,6 +305,31 @@ def upload_model(
             create_pr=create_pr,
         )
     return str(commit)
+
+
+def name_to_keep(config: CometModelConfig, name: str, **hub: Any) -> str:
+    """The backbone that a checkpoint names, by a name that also holds elsewhere on this machine.
+
+    Args:
+        config: the checkpoint's.
+        name: its folder or hub id.
+        hub: options of the hub.
+    """
+    if config.backbone != CARRIED:
+        return config.backbone
+    weights = Path(str(cached_file(name, WEIGHTS, **hub)))  # beside which the backbone is
+    return str(weights.parent.absolute() / BACKBONE)
+
+
+def _is_same(name: str, folder: Path) -> bool:
+    """Whether a backbone's name is that of a folder that is there."""
+    return bool(name) and folder.is_dir() and Path(name).is_dir() and Path(name).samefile(folder)
+
+
+def _is_carried(backbone: str) -> bool:
+    """Whether a backbone is named by a folder of this machine that came with a memory."""
+    folder = Path(backbone)
+    return folder.name == BACKBONE and (folder.parent / WEIGHTS).exists()
 
 
 def _config_of(name: str, given: Any, hub: dict[str, Any]) -> CometModelConfig:

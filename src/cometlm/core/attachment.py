@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from cometlm.backbones.families import keep_weights_in_place
 from cometlm.backbones.text_half import attend_by, read_configs, text_config
 from cometlm.backbones.watching import Sample, UnsupportedBackboneError
-from cometlm.checkpoints.adapters import base_of, refuse_offsets, take_adapters
+from cometlm.checkpoints.adapters import base_of, refuse_offsets, take_adapters, within
 from cometlm.config import CometConfig, CometModelConfig
 from cometlm.core import attention
 from cometlm.core.backbone_check import difference
@@ -155,6 +155,8 @@ class AttachmentMixin:
     def detached(self) -> nn.Module:
         """The backbone as it was before; this model is of no use any more.
 
+        Adapters that the model was given stay beside the weights that they adapt.
+
         Raises:
             ValueError: it was given back before.
         """
@@ -165,6 +167,9 @@ class AttachmentMixin:
         if model.changed_backbone_weights():
             model.mark_only_copy()  # whoever gives it a memory again must not name it instead
         self._hand_back()
+        known = getattr(self._backbone, "peft_config", None) or {}
+        if getattr(model, "peft_config", None) and set(model.peft_config) - set(known):
+            take_adapters(self._backbone, model)
         self._undo()
         delattr(self._backbone, _HELD)
         object.__setattr__(self, "_undo", None)
@@ -200,6 +205,7 @@ class Undo:
         """Set back everything."""
         self.restore_implementations()
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+            before = self.requires_grad.get(within(name), self.requires_grad.get(name))
+            parameter.requires_grad_(parameter.requires_grad if before is None else before)
         for layer in self.checkpointing:
             layer.gradient_checkpointing = True  # type: ignore[assignment]
