@@ -1,8 +1,14 @@
 """What `cometlm info` counts, by hand."""
 
+import pytest
+import torch
+
+import cometlm
 from cometlm import CometConfig
+from cometlm.core.footprint import bytes_of_item, bytes_of_memory
 from cometlm.planner.flops import LayerSizes, chunk_cost
 from tests.any_backbone import tiny
+from tests.tiny import SMALL, batch_of
 
 
 class Sizes:
@@ -44,3 +50,17 @@ def test_what_a_config_leaves_out_is_as_in_a_plain_decoder():
     """GPT-2 names no key-value heads and calls its widths otherwise; it has no row, so no pairs."""
     assert LayerSizes.of(tiny("gpt2").config) == LayerSizes(32, 32, 64, 32, 48, 48)
     assert LayerSizes.of(tiny("gpt_oss").config) == LayerSizes(32, 32, 32, 32, 2 * 48, 4 * 48)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_next"])
+def test_bytes_of_a_memory_are_those_of_one_that_is_full(kind):
+    """Of one that stays in float32 beside a backbone in less, and with layers' own states."""
+    model = cometlm.attach(tiny(kind).to(torch.bfloat16).eval(), **SMALL)
+    model.model.comet.float()
+    with torch.no_grad():
+        cache = model.model(batch_of(1, 120), close_last=True, use_cache=True).past_key_values
+        opened = model.model(batch_of(1, 1), use_cache=True).past_key_values
+    state, entry = bytes_of_memory(model)
+    assert cache.nbytes == state + model.config.comet_config.temporary_slots * entry
+    chunks = [layer.open.chunk for layer in opened.layers if layer.open is not None]
+    assert bytes_of_item(model) == sum(chunk.nbytes for chunk in chunks)

@@ -4,17 +4,20 @@ import json
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from cometlm.checkpoints.source import Source
 from cometlm.cli.main import app
 from cometlm.config import CometConfig
+from cometlm.core.attach import attach
 from cometlm.model_loader import load
 from cometlm.planner.calibrate import Weights, counted, measured
 from cometlm.planner.simulate import Costs, Job, Span, simulate
 from cometlm.planner.timeline import draw, merged
 from tests.real import tokenizer
-from tests.tiny import tiny_comet
+from tests.tiny import SMALL, tiny_backbone, tiny_comet
 
 SIZES = CometConfig(chunk_size=2048, readout_tokens=512, stride=8, capacity=2048)
 
@@ -42,7 +45,7 @@ def test_counted_costs_of_the_papers_sizes(qwen):
     products = 100.9e6 * 2816 + 2 * 4096 * 2816 * (2560 + 1408.5) + 768 * 2560 * 2048
     assert costs.forward * 400e12 == pytest.approx(2 * products, rel=1e-3)
     assert costs.backward == 2 * costs.forward
-    assert costs.memory_bytes == 2 * (512 * 2560 + 2048 * 2048)
+    assert costs.memory_bytes == 4 * 512 * 2560 + 2 * 2048 * 2048  # a state is float32
     assert costs.hidden_bytes == 2 * 2816 * 2560
     assert costs.weight_bytes == pytest.approx(101e6 * 16 / 16, rel=0.01)
 
@@ -137,6 +140,34 @@ def test_the_command_plans_from_a_config_alone(qwen, tmp_path):
     assert "16,384 tokens in 8 chunks of 2,048, 36 layers, 4 devices" in result.output
     assert "GiB > 1" in result.output
     assert picture.exists()
+
+
+def test_a_counted_plan_is_in_the_dtype_that_is_asked_for(tmp_path):
+    tiny_comet("llama").save_pretrained(tmp_path, backbone=True)
+    tokenizer("smollm2").save_pretrained(tmp_path)
+
+    def said(*more):
+        arguments = ["plan", str(tmp_path), "--tokens", "4000", "--devices", "2", "--speed", "1"]
+        result = CliRunner().invoke(app, [*arguments, *more])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert said() == said("--dtype", "bfloat16") != said("--dtype", "float32")
+
+
+def test_the_weights_of_a_quantised_backbone_are_counted_as_they_are_held(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    backbone = tiny_backbone("llama", hidden_size=128, num_attention_heads=4, head_dim=32)
+    backbone.to(torch.bfloat16).save_pretrained(tmp_path)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.bfloat16
+    )
+    model = attach(quantised, **SMALL).train()
+    model.requires_grad_(False)
+    model.model.comet.requires_grad_(True)
+    costs = measured(model, Weights(trained=0.0), repeats=1)
+    held = sum(weight.nbytes for weight in model.model.cells[0].layer.parameters())
+    assert costs.weight_bytes == pytest.approx(held)
 
 
 def test_the_command_measures_a_model(tmp_path):

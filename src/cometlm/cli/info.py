@@ -6,6 +6,7 @@ from rich.table import Table
 
 from cometlm.cli import options
 from cometlm.cli.console import describe, load_quietly, out
+from cometlm.core.footprint import bytes_of_memory
 from cometlm.device import readable_bytes
 from cometlm.planner.flops import chunk_cost
 
@@ -16,10 +17,8 @@ def info(model: options.Model, loading: options.LoadOptions) -> None:
     sizes = loaded.config.comet_config
     added = sum(p.numel() for p in loaded.model.comet.parameters())
     total = loaded._backbone.num_parameters()
-    cells = [loaded.model.cells[i] for i in loaded.model.layers_with_memory]
-    per_row = sum(cell.entry_width * loaded.dtype.itemsize for cell in cells)
-    state = loaded.config.hidden_size * loaded.dtype.itemsize * len(cells)
-    held = sizes.global_slots * state + sizes.temporary_slots * per_row
+    state, entry = bytes_of_memory(loaded)
+    held = state + sizes.temporary_slots * entry
     cost = chunk_cost(loaded.config.backbone_config, sizes)
     table = Table(show_header=False, title=describe(loaded), title_justify="left")
     table.add_row("backbone parameters", f"{total:,}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from rich.text import Text
 from cometlm.cli import options
 from cometlm.cli.console import err, load_quietly, out, resolve_quietly
 from cometlm.config import CometConfig
-from cometlm.device import readable_bytes
+from cometlm.device import as_dtype, readable_bytes
 from cometlm.planner.calibrate import Weights, counted, measured
 from cometlm.planner.simulate import WAYS, Costs, Job, Link, Outcome, simulate
 from cometlm.planner.timeline import NAMES, check_can_draw, draw
@@ -83,6 +84,8 @@ def plan(
     else:
         source = resolve_quietly(model)
         config, sizes = source.backbone_config, source.comet_config(**loading.sizes())
+        if (dtype := as_dtype(loading.dtype)) is not None:
+            weights = replace(weights, dtype_bytes=dtype.itemsize)
         costs = counted(config, sizes, speed * 1e12, weights)
         how = f"counted, at {speed:g} TFLOP/s"
     chunks = -(-tokens // sizes.chunk_size)

@@ -7,11 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from cometlm.config import position_limit
-from cometlm.core.cache import CometCache
 from cometlm.core.causal_lm import CometForCausalLM
+from cometlm.core.footprint import bytes_of_item, bytes_of_memory
 from cometlm.core.foreseen import Foreseen
 from cometlm.methods.base import Bounds, Budget, Method, Reader, generation_options
 from cometlm.methods.loader import Loader
@@ -78,7 +76,7 @@ def _within(loader: Loader, nbytes: int) -> CometForCausalLM:
     # The paper's own capacity may be more than the backbone has positions for.
     model = loader.with_memory(**({} if is_given else {"capacity": 1}))
     sizes = model.config.comet_config
-    state, entry = _bytes_of_memory(model)
+    state, entry = bytes_of_memory(model)
     least = state + entry * sizes.temporary_slots
     if nbytes < least:
         raise ValueError(
@@ -93,29 +91,6 @@ def _within(loader: Loader, nbytes: int) -> CometForCausalLM:
         capacity = min(capacity, positions - sizes.row_length + sizes.capacity)
     del model  # two need not fit into memory
     return loader.with_memory(capacity=capacity)
-
-
-def _bytes_of_memory(model: CometForCausalLM) -> tuple[int, int]:
-    """Bytes of global memory, with layers' own states, and of one slot of temporary memory."""
-    cache = _cache_of_a_token(model, chunk_lengths=[[1]], close_last=True)
-    entry = sum(block.nbytes for layer in cache.layers for block in layer.memory.entries)
-    return cache.nbytes - entry, entry
-
-
-def _bytes_of_item(model: CometForCausalLM) -> int:
-    """Bytes of the keys and values of an open chunk's text or compression token."""
-    cache = _cache_of_a_token(model)
-    chunks = [layer.open.chunk for layer in cache.layers if layer.open is not None]
-    return sum(chunk.nbytes // chunk.key.shape[2] for chunk in chunks if chunk.nbytes)
-
-
-@torch.no_grad()
-def _cache_of_a_token(model: CometForCausalLM, **options: Any) -> CometCache:
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    cache: CometCache = model.model(
-        ids, use_cache=True, hidden_to_keep=1, **options
-    ).past_key_values
-    return cache
 
 
 class CometReader(Reader):
@@ -169,7 +144,7 @@ class CometReader(Reader):
         A session makes them when it is first asked about the chunk; until then it has token ids.
         """
         if self._item_nbytes is None:
-            self._item_nbytes = _bytes_of_item(self.session.model)
+            self._item_nbytes = bytes_of_item(self.session.model)
         sizes, text = self.session.model.config.comet_config, self.session.open_tokens
         compressions = text // sizes.stride if sizes.temporary_memory else 0
         return (text + compressions) * self._item_nbytes

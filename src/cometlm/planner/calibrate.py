@@ -42,7 +42,7 @@ class Weights:
         shards: devices that share the weights of one layer (FSDP); 1 is replicated.
     """
 
-    dtype_bytes: int = 2
+    dtype_bytes: float = 2
     trained: float = 1.0
     shards: int = 1
 
@@ -78,7 +78,9 @@ def counted(config: Any, sizes: CometConfig, speed: float, weights: Weights = _K
         forward=forward,
         backward=(1 + weights.trained) * forward,  # of what comes in, and of the weights
         head=3 * head,
-        memory_bytes=(sizes.global_slots * width + sizes.temporary_slots * entry) * dtype,
+        # A memory is trained in float32, and so is its state.
+        memory_bytes=sizes.global_slots * width * max(4, dtype)
+        + sizes.temporary_slots * entry * dtype,
         hidden_bytes=sizes.chunk_items * width * dtype,
         kept_bytes=_kept_by_count(config, sizes) * dtype,
         weight_bytes=weights.of(_layer_weights(config)),
@@ -109,7 +111,7 @@ def measured(
     runs = [bench.run() for _ in range(repeats)]
     forward, backward, head = (statistics.median(part) for part in zip(*runs, strict=True))
     config = model.config.backbone_config
-    own = replace(weights, dtype_bytes=model.dtype.itemsize)
+    own = replace(weights, dtype_bytes=_bytes_of_weight(model))
     return Costs(
         forward=forward,
         backward=backward,
@@ -215,6 +217,15 @@ def _layer_weights(config: Any) -> int:
     layer = LayerSizes.of(config)
     attention = layer.width * (2 * layer.query + layer.key_value)
     return attention + 3 * layer.width * layer.inner_weights
+
+
+def _bytes_of_weight(model: CometForCausalLM) -> float:
+    """Bytes of a layer's weight, on average where the backbone is quantised."""
+    if not getattr(model._backbone, "is_quantized", False):
+        return model.dtype.itemsize
+    layer = model.model.cells[model.model.layers_with_memory[0]].layer
+    held = sum(weight.nbytes for weight in layer.parameters())
+    return held / _layer_weights(model.config.backbone_config)
 
 
 def _kept_by_count(config: Any, sizes: CometConfig) -> int:
