@@ -46,6 +46,13 @@ def test_another_backbone_that_was_given_is_named(model, other, tmp_path, as_mod
     assert torch.equal(logits(loaded), logits(changed))
 
 
+def test_a_backbone_that_was_taken_out_of_the_checkpoint_is_found(model, tmp_path):
+    model.save_pretrained(tmp_path / "first", backbone=True)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "first", subfolder="backbone")
+    loaded = CometForCausalLM.from_pretrained(tmp_path / "first", backbone=own)
+    assert torch.equal(logits(again(loaded, tmp_path / "second")), logits(model))
+
+
 def test_a_backbone_that_came_along_goes_along_where_its_folder_goes(model, tmp_path):
     model.save_pretrained(tmp_path / "first", backbone=True)
     loaded = again(CometForCausalLM.from_pretrained(tmp_path / "first"), tmp_path / "first")
@@ -76,8 +83,6 @@ def test_a_backbone_that_came_from_the_hub_is_found(named, model, tmp_path, monk
 
 
 def test_a_push_takes_the_backbone_along_or_says_that_it_does_not(model, tmp_path, monkeypatch):
-    pushed = {}
-
     class Api:
         def __init__(self, token=None):
             pass
@@ -88,17 +93,20 @@ def test_a_push_takes_the_backbone_along_or_says_that_it_does_not(model, tmp_pat
         def file_exists(self, *args, **options):
             return False
 
-        def upload_folder(self, *, folder_path, **options):
-            shutil.copytree(folder_path, tmp_path / "pushed")
-            pushed.update(options)
+        def upload_folder(self, *, repo_id, folder_path, **options):
+            shutil.copytree(folder_path, tmp_path / repo_id)
 
     monkeypatch.setattr(memory, "HfApi", Api)
-    with pytest.warns(UserWarning, match="by a folder of this machine, .*: push with backbone=Tr"):
-        model.push_to_hub("me/it")
-    shutil.rmtree(tmp_path / "pushed")
+    here = "by a folder of this machine, .*: push with backbone=True"
+    with pytest.warns(UserWarning, match=here):
+        model.push_to_hub("named")
     model.save_pretrained(tmp_path / "first", backbone=True)
-    CometForCausalLM.from_pretrained(tmp_path / "first").push_to_hub("me/it")
+    first = CometForCausalLM.from_pretrained(tmp_path / "first")
+    first.push_to_hub("whole")
+    first._backbone.is_quantized = True  # whose weights no checkpoint can hold
+    with pytest.warns(UserWarning, match=here):
+        first.push_to_hub("quantised")
     shutil.rmtree(tmp_path / "first")
-    there = CometForCausalLM.from_pretrained(tmp_path / "pushed")
+    there = CometForCausalLM.from_pretrained(tmp_path / "whole")
     assert torch.equal(logits(there), logits(model))
-    assert CARRIED in (tmp_path / "pushed" / "config.json").read_text()
+    assert CARRIED in (tmp_path / "whole" / "config.json").read_text()

@@ -1,8 +1,10 @@
 """People's training data: the forms that are taken, and what is said about the others."""
 
+import datetime
 import json
 
 import pytest
+from datasets import Dataset
 
 from cometlm.data.records import read_records
 
@@ -66,6 +68,15 @@ def test_each_call_of_a_tool_is_as_it_was_written(tmp_path, arguments):
     ]
     found = told(read_records(lines(tmp_path, rows)))
     assert json.dumps(found) == json.dumps(rows)
+
+
+def test_dates_beside_messages_are_text(tmp_path):
+    when = datetime.datetime(2026, 11, 29, tzinfo=datetime.UTC)
+    rows = [{"messages": [{**message, "at": when} for message in TALK]}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    (row,) = told(read_records(str(tmp_path / "data")))
+    assert [message.pop("at")[:10] for message in row["messages"]] == ["2026-11-29"] * 2
+    assert row == {"messages": TALK}
 
 
 def test_fields_that_are_null_are_not_there(tmp_path):

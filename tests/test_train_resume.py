@@ -159,8 +159,9 @@ def test_the_best_checkpoint_is_loaded_whole(settings, tmp_path, monkeypatch, mo
     best, _ = cometlm.load(str(first), device="cpu", dtype=model.dtype, merge=False)
     ids = torch.tensor([tokenizer("smollm2").encode(WORDS * 3)])
     for again in (False, True):
-        if again:
-            model = quietly(config).eval()
+        if again:  # also where the folder stands elsewhere now
+            moved = shutil.move(config.output, tmp_path / "moved")
+            model = quietly(replace(config, output=str(moved))).eval()
         with torch.no_grad():
             got, wanted = model(ids).logits, best(ids).logits
         assert float((got - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())

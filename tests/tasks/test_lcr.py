@@ -108,6 +108,7 @@ def server(reply, status=200, failures=(), cut=0):
         ("Not correct.", 0),
         ("The answer is not entirely correct.", 0),
         ("It isn’t correct", 0),
+        ("The answer is not **correct**.", 0),
         ("Not sure at first; CORRECT", 1),
         ("I cannot say", None),
         (None, None),

@@ -46,6 +46,7 @@ def test_what_surrounds_words_does_not_count(around, answer):
         ("5", "-5"),
         ("50", "50%"),
         ("南京", "北京"),
+        ("102", "10²"),
         ("", "*"),
     ],
 )

@@ -241,10 +241,10 @@ def load_model(
     for field, value in config.to_dict().items():
         if field not in _NOT_KEPT and getattr(model.config, field, None) != value:
             setattr(model.config, field, value)
-    if given is None:
-        model.config.backbone = name_to_keep(config, name, **hub)
-    elif not isinstance(given, PreTrainedModel):
+    if given is not None and not isinstance(given, PreTrainedModel):
         model.config.backbone = str(given)
+    elif given is None or model.config.backbone == name:  # out of this very checkpoint
+        model.config.backbone = name_to_keep(config, name, **hub)
     with contextlib.suppress(OSError):  # older checkpoints have none; the backbone's then holds
         model.generation_config = GenerationConfig.from_pretrained(name, **hub)
     if generation_config is not None:
@@ -277,12 +277,13 @@ def upload_model(
 ) -> str:
     """Put a checkpoint on the hub; a model card that is there already stays.
 
-    A backbone that came with the memory goes with it.
+    A backbone that came with the memory goes with it, unless it is quantised.
 
     Returns:
         The commit's address.
     """
-    backbone = backbone or _is_carried(model.config.backbone)
+    is_quantised = getattr(model._backbone, "is_quantized", False)
+    backbone = backbone or (_is_carried(model.config.backbone) and not is_quantised)
     check_can_save(model, backbone)
     if not (backbone or needs_backbone(model)) and Path(model.config.backbone).is_dir():
         warnings.warn(

@@ -206,7 +206,7 @@ def _as_row(where: str, record: Record) -> Record:
 
 
 def _as_json(where: str, name: str, value: Any) -> str:
-    written = json.dumps(value, ensure_ascii=False)
+    written = json.dumps(value, ensure_ascii=False, default=str)  # of a dataset's dates, say
     _check_words(where, name, written)
     return written
 

@@ -87,6 +87,7 @@ class Comparison:
         self.settings: dict[tuple[str, str], dict[str, Any]] = {}
         self._loader: Loader | None = None
         self._tasks: dict[str, dict[str, Task]] = {}  # by model, since tokenizers differ
+        self._unreadable: dict[str, OSError] = {}  # models whose tokenizers cannot be had
         self._too_short: dict[Task, dict[int, str]] = {}  # lengths of those that were tried
         self._readings: dict[str, list[Reading]] = {}
         self.cells = [cell for method in config.methods for cell in self._cells_of(method)]
@@ -201,8 +202,14 @@ class Comparison:
     def _tasks_of(self, method: str) -> dict[str, Task]:
         """The tasks, for the tokenizer of a method's model."""
         model = self.model_of(method)
+        if model in self._unreadable:
+            raise self._unreadable[model]
         if model not in self._tasks:
-            tokenizer = self._new_loader(method).tokenizer
+            try:
+                tokenizer = self._new_loader(method).tokenizer
+            except OSError as lost:  # which may have taken long to find out
+                self._unreadable[model] = lost
+                raise
             made: dict[str, Task] = {}
             for name in self.config.tasks:
                 try:

@@ -19,7 +19,7 @@ import torch
 
 from cometlm.device import peak_memory, reset_peak_memory
 from cometlm.eval.metrics import NATS
-from cometlm.methods.base import Reader, TooLongError
+from cometlm.methods.base import Reader, TooLongError, parted
 from cometlm.tasks.base import Question, Sample, Task, asked_ids, turn_ids
 from cometlm.tasks.story import DECILES
 
@@ -281,7 +281,7 @@ def _scored(answer: Answer, task: Task, question: Question) -> Answer:
 def _foreseen(reader: Reader, sample: Sample) -> Answer:
     """Mean nats per token of a text, each token after all that stand before it.
 
-    The first token follows nothing, so it is only read.
+    The first token follows nothing, so it is only read, as are all that a tokenizer begins with.
     """
     context = sample.context
     unsaid = Answer(0, 0, 0, "", [], meta=dict(sample.meta))
@@ -289,8 +289,9 @@ def _foreseen(reader: Reader, sample: Sample) -> Answer:
     found: list[float] = []
     try:
         reader.check_room(len(context))
-        reader.read(context[:1])
-        found = [token.loglikelihood for token in reader.read_foreseen(context[1:])]
+        first = max(1, len(parted(reader.tokenizer, context)[0]))
+        reader.read(context[:first])
+        found = [token.loglikelihood for token in reader.read_foreseen(context[first:])]
         held = _held(reader)
     except TooLongError as error:
         return replace(unsaid, error=str(error))

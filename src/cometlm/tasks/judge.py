@@ -17,7 +17,7 @@ URL = "http://localhost:8000/v1"
 _SECONDS = 120
 _WAITS = (1.0, 4.0)  # seconds before another try: a server is busy, not wrong
 _TOO_MANY = 429
-_VERDICT = r"(?:\b(?:NOT|ISN['’]T)\s+(?:(?:ENTIRELY|FULLY|QUITE)\s+)?|\bIN-?|\b)CORRECT\b"
+_VERDICT = r"(?:\b(?:NOT|ISN['’]T)\s+(?:(?:ENTIRELY|FULLY|QUITE)\s+)?[*_]*|\bIN-?|\b)CORRECT\b"
 _ASKED = """A question was asked about some documents. Is the answer that was given right? It is
 right if it says the same as the official answer; how it is worded does not matter.
 

@@ -162,9 +162,16 @@ def _plain(text: str) -> str:
 
     A text that has no words stays as it is, so an answer "*" is not the same as no answer.
     """
-    text = unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFC", "".join(map(_usual, text)))
     spaced = _UNSPACED.sub(r" \g<0> ", text.casefold().replace("’", "'"))
     return " ".join(filter(None, map(_bare, spaced.split()))) or text.strip()
+
+
+def _usual(sign: str) -> str:
+    """A sign in its usual form: not as wide as others, no ligature; 10² stays what it is."""
+    if unicodedata.decomposition(sign).startswith(("<wide>", "<narrow>", "<compat>")):
+        return unicodedata.normalize("NFKC", sign)
+    return sign
 
 
 def _bare(word: str) -> str:

@@ -396,7 +396,10 @@ class CometTrainer(SFTTrainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
+            best = checkpoint.parent / Path(self.state.best_model_checkpoint).name
+            if best.is_dir():  # wherever the run stands now
+                self.state.best_model_checkpoint = str(best)
+                self._load_best_model()
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
