@@ -93,7 +93,7 @@ class BeginningReader(Reader):
         return BeginningReader(self.tokenizer, self.budget, self.ids)
 
     def answer(self, ids=(), **generation):
-        return self.tokenizer.decode(self.ids).split()[0]
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True).split()[0]
 
     def foresee(self, ids):
         return [Foreseen(0.0, True)] * len(ids)

@@ -146,6 +146,9 @@ UNBOUNDED = Bounds()
 class Reader(ABC):
     """Reads one text as it comes and can be asked about it at any time.
 
+    The text begins with what the tokenizer puts in front of texts, a beginning-of-text token maybe:
+    `parted` tells it from the rest.
+
     Attributes:
         tokenizer: whose ids it reads.
     """
