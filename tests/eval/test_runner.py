@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cometlm.eval.report import differences, summarize
-from cometlm.eval.runner import OUT_OF_MEMORY, Answer, answer_to, evaluate
+from cometlm.eval.runner import OUT_OF_MEMORY, Answer, answer_to, check_fits, evaluate
 from cometlm.methods import Foreseen, Reader, TooLongError
 from cometlm.session.plain_text import prefix_ids
 from cometlm.tasks import Question, Sample, Task
@@ -180,6 +180,26 @@ def test_what_has_no_room_is_not_read(words):
     early, late = evaluate(Careful(words), Counting(words), [40], 1, max_new_tokens=5)
     assert wanted == [20 + len(asked) + 5, 40 + len(asked) + 5]
     assert (early.error, late.error) == ("", "no room")
+
+
+def test_a_text_whose_question_has_no_room_is_not_read(words):
+    class Narrow(Counter):
+        def check_asked(self, tokens):
+            if tokens > len(asked) + 5:
+                raise TooLongError("no room")
+
+        def read(self, ids):
+            raise AssertionError(ids)
+
+        def fork(self):
+            return Narrow(self.tokenizer)
+
+    asked, _ = turn_ids(words, "How many?", "40")
+    answers = list(evaluate(Narrow(words), Counting(words), [40], 1, max_new_tokens=6))
+    assert [answer.error for answer in answers] == ["no room"] * 2
+    with refused("no room"):
+        check_fits(Narrow(words), Counting(words).sample(0, 40), 6)
+    check_fits(Narrow(words), Counting(words).sample(0, 40), 5)
 
 
 def test_a_text_that_the_task_cannot_make_so_short_is_a_row(words):

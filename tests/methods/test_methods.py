@@ -91,6 +91,23 @@ def test_what_is_read_anew_begins_as_the_text_did(kind, backbone, words):
     assert bare.loglikelihood(ids_of(5, seed=1)) != reader.loglikelihood(ids_of(5, seed=1))
 
 
+@pytest.mark.parametrize("kind", [TruncateReader, RetrieveReader, SummaryReader])
+@pytest.mark.parametrize("tokens", [150, 249, 250, 300])
+def test_what_has_room_behind_a_token_is_known_before(kind, backbone, words, tokens):
+    reader = kind(CacheReader(backbone, words, 250))
+    asked = ids_of(tokens - 1, seed=2)
+    try:
+        reader.check_asked(tokens)
+    except TooLongError:
+        assert tokens >= 250
+        reader.read(ids_of(1))
+        with pytest.raises(TooLongError):
+            reader.answer(asked, max_new_tokens=1, eos_token_id=None)
+    else:
+        reader.read(ids_of(1))
+        assert isinstance(reader.answer(asked, max_new_tokens=1, eos_token_id=None), str)
+
+
 def test_reading_in_pieces_is_reading_at_once(empty):
     whole, pieces = empty.fork(), empty.fork()
     ids = ids_of(100)

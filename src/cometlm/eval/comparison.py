@@ -20,7 +20,7 @@ from cometlm.eval.config import DEFAULT_SAMPLES, EvalConfig, Limits
 from cometlm.eval.forecast import Reading, are_apart, calibrate, foresee, questions_of, readings_of
 from cometlm.eval.results import Cell, Results, name_of, readable_seconds
 from cometlm.eval.rows import Forecast, Rows
-from cometlm.eval.runner import Answer, Place, evaluate
+from cometlm.eval.runner import Answer, Place, check_fits, evaluate
 from cometlm.methods import METHODS, Loader, Reader, TooLongError
 from cometlm.tasks import Own, Sample, Task, make_task
 
@@ -379,7 +379,7 @@ class Comparison:
             return Forecast(cell.tokens)
         sample = _first_sample(task, cell.tokens)
         try:
-            reader.fork().check_room(len(sample.context))
+            check_fits(reader.fork(), sample, self.config.max_new_tokens)
         except TooLongError:  # which is said at once
             return Forecast(cell.tokens)
         name = cell.task if sample.questions else ""

@@ -251,6 +251,7 @@ def _asked(
         start = time.perf_counter()
         try:
             reader.check_room(place - read + asked.num_tokens)
+            reader.check_asked(asked.num_tokens)
             for stop in stops:
                 if read < stop <= place:
                     reader.read(sample.context[read:stop])
@@ -327,6 +328,27 @@ def answer_to(reader: Reader, question: Question, max_new_tokens: int | None = N
         TooLongError: there is no room for the question and the answer.
     """
     return _Asked.of(reader.tokenizer, question, max_new_tokens).answered(reader)
+
+
+def check_fits(reader: Reader, sample: Sample, max_new_tokens: int | None = None) -> None:
+    """Say before a sample is read whether all of it is for nothing.
+
+    Args:
+        reader: has read nothing.
+        max_new_tokens: see `evaluate`.
+
+    Raises:
+        TooLongError: the text is too long, or each of its questions.
+    """
+    reader.check_room(len(sample.context))
+    refused: list[TooLongError] = []
+    for question in sample.questions:
+        try:
+            reader.check_asked(_Asked.of(reader.tokenizer, question, max_new_tokens).num_tokens)
+        except TooLongError as error:
+            refused.append(error)
+    if refused and len(refused) == len(sample.questions):
+        raise refused[0]
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,16 @@ class Reader(ABC):
             TooLongError: they cannot.
         """
 
+    def check_asked(self, tokens: int) -> None:  # noqa: B027 (likewise)
+        """Say before anything is read whether a question has room, however short the text is.
+
+        Args:
+            tokens: of question and answer together.
+
+        Raises:
+            TooLongError: it has none.
+        """
+
     @abstractmethod
     def fork(self) -> Reader:
         """A reader that goes its own way from here; this one stays as it is."""

@@ -102,6 +102,11 @@ class RetrieveReader(Reader):
         self.read(())
         self._question = list(ids)
 
+    def check_asked(self, tokens: int) -> None:
+        """See `Reader.check_asked`."""
+        if tokens >= self._limit:
+            raise self._too_long(tokens)
+
     def fork(self) -> RetrieveReader:
         """See `Reader.fork`; ids and index are shared until more is read."""
         return copy.copy(self)
@@ -137,16 +142,17 @@ class RetrieveReader(Reader):
         room += len(self._first)
         left = self._limit - room - len(self._question)
         if left < 0 or (left == 0 and self._num_read):
-            raise TooLongError(
-                f"question and answer must be fewer than {self._limit}, got "
-                f"{room + len(self._question)} tokens"
-            )
+            raise self._too_long(room + len(self._question))
         reader = self._empty.fork()
         reader.read(self._first)
         for span in self._found(left):
             reader.read(self._ids[span.start : span.stop].tolist())
         reader.read(self._question)
         return reader
+
+    def _too_long(self, tokens: int) -> TooLongError:
+        said = f"question and answer must be fewer than {self._limit}, got {tokens} tokens"
+        return TooLongError(said)
 
     def _found(self, room: int) -> list[range]:
         """Where what belongs into a prompt stands, at most `room` tokens, in order."""

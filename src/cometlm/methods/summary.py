@@ -120,6 +120,10 @@ class SummaryReader(Reader):
         self._unread += ids
         self._made = None
 
+    def check_asked(self, tokens: int) -> None:
+        """See `Reader.check_asked`; a token of text stands in front at least."""
+        self._empty.check_room(1 + tokens)
+
     def fork(self) -> SummaryReader:
         """See `Reader.fork`."""
         fork = copy.copy(self)

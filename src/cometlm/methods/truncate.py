@@ -64,6 +64,15 @@ class TruncateReader(Reader):
             if self._empty.limit is not None:
                 del self._ids[: -self._empty.limit]
 
+    def check_asked(self, tokens: int) -> None:
+        """See `Reader.check_asked`."""
+        limit = self._empty.limit
+        if limit is not None and tokens + len(self._first) >= limit:
+            raise TooLongError(
+                f"question and answer must be fewer than {limit - len(self._first)}, got {tokens} "
+                "tokens"
+            )
+
     def fork(self) -> TruncateReader:
         """See `Reader.fork`."""
         fork = copy.copy(self)
@@ -94,15 +103,8 @@ class TruncateReader(Reader):
     def _reader(self, room: int) -> CacheReader:
         """Who has read the last tokens that fit beside so many others."""
         limit = self._empty.limit
-        if limit is None:
-            room = 0
-        elif room + len(self._first) >= limit:
-            raise TooLongError(
-                f"question and answer must be fewer than {limit - len(self._first)}, got {room} "
-                "tokens"
-            )
-        else:
-            room = max(room, limit // _SHARE) + len(self._first)
+        self.check_asked(room)
+        room = 0 if limit is None else max(room, limit // _SHARE) + len(self._first)
         if self._made is None or self._made[0] != room:
             reader = self._empty.fork()
             kept = self._ids if limit is None else self._ids[room - limit :]
