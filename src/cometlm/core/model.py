@@ -44,8 +44,9 @@ from cometlm.core.plan import (
 from cometlm.core.pretrained_model import CometPreTrainedModel
 from cometlm.core.recompute import Recomputation, read_on, read_recomputed
 from cometlm.core.recorded_chunks import RecordedChunks
+from cometlm.core.refusals import refuse_flags, refuse_of_packed, refuse_past, refuse_unknown
 from cometlm.core.state import States, map_tensors
-from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels, text_alone
+from cometlm.core.text_batch import TextBatch, check_shape, documents, next_labels
 from cometlm.core.training_plan import TrainingPlan
 from cometlm.core.walk import Grid, through_layers
 from cometlm.core.watch import Watch
@@ -167,10 +168,10 @@ class CometModel(CometPreTrainedModel):
         position_ids = options.get("position_ids") if attention_mask is None else None
         borders = options.get("cu_seq_lens_q")
         if position_ids is not None or borders is not None:
-            _refuse_past(past_key_values)
+            refuse_past(past_key_values)
             found = documents(position_ids, borders, input_ids)
             if len(found) > 1:
-                _refuse_of_packed(options)
+                refuse_of_packed(options)
                 if self._learning and self.training_plan.observer is not None:
                     raise ValueError("an observer takes no packed documents: give it rows")
                 return self._read_packed(input_ids, found, budget, scored)
@@ -601,59 +602,3 @@ def _dtype(parts: Parts | CometModel) -> torch.dtype:
     """
     weights = (*parts.norm.parameters(), *parts.embed_tokens.parameters())
     return next(weight.dtype for weight in weights if weight.is_floating_point())
-
-
-def _refuse_past(past: CometCache | None) -> None:
-    if past is not None:
-        raise ValueError(
-            "forward() does not take position_ids or cu_seq_lens_q with past_key_values: packed "
-            "documents begin with an empty memory"
-        )
-
-
-def _refuse_of_packed(options: Mapping[str, Any]) -> None:
-    """Refuse what says how one text is cut, where there are several."""
-    for name in ("chunk_lengths", "close_last"):
-        if options.get(name):
-            raise ValueError(
-                f"forward() does not take {name} with packed documents: each is cut by itself"
-            )
-
-
-# What callers pass along that says nothing new: it describes packed documents to kernels that are
-# not used here.
-_SAID_ELSEWHERE = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-
-
-def refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Refuse what would be ignored.
-
-    Raises:
-        ValueError: names it.
-    """
-    for name, value in text_alone(options).items():
-        known = name in _SAID_ELSEWHERE or name in ReadOptions.__annotations__
-        if not known and value is not None and value is not False:
-            shown = f"{name}={value!r}" if isinstance(value, (bool, int, float, str)) else name
-            raise ValueError(f"forward() does not take {shown}")
-
-
-# What a config may ask of every call, as it usually is.
-_FLAGS = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
-
-
-def refuse_flags(config: Any, learning: bool) -> None:
-    """Refuse what a config asks for and would not get.
-
-    Raises:
-        ValueError: names it.
-    """
-    for name, usual in _FLAGS.items():
-        value = getattr(config, name, usual)
-        if value is not None and value != usual:
-            raise ValueError(f"config.{name} must be {usual} with a memory, got {value!r}")
-    if learning and getattr(config.backbone_config, "output_router_logits", False):
-        raise ValueError(
-            "backbone_config.output_router_logits must be False, got True: the loss has no part "
-            "for the balance of experts"
-        )

@@ -181,7 +181,7 @@ class Reader(ABC):
             TooLongError: they cannot.
         """
 
-    def check_asked(self, tokens: int) -> None:  # noqa: B027 (likewise)
+    def check_asked(self, tokens: int) -> None:  # noqa: B027 (most have room for any question)
         """Say before anything is read whether a question has room, however short the text is.
 
         Args:
