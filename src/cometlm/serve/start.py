@@ -6,8 +6,8 @@ whole chats, some of whose messages are not what it sent before (it puts what it
 last message only), so token ids do not find them. With the chat's id in a header
 (`ENABLE_FORWARD_USER_INFO_HEADERS`) a chat is known again by what stood before its last answer:
 its id, its system messages, what was said up to the question before that answer, and the answer.
-That question has to stand in what was sent for it, which may hold more. A chat that does not stand
-so is read as any whole one.
+That question has to stand in what was sent for it, which may hold more. A chat of which this is not
+so is read like any other whole chat.
 """
 
 from __future__ import annotations

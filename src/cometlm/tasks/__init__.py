@@ -65,6 +65,8 @@ def make_task(
     try:
         return kind(tokenizer, split=split, seed=seed, **options)
     except TypeError as error:
+        if not options:
+            raise
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ValueError(f"options of the task {name} cannot be {given}: {error}") from error
 

@@ -137,7 +137,7 @@ class KeepBatches:
         """Rows of running text, all of it held but what is in front."""
         left = self._prose
         while left > 0:
-            length = min(left, self._longest - len(self._first))
+            length = min(left, max(1, self._longest - len(self._first)))
             front = rng.randint(1, self._behind) if self._behind else 0
             drawn = rng.choice(self._haystacks).draw(rng, front + length)
             ids, begin = [*self._first, *drawn], len(self._first) + front
