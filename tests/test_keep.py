@@ -10,6 +10,7 @@ import torch
 
 from cometlm.data.corpora import CORPORA, corpus_files
 from cometlm.data.prompts import SOURCES, prompts_of
+from cometlm.session.plain_text import prefix_ids
 from cometlm.train.config import Keep
 from cometlm.train.config_file import config_of, read_config
 from cometlm.train.keep import (
@@ -32,6 +33,7 @@ from tests.rank_runs import settings as of_ranks
 from tests.real import tiny_comet as with_words
 from tests.real import tokenizer
 from tests.runs import WORDS, as_config, heard, logged, quietly, records_run, settings, start
+from tests.sessions import tokenizer_of
 from tests.tiny import batch_of, error, refused, tiny_backbone, tiny_comet
 
 __all__ = ["of_ranks", "settings", "start"]  # fixtures
@@ -204,6 +206,19 @@ def test_a_batch_has_its_share_of_prose_and_of_answers(text):
     with refused("keep.prose_share must be 1 without prompts, got 0.4"):
         batches(text)
     assert batches(text, prose_share=1.0)[0][0].counted.all(1).sum() >= 4
+
+
+@pytest.mark.parametrize("longest", [1, 2, 12])
+def test_prose_begins_as_its_tokenizer_begins_texts(text, longest):
+    """Also where that alone fills a chunk: then a token follows it in each row."""
+    gemma = tokenizer_of("like gemma")
+    (first,) = prefix_ids(gemma)
+    keep = Keep(tokens=20, prose_share=1.0, corpora=(text,))
+    (rows,) = KeepBatches(keep, gemma, (), longest, seed=3)[0]
+    assert rows.ids[:, 0].tolist() == [first] * len(rows.ids)
+    assert not rows.counted[:, 0].any()
+    assert int(rows.counted.sum()) == 20
+    assert rows.ids.shape[1] <= max(2, longest)
 
 
 def test_prose_stands_behind_chunks_of_its_own(text):
